@@ -1,0 +1,338 @@
+// The GroupNorm chains of the residual block, forward and vjp, one read of each operand per reduction.
+//
+// A sample is a matrix (outer, inner): (positions, channels) in channels_last, else (channels, positions).
+// It is cut along `outer` into slices whose number depends on the shape alone: sums are formed per slice and
+// added in order, so that results depend neither on the threads nor on the batch mates.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+#include "scalar.h"
+
+namespace ifr::IFR_ISA {
+namespace {
+
+constexpr int64_t SLICE = 1 << 16;  // elements
+
+template <bool NHWC, typename T>
+struct Chain {
+  using W = wide_t<T>;
+  const NormShape &shape;
+  const int64_t inner, outer, size, slices, rows;
+  std::vector<double> sums;  // (n, slices, 2, channels)
+
+  explicit Chain(const NormShape &s)
+      : shape(s),
+        inner(NHWC ? s.channels : s.positions),
+        outer(NHWC ? s.positions : s.channels),
+        size(s.channels * s.positions),
+        slices(std::max<int64_t>(1, std::min(outer, (size + SLICE / 2) / SLICE))),
+        rows((outer + slices - 1) / slices),
+        sums(s.n * slices * 2 * s.channels) {}
+
+  // body(sample, element of the sample, channel) for every element
+  template <typename Body>
+  void map(Body body) const {
+#pragma omp parallel for schedule(static) num_threads(shape.threads)
+    for (int64_t item = 0; item < shape.n * slices; ++item) {
+      const int64_t n = item / slices, begin = item % slices * rows, end = std::min(outer, begin + rows);
+      for (int64_t o = begin; o < end; ++o) {
+#pragma omp simd
+        for (int64_t i = 0; i < inner; ++i) body(n, o * inner + i, NHWC ? i : o);
+      }
+    }
+  }
+
+  // Per-channel sums of the two values that body(sample, element, channel, &a, &b) yields.
+  template <typename Body>
+  void reduce(Body body) {
+#pragma omp parallel for schedule(static) num_threads(shape.threads)
+    for (int64_t item = 0; item < shape.n * slices; ++item) {
+      const int64_t n = item / slices, begin = item % slices * rows, end = std::min(outer, begin + rows);
+      double *first = sums.data() + item * 2 * shape.channels, *second = first + shape.channels;
+      std::fill(first, first + 2 * shape.channels, 0.0);
+      for (int64_t o = begin; o < end; ++o) {
+        if (NHWC) {
+#pragma omp simd
+          for (int64_t i = 0; i < inner; ++i) {
+            W a, b;
+            body(n, o * inner + i, i, a, b);
+            first[i] += double(a);
+            second[i] += double(b);
+          }
+        } else {
+          double total_a = 0, total_b = 0;
+#pragma omp simd reduction(+ : total_a, total_b)
+          for (int64_t i = 0; i < inner; ++i) {
+            W a, b;
+            body(n, o * inner + i, o, a, b);
+            total_a += double(a);
+            total_b += double(b);
+          }
+          first[o] = total_a;
+          second[o] = total_b;
+        }
+      }
+    }
+  }
+
+  // The sums of one sample over its slices, left in the first slice.
+  double *total(int64_t n) {
+    double *first = sums.data() + n * slices * 2 * shape.channels;
+    for (int64_t s = 1; s < slices; ++s)
+      for (int64_t c = 0; c < 2 * shape.channels; ++c) first[c] += first[s * 2 * shape.channels + c];
+    return first;
+  }
+};
+
+// One GroupNorm: its statistics, and per channel the affine map x_hat = x * inverse + offset,
+// gn(x) = x * scale + shift.
+template <typename W>
+struct Norm {
+  const NormShape &shape;
+  const W *weight, *bias;
+  W *mean, *rstd;
+  std::vector<W> inverse, offset, scale, shift;  // (n, channels)
+  std::vector<W> weighted, constant, slope;      // vjp: grad_x = g * weighted - constant - x_hat * slope
+
+  Norm(const NormShape &s, const void *weight, const void *bias, void *mean, void *rstd)
+      : shape(s),
+        weight(static_cast<const W *>(weight)),
+        bias(static_cast<const W *>(bias)),
+        mean(static_cast<W *>(mean)),
+        rstd(static_cast<W *>(rstd)) {}
+
+  int64_t per_group() const { return shape.channels / shape.groups; }
+
+  // sums: per channel sum(x), sum(x^2), turned into the statistics
+  template <typename C>
+  void from_sums(C &chain) {
+    const int64_t width = per_group();
+    const double count = double(width * shape.positions);
+    for (int64_t n = 0; n < shape.n; ++n) {
+      const double *sum = chain.total(n), *square = sum + shape.channels;
+      for (int64_t g = 0; g < shape.groups; ++g) {
+        double a = 0, b = 0;
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) a += sum[c], b += square[c];
+        const double m = a / count, variance = b / count - m * m;
+        mean[n * shape.groups + g] = W(m);
+        rstd[n * shape.groups + g] = W(1.0 / std::sqrt((variance < 0 ? 0 : variance) + shape.eps));
+      }
+    }
+    from_statistics();
+  }
+
+  void from_statistics() {
+    const int64_t channels = shape.channels, width = per_group();
+    for (auto *table : {&inverse, &offset, &scale, &shift}) table->resize(shape.n * channels);
+    for (int64_t n = 0; n < shape.n; ++n)
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t g = n * shape.groups + c / width, at = n * channels + c;
+        inverse[at] = rstd[g];
+        offset[at] = -mean[g] * rstd[g];
+        scale[at] = rstd[g] * weight[c];
+        shift[at] = bias[c] - mean[g] * scale[at];
+      }
+  }
+
+  // sums: per channel sum(g), sum(g * x_hat) of the output's gradient g
+  template <typename C>
+  void vjp_from_sums(C &chain, double *grad_weight, double *grad_bias) {
+    const int64_t channels = shape.channels, width = per_group();
+    const double count = double(width * shape.positions);
+    for (auto *table : {&weighted, &constant, &slope}) table->resize(shape.n * channels);
+    for (int64_t n = 0; n < shape.n; ++n) {
+      const double *sum = chain.total(n), *product = sum + channels;
+      if (grad_bias) std::copy(sum, sum + channels, grad_bias + n * channels);
+      if (grad_weight) std::copy(product, product + channels, grad_weight + n * channels);
+      for (int64_t g = 0; g < shape.groups; ++g) {
+        double a = 0, b = 0;
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) a += weight[c] * sum[c], b += weight[c] * product[c];
+        const W r = rstd[n * shape.groups + g];
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+          weighted[n * channels + c] = r * weight[c];
+          constant[n * channels + c] = W(a / count) * r;
+          slope[n * channels + c] = W(b / count) * r;
+        }
+      }
+    }
+  }
+};
+
+// Not `x > 0 ? x : 0`: a NaN must stay visible.
+template <typename W>
+inline W relu(W x) {
+  return x < W(0) ? W(0) : x;
+}
+
+template <bool NHWC, typename T>
+struct Kernels {
+  using W = wide_t<T>;
+  using C = Chain<NHWC, T>;
+
+  static void relu_forward(const NormShape &shape, const NormRelu &a) {
+    C chain(shape);
+    Norm<W> norm(shape, a.weight, a.bias, a.mean, a.rstd);
+    const T *y = static_cast<const T *>(a.y);
+    T *out = static_cast<T *>(a.out);
+    const int64_t size = chain.size, channels = shape.channels;
+    chain.reduce([=](int64_t n, int64_t e, int64_t, W &s, W &q) { s = load(y[n * size + e]), q = s * s; });
+    norm.from_sums(chain);
+    const W *scale = norm.scale.data(), *shift = norm.shift.data();
+    chain.map([=](int64_t n, int64_t e, int64_t c) {
+      out[n * size + e] = store<T>(relu(load(y[n * size + e]) * scale[n * channels + c] + shift[n * channels + c]));
+    });
+  }
+
+  static void relu_vjp(const NormShape &shape, const NormRelu &a) {
+    C chain(shape);
+    Norm<W> norm(shape, a.weight, a.bias, a.mean, a.rstd);
+    norm.from_statistics();
+    const T *y = static_cast<const T *>(a.y), *grad = static_cast<const T *>(a.grad);
+    T *grad_y = static_cast<T *>(a.grad_y);
+    const int64_t size = chain.size, channels = shape.channels;
+    const W *scale = norm.scale.data(), *shift = norm.shift.data();
+    const W *inverse = norm.inverse.data(), *offset = norm.offset.data();
+    chain.reduce([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+      const W v = load(y[n * size + e]);
+      const int64_t t = n * channels + c;
+      s = v * scale[t] + shift[t] > W(0) ? load(grad[n * size + e]) : W(0);
+      q = s * (v * inverse[t] + offset[t]);
+    });
+    norm.vjp_from_sums(chain, a.grad_weight, a.grad_bias);
+    const W *weighted = norm.weighted.data(), *constant = norm.constant.data(), *slope = norm.slope.data();
+    chain.map([=](int64_t n, int64_t e, int64_t c) {
+      const W v = load(y[n * size + e]);
+      const int64_t t = n * channels + c;
+      const W g = v * scale[t] + shift[t] > W(0) ? load(grad[n * size + e]) : W(0);
+      grad_y[n * size + e] = store<T>(g * weighted[t] - constant[t] - (v * inverse[t] + offset[t]) * slope[t]);
+    });
+  }
+
+  template <bool RESIDUAL, bool POST>
+  static void tail_forward(const NormShape &shape, const NormTail &a) {
+    C chain(shape);
+    Norm<W> first(shape, a.weight_a, a.bias_a, a.mean_a, a.rstd_a);
+    const T *y = static_cast<const T *>(a.y), *r = static_cast<const T *>(a.r);
+    W *out = static_cast<W *>(a.out);
+    const int64_t size = chain.size, channels = shape.channels;
+    chain.reduce([=](int64_t n, int64_t e, int64_t, W &s, W &q) { s = load(y[n * size + e]), q = s * s; });
+    first.from_sums(chain);
+    const W *scale = first.scale.data(), *shift = first.shift.data();
+    auto sum = [=](int64_t n, int64_t e, int64_t c) {
+      const W v = load(y[n * size + e]) * scale[n * channels + c] + shift[n * channels + c];
+      return RESIDUAL ? v + load(r[n * size + e]) : v;
+    };
+    if (!POST) {
+      chain.map([=](int64_t n, int64_t e, int64_t c) { out[n * size + e] = sum(n, e, c); });
+      return;
+    }
+    Norm<W> second(shape, a.weight_b, a.bias_b, a.mean_b, a.rstd_b);
+    chain.reduce([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+      s = relu(sum(n, e, c)), q = s * s;
+      out[n * size + e] = s;
+    });
+    second.from_sums(chain);
+    const W *scale_b = second.scale.data(), *shift_b = second.shift.data();
+    chain.map([=](int64_t n, int64_t e, int64_t c) {
+      out[n * size + e] = out[n * size + e] * scale_b[n * channels + c] + shift_b[n * channels + c];
+    });
+  }
+
+  template <bool RESIDUAL, bool POST>
+  static void tail_vjp(const NormShape &shape, const NormTail &a) {
+    C chain(shape);
+    Norm<W> first(shape, a.weight_a, a.bias_a, a.mean_a, a.rstd_a);
+    first.from_statistics();
+    const T *y = static_cast<const T *>(a.y), *r = static_cast<const T *>(a.r);
+    const W *grad = static_cast<const W *>(a.grad);
+    W *grad_r = static_cast<W *>(a.grad_r);  // gradient of the sum y_normalised + r
+    T *grad_y = static_cast<T *>(a.grad_y);
+    const int64_t size = chain.size, channels = shape.channels;
+    const W *inverse = first.inverse.data(), *offset = first.offset.data();
+    if (POST) {
+      Norm<W> second(shape, a.weight_b, a.bias_b, a.mean_b, a.rstd_b);
+      second.from_statistics();
+      const W *scale = first.scale.data(), *shift = first.shift.data();
+      const W *inverse_b = second.inverse.data(), *offset_b = second.offset.data();
+      auto sum = [=](int64_t n, int64_t e, int64_t t) {
+        const W v = load(y[n * size + e]) * scale[t] + shift[t];
+        return RESIDUAL ? v + load(r[n * size + e]) : v;
+      };
+      chain.reduce([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+        const int64_t t = n * channels + c;
+        s = grad[n * size + e];
+        q = s * (relu(sum(n, e, t)) * inverse_b[t] + offset_b[t]);
+      });
+      second.vjp_from_sums(chain, a.grad_weight_b, a.grad_bias_b);
+      const W *weighted = second.weighted.data(), *constant = second.constant.data(), *slope = second.slope.data();
+      chain.reduce([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+        const int64_t t = n * channels + c;
+        const W u = sum(n, e, t);
+        const W g = grad[n * size + e] * weighted[t] - constant[t] - (relu(u) * inverse_b[t] + offset_b[t]) * slope[t];
+        s = u > W(0) ? g : W(0);
+        q = s * (load(y[n * size + e]) * inverse[t] + offset[t]);
+        grad_r[n * size + e] = s;
+      });
+    } else {
+      chain.reduce([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+        const int64_t t = n * channels + c;
+        s = grad[n * size + e];
+        q = s * (load(y[n * size + e]) * inverse[t] + offset[t]);
+      });
+    }
+    first.vjp_from_sums(chain, a.grad_weight_a, a.grad_bias_a);
+    const W *weighted = first.weighted.data(), *constant = first.constant.data(), *slope = first.slope.data();
+    const W *gradient = POST ? grad_r : grad;
+    chain.map([=](int64_t n, int64_t e, int64_t c) {
+      const int64_t t = n * channels + c;
+      const W y_hat = load(y[n * size + e]) * inverse[t] + offset[t];
+      grad_y[n * size + e] = store<T>(gradient[n * size + e] * weighted[t] - constant[t] - y_hat * slope[t]);
+    });
+  }
+
+  static void tail_forward_any(const NormShape &shape, const NormTail &a) {
+    if (a.post)
+      a.r ? tail_forward<true, true>(shape, a) : tail_forward<false, true>(shape, a);
+    else
+      a.r ? tail_forward<true, false>(shape, a) : tail_forward<false, false>(shape, a);
+  }
+
+  static void tail_vjp_any(const NormShape &shape, const NormTail &a) {
+    if (a.post)
+      a.r ? tail_vjp<true, true>(shape, a) : tail_vjp<false, true>(shape, a);
+    else
+      tail_vjp<false, false>(shape, a);
+  }
+};
+
+template <typename Run>
+void dispatch(DType type, const NormShape &shape, Run run) {
+  if (shape.channels_last) {
+    if (type == DType::f32) run(Kernels<true, float>());
+    if (type == DType::f64) run(Kernels<true, double>());
+    if (type == DType::bf16) run(Kernels<true, bf16>());
+  } else {
+    if (type == DType::f32) run(Kernels<false, float>());
+    if (type == DType::f64) run(Kernels<false, double>());
+    if (type == DType::bf16) run(Kernels<false, bf16>());
+  }
+}
+
+}  // namespace
+
+void norm_relu(DType type, const NormShape &shape, const NormRelu &a) {
+  dispatch(type, shape, [&](auto k) { k.relu_forward(shape, a); });
+}
+void norm_relu_vjp(DType type, const NormShape &shape, const NormRelu &a) {
+  dispatch(type, shape, [&](auto k) { k.relu_vjp(shape, a); });
+}
+void norm_tail(DType type, const NormShape &shape, const NormTail &a) {
+  dispatch(type, shape, [&](auto k) { k.tail_forward_any(shape, a); });
+}
+void norm_tail_vjp(DType type, const NormShape &shape, const NormTail &a) {
+  dispatch(type, shape, [&](auto k) { k.tail_vjp_any(shape, a); });
+}
+
+}  // namespace ifr::IFR_ISA

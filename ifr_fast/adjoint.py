@@ -1,0 +1,160 @@
+"""How gradients pass through an equilibrium H* = F(H*; X).
+
+The loss's gradient in parameters and X is wᵀ ∂F/∂(θ, X) with wᵀ = wᵀ ∂F/∂H + ∂L/∂H (Eq. 8). The adjoints differ in w:
+Implicit solves for it, JacobianFree and Shine guess it, Phantom and Unrolled backpropagate through steps instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .config import check_int, choice
+from .residual import Block
+from .rules import Broyden, Rule
+from .solve import solve
+
+Vjp = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What Shine needs of the forward solve: residuals (n, rows, size) and the pairs' coefficients (n, rows, rows)."""
+
+    history: Tensor
+    p: Tensor
+    q: Tensor
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """Base of the adjoints."""
+
+    @property
+    def rule(self) -> Rule:
+        """The solver of the adjoint's equation, and what bounds the workspace of the backward pass."""
+        return Broyden()
+
+    def cotangent(
+        self, vjp: Vjp, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
+    ) -> tuple[Tensor, Tensor]:
+        """w, like grad (n, …), and the relative residual of its equation per sample (n,), NaN where it is not solved."""
+        raise NotImplementedError
+
+
+@choice
+@dataclass(frozen=True)
+class Implicit(Adjoint):
+    """Solves Eq. 8 by Broyden's method, from w⁰ = 0; options as the solvers' (rules.Rule)."""
+
+    max_iter: int = 15
+    rtol: float | None = None
+    history_dtype: torch.dtype | None = None
+    workspace: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "history_dtype", self.rule.history_dtype)
+        except ValueError as error:
+            raise ValueError(str(error).replace("Broyden", "Implicit", 1)) from None
+
+    @property
+    def rule(self) -> Broyden:
+        return Broyden(self.max_iter, self.rtol, self.history_dtype, self.workspace)
+
+    def cotangent(
+        self, vjp: Vjp, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
+    ) -> tuple[Tensor, Tensor]:
+        # At w⁰ = 0 the map's value is grad itself: one product with the Jacobian saved.
+        state = solve(lambda w: vjp(w).add_(grad), torch.zeros_like(grad), self.rule.resolve(compute), kernels, f_z0=grad)
+        return state.value, state.residual
+
+
+@choice
+@dataclass(frozen=True)
+class JacobianFree(Adjoint):
+    """w = ∂L/∂H: one product with the Jacobian in all (Fung et al., 2022)."""
+
+    def cotangent(
+        self, vjp: Vjp, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
+    ) -> tuple[Tensor, Tensor]:
+        return grad, grad.new_full((len(grad),), torch.nan)
+
+
+@choice
+@dataclass(frozen=True)
+class Shine(Adjoint):
+    """w by the forward solve's own inverse Jacobian (Ramzi et al., 2022): F is evaluated no extra time.
+
+    Needs a Broyden solver, and keeps its residuals for all samples until the backward pass.
+    """
+
+    def cotangent(
+        self, vjp: Vjp, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
+    ) -> tuple[Tensor, Tensor]:
+        # (I - ∂F/∂H)ᵀ w = grad and J⁻¹ = -I + U Vᵀ of J = ∂F/∂H - I: w = grad - V Uᵀ grad, U = G Pᵀ, V = G Qᵀ.
+        # Coefficients of rows that were never filled are zero, but what stands there may not be finite.
+        flat = _flatten(grad)
+        rows = memory.history.shape[1]
+        dots = torch.stack([(memory.history[:, j] * flat).sum(1) for j in range(rows)], 1).nan_to_num(0.0)
+        coefficients = memory.q.mT @ (memory.p @ dots.to(memory.p.dtype).unsqueeze(2))
+        w = flat.clone()
+        for j in range(rows):
+            scale = coefficients[:, j].to(flat.dtype)
+            w -= torch.where(scale != 0, scale * memory.history[:, j], 0)
+        return _unflatten(w, grad), grad.new_full((len(grad),), torch.nan)
+
+
+@choice
+@dataclass(frozen=True)
+class Phantom(Adjoint):
+    """Backpropagation through `steps` damped iterations z ← (1 - damping) z + damping F(z) from the equilibrium (Geng
+    et al., 2021). The forward value stays the solver's."""
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_int("Phantom", "steps", self.steps, 1)
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"Phantom(damping={self.damping!r}): expected a number in (0, 1]")
+
+    def backward(self, block: Block, z: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Gradients in X and the parameters."""
+        linearised = []
+        for _ in range(self.steps):
+            linearised.append(block.linearise(z))
+            z = torch.lerp(z, linearised[-1].value, self.damping)
+        grad_x, grad_params = torch.zeros_like(z), []
+        for step in reversed(linearised):
+            grad_z, grads = step.vjp_params(self.damping * grad)
+            grad_x += grad_z
+            grad_params = [a + b for a, b in zip(grad_params, grads)] if grad_params else grads
+            grad = (1 - self.damping) * grad + grad_z
+        return grad_x, grad_params
+
+
+@choice
+@dataclass(frozen=True)
+class Unrolled(Adjoint):
+    """Plain backpropagation through every step of the solve; memory grows with the steps."""
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """(n, …) as (n, size) in the order of its memory, as the history's rows are."""
+    return x.permute(0, 2, 3, 1).flatten(1) if _channels_last(x) else x.flatten(1)
+
+
+def _unflatten(flat: Tensor, like: Tensor) -> Tensor:
+    if _channels_last(like):
+        n, c, h, w = like.shape
+        return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+    return flat.view(like.shape)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

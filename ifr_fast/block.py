@@ -1,0 +1,110 @@
+"""ResidualBlock: the parameters of F and its differentiable evaluation."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from . import ops  # noqa: F401  (registers torch.ops.ifr_fast)
+from .kernels.plain import wide
+from .residual import FORMS
+
+EPS = 1e-5
+
+
+class ResidualBlock(nn.Module):
+    """The weight-tied residual block F(z; X) of Implicit Feature Refinement.
+
+    With R = z + X and Y = GN2(conv2(ReLU(GN1(conv1(R))))), 3×3 convolutions without bias, C → mid_channels → C:
+    form="released" (the authors' code, the form that converges) is GN3(ReLU(Y + R)); "plain" (Table 8) GN3(ReLU(Y));
+    "paper" (Eq. 5) Y + R, which in general has no equilibrium: it is there for the ablation.
+
+    Args:
+        channels: C. groups: of every GroupNorm; divides channels and mid_channels. mid_channels: None means channels.
+        weight_norm: reparametrise both convolutions by torch's weight normalisation (dim 0).
+        post_gain: initial weight of GN3. Below 1 the block contracts more strongly and the solver converges in fewer
+            steps; 1 gave the better masks.
+
+    Convolutions start as in Mask R-CNN (He et al.'s normal, fan out). Raises ValueError for arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        channels: int = 256,
+        *,
+        form: str = "released",
+        groups: int = 32,
+        mid_channels: int | None = None,
+        weight_norm: bool = True,
+        post_gain: float = 1.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        mid_channels = channels if mid_channels is None else mid_channels
+        if form not in FORMS:
+            raise ValueError(f"form={form!r}: expected one of {', '.join(FORMS)}")
+        for name, value in (("channels", channels), ("mid_channels", mid_channels)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a positive integer")
+            if not isinstance(groups, int) or groups < 1 or value % groups:
+                raise ValueError(
+                    f"groups={groups!r} does not divide {name}={value}: pass a divisor of both channels and mid_channels, "
+                    f"e.g. groups={math.gcd(channels, mid_channels, 32)}"
+                )
+        if form == "paper":
+            warnings.warn(
+                "form='paper' (Eq. 5 as printed) has no equilibrium in general: with z = F(z; X) it demands GN2(…) = -X, and "
+                "the iterates grow without bound. Use form='released', the authors' model, unless this is an ablation.",
+                stacklevel=2,
+            )
+        self.channels, self.form, self.groups, self.backend = channels, form, groups, backend
+        self.conv1 = nn.Conv2d(channels, mid_channels, 3, padding=1, bias=False)
+        self.gn1 = nn.GroupNorm(groups, mid_channels, EPS)
+        self.conv2 = nn.Conv2d(mid_channels, channels, 3, padding=1, bias=False)
+        self.gn2 = nn.GroupNorm(groups, channels, EPS)
+        if form != "paper":
+            self.gn3 = nn.GroupNorm(groups, channels, EPS)
+            nn.init.constant_(self.gn3.weight, post_gain)
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            if weight_norm:
+                parametrizations.weight_norm(conv, dim=0)
+
+    def tensors(self) -> list[Tensor]:
+        """What F is evaluated with, in reference.residual_block's order; the convolutions' effective weights."""
+        norms = [[n.weight, n.bias] for n in (self.gn1, self.gn2, *([self.gn3] if self.form != "paper" else []))]
+        return [self.conv1.weight, *norms[0], self.conv2.weight, *(t for norm in norms[1:] for t in norm)]
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """What the convolutions compute in: autocast's dtype where it is on, else x's; float32 for float16 on a CPU."""
+        device = x.device.type
+        dtype = x.dtype
+        if dtype != torch.float64 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
+
+    def forward(self, z: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """F(z; X) for z, x of shape (N, C, H, W); z's dtype. Differentiable in z, x and the parameters.
+
+        dtype: what the convolutions compute in, None for compute_dtype(x).
+        """
+        dtype = dtype or self.compute_dtype(x)
+        affine = wide(dtype)
+        conv1, gn1_weight, gn1_bias, conv2, *norms = self.tensors()
+        norm1, norms = [t.to(affine) for t in (gn1_weight, gn1_bias)], [t.to(affine) for t in norms]
+        options = self.groups, EPS, self.backend
+        with torch.autocast(x.device.type, enabled=False):
+            r = (z + x).to(dtype)
+            y = F.conv2d(r, conv1.to(dtype), padding=1)
+            h = torch.ops.ifr_fast.norm_relu(y, *norm1, *options)[0]
+            y = F.conv2d(h, conv2.to(dtype), padding=1)
+            out = torch.ops.ifr_fast.norm_tail(y, None if self.form == "plain" else r, norms, *options)[0]
+        return out.to(z.dtype)
+
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}"

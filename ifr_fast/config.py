@@ -1,0 +1,58 @@
+"""Solvers and adjoints as objects, names, dicts (for configuration files) and strings (for registered ops)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_CHOICES: dict[str, type] = {}
+
+
+def choice(cls: type[T]) -> type[T]:
+    """Makes a frozen dataclass known by its name, in any case."""
+    _CHOICES[cls.__name__.lower()] = cls
+    return cls
+
+
+def build(spec: Any, base: type[T] | tuple[type, ...], argument: str) -> T:
+    """The object that `spec` means: itself, a name, or dict(type=name, …). ValueError where it means none."""
+    if isinstance(spec, base):
+        return spec
+    names = [c.__name__ for c in _CHOICES.values() if issubclass(c, base)]
+    fields = {"type": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, dict) else {}
+    cls = _CHOICES.get(str(fields.pop("type", "")).lower())
+    if cls is None or not issubclass(cls, base):
+        raise ValueError(f"{argument}={spec!r}: expected one of {', '.join(names)}, as an object, a name or dict(type=name, …)")
+    known = {f.name for f in dataclasses.fields(cls)}
+    if not fields.keys() <= known:
+        raise ValueError(f"{argument}={spec!r}: {cls.__name__} takes {', '.join(sorted(known)) or 'no options'}")
+    return cls(**fields)
+
+
+def encode(obj: Any) -> str:
+    """A string that decode() turns back into an equal object."""
+    fields = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj)}
+    fields = {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in fields.items()}
+    return json.dumps({"type": type(obj).__name__, **fields})
+
+
+@lru_cache(maxsize=1024)
+def decode(text: str) -> Any:
+    fields = json.loads(text)
+    return _CHOICES[fields.pop("type").lower()](**fields)
+
+
+def check_int(owner: str, name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{owner}({name}={value!r}): expected an integer ≥ {minimum}")
+
+
+def check_rtol(owner: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
+        raise ValueError(f"{owner}(rtol={value!r}): expected None or a number ≥ 0 (0: always max_iter steps)")

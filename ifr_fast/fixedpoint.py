@@ -1,0 +1,101 @@
+"""fixed_point: the equilibrium of any callable, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend as backends
+from .adjoint import Adjoint, Implicit, Memory, Phantom, Shine, Unrolled
+from .config import build
+from .kernels.plain import wide
+from .rules import Broyden, Rule, Unroll
+from .solve import Solution, differentiable_solve, memory_format, solution, solve
+
+
+def fixed_point(
+    f: Callable[..., Tensor],
+    z0: Tensor,
+    *,
+    params: Sequence[Tensor] = (),
+    solver: Rule | Unroll | str | Mapping[str, Any] = Broyden(),  # noqa: B008  (immutable)
+    adjoint: Adjoint | str | Mapping[str, Any] = Implicit(),  # noqa: B008
+    backend: str = "auto",
+) -> tuple[Tensor, Solution | None]:
+    """z* = f(z*, *params), sample by sample, from z0.
+
+    Args:
+        f: maps (z, *params), z of z0's shape (N, …), dtype and layout, to the same shape. Samples (the first
+            dimension) must not see each other. It is called with the whole batch: the history takes max_iter·z0's size.
+        params: tensors handed to f. Gradients reach them, and whatever else f closes over (a module's parameters,
+            say), whether named here or not. z0 gets none: the equilibrium does not depend on it.
+        solver, adjoint, backend: as IFRHead's. An Unroll applies f `steps` times under autograd; its Solution is None.
+
+    Returns z* (the best iterate, differentiable once) and the Solution. Raises ValueError for arguments that do not fit.
+    """
+    solver, adjoint = build(solver, (Rule, Unroll), "solver"), build(adjoint, Adjoint, "adjoint")
+    if z0.dim() < 1 or not z0.is_floating_point():
+        raise ValueError(f"z0 has shape {tuple(z0.shape)} and dtype {z0.dtype}: expected (N, …) and a floating dtype")
+    if isinstance(adjoint, Shine) and not isinstance(solver, (Broyden, Unroll)):
+        raise ValueError(f"adjoint=Shine() reuses Broyden's inverse Jacobian; solver={solver!r} has none")
+    z0 = z0.detach()
+    if isinstance(solver, Unroll):
+        z = z0
+        for _ in range(solver.steps):
+            z = f(z, *params)
+        return z, None
+    rule, iterate = solver.resolve(z0.dtype), wide(z0.dtype)
+
+    def widened(z: Tensor) -> Tensor:
+        out = f(z.to(z0.dtype), *params)
+        if out.shape != z.shape:
+            raise ValueError(f"f returned shape {tuple(out.shape)} for z of shape {tuple(z.shape)}: expected the same")
+        return out.to(iterate)
+
+    start = z0.to(iterate, memory_format=memory_format(z0))
+    if isinstance(adjoint, Unrolled):
+        solved = differentiable_solve(widened, start, rule)
+        return solved.value.to(z0.dtype), solved.detach()
+    kernels = backends.kernels(backend, z0.device.type, iterate)
+    with torch.no_grad():
+        state = solve(widened, start, rule, kernels)
+    solved = solution(state)
+    if not torch.is_grad_enabled() or not len(z0):
+        return solved.value.to(z0.dtype), solved
+    # The one evaluation that the graph keeps: from it gradients go on to the parameters.
+    leaf = solved.value.detach().requires_grad_(isinstance(adjoint, Implicit))
+    if isinstance(adjoint, Phantom):
+        end = leaf
+        for _ in range(adjoint.steps):
+            end = torch.lerp(end, widened(end), adjoint.damping)
+        return _Attach.apply(end, solved.value, lambda grad: grad).to(z0.dtype), solved
+    end = widened(leaf)
+    memory = Memory(state.history, state.p, state.q) if isinstance(adjoint, Shine) else None
+
+    def cotangent(grad: Tensor) -> Tensor:
+        def vjp(w: Tensor) -> Tensor:
+            with torch.enable_grad():
+                product = torch.autograd.grad(end, leaf, w, retain_graph=True, allow_unused=True)[0]
+            return torch.zeros_like(w) if product is None else product
+
+        grad = grad.contiguous(memory_format=memory_format(solved.value))
+        return adjoint.cotangent(vjp, grad, z0.dtype, kernels, memory)[0]
+
+    return _Attach.apply(end, solved.value, cotangent).to(z0.dtype), solved
+
+
+class _Attach(torch.autograd.Function):
+    """The equilibrium's value on the graph of f at the equilibrium; turns ∂L/∂z* into the w that f's graph takes."""
+
+    @staticmethod
+    def forward(ctx, end: Tensor, value: Tensor, cotangent: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.cotangent = cotangent
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        return ctx.cotangent(grad), None, None

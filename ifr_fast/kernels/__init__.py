@@ -1,0 +1,38 @@
+"""The kernels, one module a backend, all with the functions of `plain` and its semantics.
+
+`State` is what the solver's kernels work on; they change it in place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_ITER = 1  # the status of a sample that still runs; the other codes are solve.Status
+
+
+class State:
+    """Everything a solve keeps for a chunk of n samples of `size` unknowns each.
+
+    history (n, rows, size): the residuals g_j. gram (n, rows, rows): their inner products. p, q (n, rows, rows): the
+    rule's own coefficients. step (n, rows): coefficients of the next step. norms (n, 3): ‖g‖², ‖f‖² and ‖g₀‖.
+    value (like z): the best iterate; residual (n,): its relative residual. trace (evaluations, n). status, iterations
+    (n,) int64; improved (n,) bool: this evaluation is the best so far.
+
+    The K×K algebra is in double precision on a CPU, where it costs nothing, and in the iterate's own elsewhere.
+    """
+
+    def __init__(self, z: Tensor, *, rows: int, evaluations: int, history_dtype: torch.dtype) -> None:
+        n, device = z.shape[0], z.device
+        algebra = torch.float64 if device.type == "cpu" else z.dtype
+        self.n, self.rows, self.size = n, rows, z[:1].numel()
+        self.history = torch.empty(n, rows, self.size, dtype=history_dtype, device=device)
+        self.gram, self.p, self.q = (torch.zeros(n, rows, rows, dtype=algebra, device=device) for _ in range(3))
+        self.step = torch.zeros(n, rows, dtype=algebra, device=device)
+        self.norms = torch.zeros(n, 3, dtype=algebra, device=device)
+        self.value = z.clone()
+        self.residual = torch.full((n,), torch.inf, dtype=z.dtype, device=device)
+        self.trace = torch.empty(evaluations, n, dtype=z.dtype, device=device)
+        self.status = torch.full((n,), MAX_ITER, dtype=torch.int64, device=device)
+        self.iterations = torch.zeros(n, dtype=torch.int64, device=device)
+        self.improved = torch.zeros(n, dtype=torch.bool, device=device)

@@ -1,0 +1,144 @@
+"""The compiled CPU kernels (csrc/cpu), for float32, float64 and bfloat16: `plain`'s functions, addresses passed on.
+
+A sample's sums are formed in a fixed order, so results depend neither on the number of threads nor on batch mates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from . import State
+from .plain import Norm, picard, wide
+
+__all__ = [
+    "anderson", "assess", "broyden", "combine", "gram_row", "norm_relu", "norm_relu_vjp", "norm_tail",
+    "norm_tail_vjp", "picard", "wide",
+]  # fmt: skip
+
+DTYPES = {
+    torch.float32: _native.DType.f32,
+    torch.float64: _native.DType.f64,
+    torch.bfloat16: _native.DType.bf16,
+}
+
+
+def norm_relu(y: Tensor, norm: Norm, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, shape = _activation(y, groups, eps)
+    mean, rstd = _statistics(y, groups, 2)
+    out = torch.empty_like(y)
+    _native.norm_relu(DTYPES[y.dtype], shape, *_at(y, *norm, mean, rstd, out))
+    return out, mean, rstd
+
+
+def norm_relu_vjp(
+    grad: Tensor, y: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, groups: int, eps: float, *, params: bool
+) -> tuple[Tensor, list[Tensor]]:
+    y, shape = _activation(y, groups, eps)
+    grad, grad_y = _like(grad, y, y.dtype), torch.empty_like(y)
+    grads = _affine_grads(y, 2 if params else 0)
+    _native.norm_relu_vjp(DTYPES[y.dtype], shape, *_at(grad, y, *norm, mean, rstd, grad_y), *_at(*grads, fill=2))
+    return grad_y, [g.sum(0).to(mean.dtype) for g in grads]
+
+
+def norm_tail(
+    y: Tensor, r: Tensor | None, first: Norm, second: Norm | None, groups: int, eps: float
+) -> tuple[Tensor, list[Tensor]]:
+    y, shape = _activation(y, groups, eps)
+    r = None if r is None else _like(r, y, y.dtype)
+    post = second is not None
+    statistics = _statistics(y, groups, 4 if post else 2)
+    out = torch.empty_like(y, dtype=wide(y.dtype))
+    _native.norm_tail(
+        DTYPES[y.dtype], shape, post, *_at(y, r, *first), *_at(*(second or ()), fill=2), *_at(*statistics, fill=4),
+        out.data_ptr(),
+    )  # fmt: skip
+    return out, statistics
+
+
+def norm_tail_vjp(
+    grad: Tensor,
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    statistics: list[Tensor],
+    groups: int,
+    eps: float,
+    *,
+    params: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    y, shape = _activation(y, groups, eps)
+    r = None if r is None else _like(r, y, y.dtype)
+    post = second is not None
+    grad = _like(grad, y, wide(y.dtype))
+    grad_y, grad_r = torch.empty_like(y), torch.empty_like(grad) if post else grad
+    grads = _affine_grads(y, (4 if post else 2) if params else 0)
+    _native.norm_tail_vjp(
+        DTYPES[y.dtype], shape, post, *_at(grad, y, r, *first), *_at(*(second or ()), fill=2),
+        *_at(*statistics, fill=4), *_at(grad_y, grad_r), *_at(*grads, fill=4),
+    )  # fmt: skip
+    return grad_y, None if r is None else grad_r, [g.sum(0).to(statistics[0].dtype) for g in grads]
+
+
+def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> None:
+    _native.gram_row(
+        DTYPES[z.dtype], DTYPES[state.history.dtype], *_at(f, z, state.history, state.gram, state.norms, state.status),
+        state.n, state.size, state.rows, row, first, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def assess(state: State, evaluation: int, rtol: float, divergence: float) -> int:
+    trace = state.trace
+    previous = trace[evaluation - 1].data_ptr() if evaluation else 0
+    return _native.assess(
+        DTYPES[trace.dtype], *_at(state.norms, state.status, state.iterations, state.improved, state.residual),
+        trace[evaluation].data_ptr(), previous, state.n, evaluation, rtol, divergence,
+    )  # fmt: skip
+
+
+def broyden(state: State, k: int) -> None:
+    _native.broyden(*_at(state.gram, state.p, state.q, state.step, state.status), state.n, state.rows, k)
+
+
+def anderson(state: State, k: int, m: int, ridge: float) -> None:
+    _native.anderson(*_at(state.gram, state.p, state.step, state.status), state.n, state.rows, k, m, ridge)
+
+
+def combine(state: State, z: Tensor, *, count: int, advance: bool) -> None:
+    _native.combine(
+        DTYPES[z.dtype], DTYPES[state.history.dtype],
+        *_at(z, state.value, state.history, state.step, state.status, state.improved),
+        state.n, state.size, state.rows, count, advance, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _at(*tensors: Tensor | None, fill: int = 0) -> list[int]:
+    """Addresses, padded with null ones to `fill`."""
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    return addresses + [0] * (fill - len(addresses))
+
+
+def _activation(y: Tensor, groups: int, eps: float) -> tuple[Tensor, _native.NormShape]:
+    channels_last = not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last)
+    if not channels_last:
+        y = y.contiguous()
+    n, channels, height, width = y.shape
+    threads = torch.get_num_threads()
+    return y, _native.NormShape(n, channels, height * width, groups, eps, channels_last, threads)
+
+
+def _like(tensor: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor with y's memory layout: a convolution or autograd may hand over another one."""
+    if tensor.dtype == dtype and tensor.stride() == y.stride():
+        return tensor
+    return torch.empty_like(y, dtype=dtype).copy_(tensor)
+
+
+def _statistics(y: Tensor, groups: int, count: int) -> list[Tensor]:
+    return [torch.empty(y.shape[0], groups, dtype=wide(y.dtype)) for _ in range(count)]
+
+
+def _affine_grads(y: Tensor, count: int) -> list[Tensor]:
+    return [torch.empty(y.shape[:2], dtype=torch.float64) for _ in range(count)]

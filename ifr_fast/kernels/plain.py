@@ -1,0 +1,241 @@
+"""The kernels in PyTorch's own operators: what `backend="reference"` runs, and what the other backends must match.
+
+Activations are (N, C, H, W) in either memory format; affine parameters (C,) and statistics (N, groups) are float32, or
+float64 with float64 activations. A norm is the pair (weight, bias).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import MAX_ITER, State
+
+Norm = tuple[Tensor, Tensor]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which activations of `dtype` are summed, and in which F and the iterates are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def norm_relu(y: Tensor, norm: Norm, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """relu(gn(y)), of y's dtype, and the statistics mean, rstd."""
+    out, mean, rstd = _group_norm(y.to(wide(y.dtype)), norm, groups, eps)
+    return out.relu_().to(y.dtype), mean, rstd
+
+
+def norm_relu_vjp(
+    grad: Tensor, y: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, groups: int, eps: float, *, params: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of y, and with params those of weight and bias, given that of norm_relu's output."""
+    wide_y = y.to(wide(y.dtype))
+    masked = torch.where(_affine(wide_y, norm, mean, rstd) > 0, grad.to(wide_y.dtype), 0)
+    grad_y, *grads = _group_norm_vjp(masked, wide_y, norm, mean, rstd, groups, params)
+    return grad_y.to(y.dtype), grads
+
+
+def norm_tail(
+    y: Tensor, r: Tensor | None, first: Norm, second: Norm | None, groups: int, eps: float
+) -> tuple[Tensor, list[Tensor]]:
+    """The end of the block, in the wide dtype, and its statistics: u = gn_first(y) + r (no r: gn_first(y)), then
+    gn_second(relu(u)) where there is a second norm."""
+    u, mean, rstd = _group_norm(y.to(wide(y.dtype)), first, groups, eps)
+    if r is not None:
+        u = u + r
+    if second is None:
+        return u, [mean, rstd]
+    out, *statistics = _group_norm(u.relu_(), second, groups, eps)
+    return out, [mean, rstd, *statistics]
+
+
+def norm_tail_vjp(
+    grad: Tensor,
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    statistics: list[Tensor],
+    groups: int,
+    eps: float,
+    *,
+    params: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Gradients of y (its dtype) and r (wide dtype; None without r), and with params those of the norms' weights and
+    biases, given that of norm_tail's output."""
+    wide_y = y.to(wide(y.dtype))
+    grads: list[Tensor] = []
+    if second is not None:
+        u = _affine(wide_y, first, *statistics[:2])
+        if r is not None:
+            u = u + r
+        positive = u > 0
+        grad, *grads = _group_norm_vjp(grad, u.relu_(), second, *statistics[2:], groups, params)
+        grad = torch.where(positive, grad, 0)
+    grad_y, *first_grads = _group_norm_vjp(grad, wide_y, first, *statistics[:2], groups, params)
+    return grad_y.to(y.dtype), None if r is None else grad, [*first_grads, *grads]
+
+
+def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> None:
+    """Stores g = f - z as the history's row `row`, with its inner products with the rows first … row; norms.
+
+    row < 0 takes the norms only. The products are of the stored (rounded) residuals.
+    """
+    g = (f - z).permute(*_order(z)).reshape(state.n, -1)
+    state.norms[:, 0] = g.square().sum(1)
+    state.norms[:, 1] = f.square().flatten(1).sum(1)
+    if row < 0:
+        return
+    state.history[:, row] = g
+    g = state.history[:, row].to(z.dtype)
+    for j in range(first, row + 1):
+        state.gram[:, row, j] = state.gram[:, j, row] = (g * state.history[:, j]).sum(1)
+
+
+def assess(state: State, evaluation: int, rtol: float, divergence: float) -> int | None:
+    """The relative residual of every running sample, and what follows from it: best, status, iterations, trace.
+
+    Codes as solve.Status: 0 converged, 2 diverged (‖g‖ > divergence · ‖g₀‖), 3 not finite. Returns the number of samples
+    still running, or None on a device, where that would cost a synchronisation.
+    """
+    running = state.status == MAX_ITER
+    g, f = state.norms[:, 0].sqrt(), state.norms[:, 1].sqrt()
+    if evaluation == 0:
+        state.norms[:, 2] = g
+    relative = (g / f.clamp_min(1e-30)).to(state.residual.dtype)
+    state.trace[evaluation] = torch.where(running, relative, state.trace[max(evaluation - 1, 0)])
+    state.iterations[running] = evaluation
+    finite = relative.isfinite()
+    state.improved.copy_(running & finite & (relative < state.residual))
+    state.residual.copy_(torch.where(state.improved, relative, state.residual))
+    code = torch.where(g > divergence * state.norms[:, 2], 2, MAX_ITER)
+    code = torch.where(relative <= rtol, 0, code)
+    code = torch.where(finite, code, 3)
+    state.status.copy_(torch.where(running, code, state.status))
+    return int((state.status == MAX_ITER).sum()) if state.status.device.type == "cpu" else None
+
+
+def broyden(state: State, k: int) -> None:
+    """The step after residual k, by Broyden's method; its pair (p, q) joins the state."""
+    p, q, step = broyden_coefficients(state.gram, state.p, state.q, state.step, k)
+    if k > 0:
+        running = (state.status == MAX_ITER).unsqueeze(1)
+        state.p[:, k - 1], state.q[:, k - 1] = torch.where(running, p, 0), torch.where(running, q, 0)
+    state.step.copy_(step)
+
+
+def broyden_coefficients(
+    gram: Tensor, p: Tensor, q: Tensor, step: Tensor, k: int
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Broyden's method in the space of the residuals: U = G Pᵀ, V = G Qᵀ, step = G d (design: no vector of the problem's
+    size is touched). gram (n, K, K); p, q (n, s, K) the pairs so far; step (n, K) the one that led to residual k.
+
+    Returns the new pair (n, K) each (None at k = 0) and the next step. Functional, hence differentiable.
+    """
+    unit = torch.zeros_like(step)
+    unit[:, k] = 1
+    if k == 0:
+        return None, None, unit
+    gram_step = _matvec(gram, step)
+    gram_y = gram[:, :, k] - gram[:, :, k - 1]
+    y = unit - unit.roll(-1, 1)
+    q_new = _matvec(q.mT, _matvec(p, gram_step)) - step
+    scale = (q_new * gram_y).sum(1, keepdim=True)
+    # A sample that has stopped has no difference left; dividing by it would poison the gradient even where it is masked.
+    usable = scale != 0
+    p_new = (step + y - _matvec(p.mT, _matvec(q, gram_y))) / torch.where(usable, scale, 1)
+    usable = usable & (p_new.isfinite() & q_new.isfinite()).all(1, keepdim=True)
+    p_new, q_new = torch.where(usable, p_new, 0), torch.where(usable, q_new, 0)
+    right = gram[:, :, k]
+    step = unit - _matvec(p.mT, _matvec(q, right)) - p_new * (q_new * right).sum(1, keepdim=True)
+    return p_new, q_new, step
+
+
+def anderson(state: State, k: int, m: int, ridge: float) -> None:
+    """The step after residual k, by Anderson acceleration over the last m residuals; past steps stay in state.p."""
+    if k > 0:
+        state.p[:, k - 1] = state.step
+    state.step.copy_(anderson_coefficients(state.gram, state.p, k, m, ridge))
+
+
+def anderson_coefficients(gram: Tensor, steps: Tensor, k: int, m: int, ridge: float) -> Tensor:
+    """Anderson acceleration in the space of the residuals: the least-squares problem by its normal equations, with
+    ridge · trace on the diagonal. gram (n, K, K); steps (n, ≥ k, K): step i led from iterate i to i + 1.
+
+    Returns the next step (n, K); a plain one where the system is singular. Functional, hence differentiable.
+    """
+    first = max(0, k - m + 1)
+    unit = torch.zeros_like(gram[:, 0])
+    unit[:, k] = 1
+    if first == k:
+        return unit
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    differences = (identity[first + 1 : k + 1] - identity[first:k]).expand(len(gram), -1, -1)
+    normal = differences @ gram @ differences.mT
+    trace = normal.diagonal(dim1=1, dim2=2).sum(1)
+    # A sample that has stopped has no differences left: a unit diagonal keeps its system, and gradients, finite.
+    diagonal = torch.where(trace > 0, ridge * trace, 1).unsqueeze(1).expand(-1, k - first).diag_embed()
+    right = differences @ gram[:, :, k : k + 1]
+    gamma = torch.linalg.solve_ex(normal + diagonal, right).result
+    gamma = torch.where(gamma.isfinite().all(1, keepdim=True), gamma, 0)
+    return unit - _matvec((steps[:, first:k] + differences).mT, gamma.squeeze(2))
+
+
+def picard(state: State, row: int) -> None:
+    """The plain step z + g."""
+    state.step.zero_()
+    state.step[:, row] = 1
+
+
+def combine(state: State, z: Tensor, *, count: int, advance: bool) -> None:
+    """Keeps z where it is the best so far, then (advance) moves running samples: z += Σ_j step_j g_j, j < count."""
+    shape = (-1,) + (1,) * (z.dim() - 1)
+    state.value.copy_(torch.where(state.improved.view(shape), z, state.value))
+    if not advance:
+        return
+    update = torch.zeros(state.n, state.size, dtype=z.dtype, device=z.device)
+    for j in range(count):
+        update += state.step[:, j : j + 1].to(z.dtype) * state.history[:, j]
+    order = _order(z)
+    update = update.view(z.permute(*order).shape).permute(*(order.index(d) for d in range(z.dim())))
+    z.copy_(torch.where((state.status == MAX_ITER).view(shape), z + update, z))
+
+
+def _order(z: Tensor) -> list[int]:
+    """The dimensions of z in the order of its memory."""
+    channels_last = z.dim() == 4 and not z.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last)
+    return [0, 2, 3, 1] if channels_last else list(range(z.dim()))
+
+
+def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(2)).squeeze(2)
+
+
+def _per_channel(statistic: Tensor, channels: int) -> Tensor:
+    return statistic.repeat_interleave(channels // statistic.shape[1], 1)[:, :, None, None]
+
+
+def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (x - _per_channel(mean, x.shape[1])) * _per_channel(rstd, x.shape[1])
+
+
+def _affine(x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor) -> Tensor:
+    return _normalised(x, mean, rstd) * norm[0][:, None, None] + norm[1][:, None, None]
+
+
+def _group_norm(x: Tensor, norm: Norm, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    variance, mean = torch.var_mean(x.unflatten(1, (groups, -1)), (2, 3, 4), correction=0)
+    rstd = (variance + eps).rsqrt()
+    return F.group_norm(x, groups, *norm, eps), mean, rstd
+
+
+def _group_norm_vjp(
+    grad: Tensor, x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, groups: int, params: bool
+) -> list[Tensor]:
+    x_hat = _normalised(x, mean, rstd)
+    weighted = grad * norm[0][:, None, None]
+    average = _per_channel(weighted.unflatten(1, (groups, -1)).mean((2, 3, 4)), x.shape[1])
+    slope = _per_channel((weighted * x_hat).unflatten(1, (groups, -1)).mean((2, 3, 4)), x.shape[1])
+    grad_x = (weighted - average - x_hat * slope) * _per_channel(rstd, x.shape[1])
+    return [grad_x, (grad * x_hat).sum((0, 2, 3)), grad.sum((0, 2, 3))] if params else [grad_x]

@@ -1,0 +1,177 @@
+"""The registered torch ops: schemas, fakes, autograd. Nothing computes here.
+
+norm_relu and norm_tail go straight to a backend's kernels; solve and solve_backward, one op for a whole solve, are
+implemented in equilibrium.py. Solvers and adjoints travel as strings (config.encode), steps and dtypes beside them so
+that the fakes need not read them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backend as backends
+from .kernels.plain import wide
+
+torch.library.define(
+    "ifr_fast::norm_relu", "(Tensor y, Tensor weight, Tensor bias, int groups, float eps, str backend) -> (Tensor, Tensor, Tensor)"
+)
+torch.library.define(
+    "ifr_fast::norm_relu_vjp",
+    "(Tensor grad, Tensor y, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups, float eps, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "ifr_fast::norm_tail", "(Tensor y, Tensor? r, Tensor[] norms, int groups, float eps, str backend) -> (Tensor, Tensor[])"
+)
+torch.library.define(
+    "ifr_fast::norm_tail_vjp",
+    "(Tensor grad, Tensor y, Tensor? r, Tensor[] norms, Tensor[] statistics, int groups, float eps, str backend)"
+    " -> (Tensor, Tensor, Tensor[])",
+)
+torch.library.define(
+    "ifr_fast::solve",
+    "(Tensor x, Tensor[] params, str form, int groups, float eps, str solver, int steps, ScalarType dtype,"
+    " ScalarType history_dtype, str adjoint, str backend, bool keep)"
+    " -> (Tensor value, Tensor residual, Tensor iterations, Tensor trace, Tensor status, Tensor history, Tensor p, Tensor q)",
+)
+torch.library.define(
+    "ifr_fast::solve_backward",
+    "(Tensor grad, Tensor value, Tensor x, Tensor[] params, Tensor[] memory, str form, int groups, float eps,"
+    " ScalarType dtype, str adjoint, str backend) -> (Tensor grad_x, Tensor[] grad_params, Tensor residual)",
+)
+
+
+def _kernels(backend: str, y: Tensor):
+    return backends.kernels(backend, y.device.type, y.dtype)
+
+
+def _pairs(norms: list[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    return (norms[0], norms[1]), (norms[2], norms[3]) if len(norms) == 4 else None
+
+
+@torch.library.impl("ifr_fast::norm_relu", "default")
+def _(y, weight, bias, groups, eps, backend):
+    return _kernels(backend, y).norm_relu(y, (weight, bias), groups, eps)
+
+
+@torch.library.register_fake("ifr_fast::norm_relu")
+def _(y, weight, bias, groups, eps, backend):
+    statistics = y.new_empty(y.shape[0], groups, dtype=wide(y.dtype))
+    return torch.empty_like(y), statistics, torch.empty_like(statistics)
+
+
+@torch.library.impl("ifr_fast::norm_relu_vjp", "default")
+def _(grad, y, weight, bias, mean, rstd, groups, eps, backend):
+    kernels = _kernels(backend, y)
+    grad_y, grads = kernels.norm_relu_vjp(grad, y, (weight, bias), mean, rstd, groups, eps, params=True)
+    return grad_y, *grads
+
+
+@torch.library.register_fake("ifr_fast::norm_relu_vjp")
+def _(grad, y, weight, bias, mean, rstd, groups, eps, backend):
+    return torch.empty_like(y), torch.empty_like(weight), torch.empty_like(bias)
+
+
+@torch.library.impl("ifr_fast::norm_tail", "default")
+def _(y, r, norms, groups, eps, backend):
+    return _kernels(backend, y).norm_tail(y, r, *_pairs(norms), groups, eps)
+
+
+@torch.library.register_fake("ifr_fast::norm_tail")
+def _(y, r, norms, groups, eps, backend):
+    statistics = [y.new_empty(y.shape[0], groups, dtype=wide(y.dtype)) for _ in norms]
+    return torch.empty_like(y, dtype=wide(y.dtype)), statistics
+
+
+@torch.library.impl("ifr_fast::norm_tail_vjp", "default")
+def _(grad, y, r, norms, statistics, groups, eps, backend):
+    grad_y, grad_r, grads = _kernels(backend, y).norm_tail_vjp(
+        grad, y, r, *_pairs(norms), statistics, groups, eps, params=True
+    )
+    # An op's results may not share memory with its arguments or each other.
+    grad_r = grad.new_empty(0) if grad_r is None else grad_r.clone() if grad_r is grad else grad_r
+    return grad_y, grad_r, grads
+
+
+@torch.library.register_fake("ifr_fast::norm_tail_vjp")
+def _(grad, y, r, norms, statistics, groups, eps, backend):
+    like = torch.empty_like(y, dtype=wide(y.dtype))
+    return torch.empty_like(y), grad.new_empty(0) if r is None else like, [torch.empty_like(n) for n in norms]
+
+
+def _norm_relu_context(ctx, inputs, output):
+    y, weight, bias, *ctx.options = inputs
+    ctx.save_for_backward(y, weight, bias, *output[1:])
+
+
+def _norm_relu_backward(ctx, grad, *_):
+    grads = torch.ops.ifr_fast.norm_relu_vjp(grad, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None
+
+
+def _norm_tail_context(ctx, inputs, output):
+    y, r, norms, *ctx.options = inputs
+    ctx.count, ctx.residual = len(norms), r is not None
+    ctx.save_for_backward(y, *([r] if ctx.residual else []), *norms, *output[1])
+
+
+def _norm_tail_backward(ctx, grad, *_):
+    y, *rest = ctx.saved_tensors
+    r = rest.pop(0) if ctx.residual else None
+    norms, statistics = rest[: ctx.count], rest[ctx.count :]
+    grad_y, grad_r, grads = torch.ops.ifr_fast.norm_tail_vjp(grad, y, r, norms, statistics, *ctx.options)
+    return grad_y, None if r is None else grad_r.to(r.dtype), grads, None, None, None
+
+
+torch.library.register_autograd("ifr_fast::norm_relu", _norm_relu_backward, setup_context=_norm_relu_context)
+torch.library.register_autograd("ifr_fast::norm_tail", _norm_tail_backward, setup_context=_norm_tail_context)
+
+
+def solve_results(
+    x: Tensor, steps: int, dtype: torch.dtype, history_dtype: torch.dtype, keep: bool
+) -> tuple[Tensor, ...]:
+    """Empty results of the op `solve`, in its schema's order; the last three have no elements unless `keep`."""
+    n, state = x.shape[0], wide(dtype)
+    rows, size = (steps, x[:1].numel()) if keep else (0, 0)
+    algebra = torch.float64 if x.device.type == "cpu" else state
+    return (
+        torch.empty_like(x),
+        x.new_empty(n, dtype=state),
+        x.new_empty(n, dtype=torch.int64),
+        x.new_empty(steps + 1, n, dtype=state),
+        x.new_empty(n, dtype=torch.int64),
+        x.new_empty(n, rows, size, dtype=history_dtype),
+        x.new_empty(n, rows, rows, dtype=algebra),
+        x.new_empty(n, rows, rows, dtype=algebra),
+    )
+
+
+@torch.library.register_fake("ifr_fast::solve")
+def _(x, params, form, groups, eps, solver, steps, dtype, history_dtype, adjoint, backend, keep):
+    return solve_results(x, steps, dtype, history_dtype, keep)
+
+
+@torch.library.register_fake("ifr_fast::solve_backward")
+def _(grad, value, x, params, memory, form, groups, eps, dtype, adjoint, backend):
+    return torch.empty_like(x), [torch.empty_like(p) for p in params], x.new_empty(x.shape[0], dtype=wide(dtype))
+
+
+def _solve_context(ctx, inputs, output):
+    x, params, form, groups, eps, _, _, dtype, _, adjoint, backend, _ = inputs
+    ctx.options = form, groups, eps, dtype, adjoint, backend
+    ctx.count = len(params)
+    ctx.save_for_backward(output[0], x, *params, *output[5:])
+    ctx.set_materialize_grads(False)
+
+
+def _solve_backward(ctx, grad, *_):
+    value, x, *rest = ctx.saved_tensors
+    if grad is None:
+        return None, [None] * ctx.count, *[None] * 10
+    params, memory = rest[: ctx.count], rest[ctx.count :]
+    grad_x, grad_params, _ = torch.ops.ifr_fast.solve_backward(grad, value, x, params, memory, *ctx.options)
+    return grad_x, grad_params, *[None] * 10
+
+
+torch.library.register_autograd("ifr_fast::solve", _solve_backward, setup_context=_solve_context)

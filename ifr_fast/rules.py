@@ -1,0 +1,186 @@
+"""From a Gram matrix to the next step: Broyden, Anderson, Picard; and the explicit Unroll.
+
+Starting from J₀⁻¹ = -I, every step of these methods lies in the span of the residuals g₀ … g_k. A rule therefore sees
+only their inner products, a K×K matrix a sample, and yields the step's coefficients (design: "the solver").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .config import check_int, check_rtol, choice
+from .kernels import State, plain
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What every iterative solver takes.
+
+    max_iter: steps at most; F is evaluated max_iter + 1 times. rtol: a sample stops where ‖F(z) - z‖ ≤ rtol·‖F(z)‖;
+        None means 1e-3, or 1e-2 where F is computed in 16 bits; 0 means always max_iter steps.
+    history_dtype: of the stored residuals (torch.float32, torch.bfloat16, torch.float64 or their names); None means
+        bfloat16 where F is computed in 16 bits, else the iterate's dtype. bfloat16 halves memory and traffic and leaves
+        the residuals' trace alike. workspace: bytes that the history may take at a time, None for 32 MiB on a CPU and
+        1 GiB elsewhere; samples are solved in chunks that fit, one sample at least.
+
+    Raises ValueError for values outside these.
+    """
+
+    max_iter: int = 15
+    rtol: float | None = None
+    history_dtype: torch.dtype | None = None
+    workspace: int | None = None
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_int(name, "max_iter", self.max_iter, 1)
+        if self.workspace is not None:
+            check_int(name, "workspace", self.workspace, 1)
+        check_rtol(name, self.rtol)
+        dtype = getattr(torch, self.history_dtype, None) if isinstance(self.history_dtype, str) else self.history_dtype
+        if dtype not in (None, torch.float32, torch.float64, torch.bfloat16) or (dtype is None) != (self.history_dtype is None):
+            raise ValueError(f"{name}(history_dtype={self.history_dtype!r}): expected None, float32, float64 or bfloat16")
+        object.__setattr__(self, "history_dtype", dtype)
+
+    def resolve(self, compute: torch.dtype) -> Rule:
+        """The rule with its defaults filled in, for an F that computes in `compute`."""
+        narrow = compute.itemsize <= 2
+        iterate = torch.float64 if compute == torch.float64 else torch.float32
+        stored = self.history_dtype or (torch.bfloat16 if narrow else iterate)
+        return replace(
+            self,
+            rtol=(1e-2 if narrow else 1e-3) if self.rtol is None else self.rtol,
+            history_dtype=torch.bfloat16 if stored == torch.bfloat16 else iterate,
+        )
+
+    def chunk(self, samples: int, size: int, device: torch.device) -> int:
+        """Samples of `size` unknowns to solve at a time: as even a split as the (resolved) rule's workspace allows."""
+        budget = self.workspace or (32 << 20 if device.type == "cpu" else 1 << 30)
+        most = max(1, budget // max(1, self.rows * size * self.history_dtype.itemsize))
+        return -(-samples // -(-samples // most))
+
+    @property
+    def rows(self) -> int:
+        """Residuals that the history holds."""
+        return self.max_iter
+
+    def first(self, row: int) -> int:
+        """The oldest row of the history whose product with row `row` the rule reads."""
+        return 0
+
+    def advance(self, kernels: ModuleType, state: State, k: int) -> None:
+        """Writes the coefficients of the step after residual k into the state."""
+        raise NotImplementedError
+
+    def differentiable(self) -> DifferentiableRule:
+        """The same rule, functional, for backpropagation through a solve."""
+        raise NotImplementedError
+
+
+class DifferentiableRule:
+    """Called with the Gram matrix (n, K, K) of residuals 0 … k, gives the step's coefficients (n, K); k = 0, 1, ….
+
+    Keeps what it needs between calls.
+    """
+
+    def __call__(self, gram: Tensor, k: int) -> Tensor:
+        raise NotImplementedError
+
+
+@choice
+@dataclass(frozen=True)
+class Broyden(Rule):
+    """Broyden's "good" method (Eq. 6 and 7), J₀⁻¹ = -I, without line search."""
+
+    def advance(self, kernels: ModuleType, state: State, k: int) -> None:
+        kernels.broyden(state, k)
+
+    def differentiable(self) -> DifferentiableRule:
+        return _DifferentiableBroyden()
+
+
+class _DifferentiableBroyden(DifferentiableRule):
+    def __call__(self, gram: Tensor, k: int) -> Tensor:
+        if k == 0:
+            self.p = self.q = gram.new_zeros(len(gram), 0, gram.shape[1])
+            self.step = gram.new_zeros(gram.shape[:2])
+        p, q, self.step = plain.broyden_coefficients(gram, self.p, self.q, self.step, k)
+        if k > 0:
+            self.p, self.q = torch.cat([self.p, p.unsqueeze(1)], 1), torch.cat([self.q, q.unsqueeze(1)], 1)
+        return self.step
+
+
+@choice
+@dataclass(frozen=True)
+class Anderson(Rule):
+    """Anderson acceleration over the last m residuals (Walker & Ni, 2011), mixing 1."""
+
+    m: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("Anderson", "m", self.m, 1)
+
+    def first(self, row: int) -> int:
+        return max(0, row - self.m + 1)
+
+    def advance(self, kernels: ModuleType, state: State, k: int) -> None:
+        kernels.anderson(state, k, self.m, _ridge(state.residual.dtype))
+
+    def differentiable(self) -> DifferentiableRule:
+        return _DifferentiableAnderson(self.m)
+
+
+def _ridge(dtype: torch.dtype) -> float:
+    """Relative Tikhonov term of the normal equations: the accuracy of the inner products."""
+    return torch.finfo(dtype).eps
+
+
+class _DifferentiableAnderson(DifferentiableRule):
+    def __init__(self, m: int) -> None:
+        self.m = m
+
+    def __call__(self, gram: Tensor, k: int) -> Tensor:
+        if k == 0:
+            self.steps = gram.new_zeros(len(gram), 0, gram.shape[1])
+        step = plain.anderson_coefficients(gram, self.steps, k, self.m, _ridge(gram.dtype))
+        self.steps = torch.cat([self.steps, step.unsqueeze(1)], 1)
+        return step
+
+
+@choice
+@dataclass(frozen=True)
+class Picard(Rule):
+    """Plain iteration z ← F(z), with the stopping, the best iterate and the report of the others."""
+
+    @property
+    def rows(self) -> int:
+        return 1
+
+    def advance(self, kernels: ModuleType, state: State, k: int) -> None:
+        kernels.picard(state, 0)
+
+    def differentiable(self) -> DifferentiableRule:
+        return _DifferentiablePicard()
+
+
+class _DifferentiablePicard(DifferentiableRule):
+    def __call__(self, gram: Tensor, k: int) -> Tensor:
+        step = gram.new_zeros(gram.shape[:2])
+        step[:, k] = 1
+        return step
+
+
+@choice
+@dataclass(frozen=True)
+class Unroll:
+    """Not a solver: the explicit weight-tied unroll, F applied `steps` times (Table 6), with plain backpropagation."""
+
+    steps: int = 4
+
+    def __post_init__(self) -> None:
+        check_int("Unroll", "steps", self.steps, 1)

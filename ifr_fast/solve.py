@@ -1,0 +1,138 @@
+"""The engine: evaluate F, store the residual, judge every sample, let the rule choose the step.
+
+No decision looks at more than one sample, and nothing waits for a device: on a CPU the loop ends when every sample has
+stopped, elsewhere finished samples keep their iterate until the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .kernels import State
+from .rules import Rule
+
+DIVERGENCE = 1e3  # a sample whose residual norm has grown by this factor is given up
+
+
+class Status(IntEnum):
+    """Why a sample stopped."""
+
+    CONVERGED = 0  # ‖F(z) - z‖ ≤ rtol·‖F(z)‖
+    MAX_ITER = 1  # not within max_iter steps
+    DIVERGED = 2  # ‖F(z) - z‖ grew a thousandfold
+    NONFINITE = 3  # F(z) or z overflowed or was NaN
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve reached, sample by sample; tensors on the solve's device, detached.
+
+    value: (N, …) the best iterate of each sample: the one of the smallest relative residual, z⁰ where none is finite.
+    residual: (N,) ‖F(z) - z‖ / ‖F(z)‖ there (inf where none is finite). iterations: (N,) int64 steps taken.
+    trace: (max_iter + 1, N) the relative residual of every evaluation; a stopped sample's last one repeats.
+    status: (N,) int64, codes of `Status`.
+    """
+
+    value: Tensor
+    residual: Tensor
+    iterations: Tensor
+    trace: Tensor
+    status: Tensor
+
+    def detach(self) -> Solution:
+        return Solution(*(getattr(self, name).detach() for name in self.__dataclass_fields__))
+
+    def __str__(self) -> str:
+        """One line that a person reads; waits for the device."""
+        counts = {s.name: int((self.status == s).sum()) for s in Status}
+        states = ", ".join(f"{n} {name.lower()}" for name, n in counts.items() if n)
+        worst = f"{float(self.residual.max()):.1e}" if len(self.residual) else "none"
+        return f"{len(self.status)} samples ({states}), worst relative residual {worst}"
+
+
+def memory_format(z: Tensor) -> torch.memory_format:
+    """The layout that the kernels keep: channels_last where z has it, else contiguous."""
+    if z.dim() == 4 and not z.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def solve(
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,
+    rule: Rule,
+    kernels: ModuleType,
+    *,
+    f_z0: Tensor | None = None,
+) -> State:
+    """The equilibrium of f from z0 (n, …), float32 or float64 in one of memory_format()'s layouts; n ≥ 1.
+
+    f maps an iterate to a tensor of the same shape. rule must be resolved. f_z0: f(z0) where it is known already. Returns
+    the solver's state; its value, residual, iterations, trace and status are a Solution's fields.
+    """
+    z = z0.clone()
+    state = State(z, rows=rule.rows, evaluations=rule.max_iter + 1, history_dtype=rule.history_dtype)
+    for k in range(rule.max_iter + 1):
+        fz = f_z0 if k == 0 and f_z0 is not None else f(z)
+        if fz.stride() != z.stride() or fz.dtype != z.dtype:
+            fz = torch.empty_like(z).copy_(fz)
+        last = k == rule.max_iter
+        row = -1 if last else k % rule.rows
+        kernels.gram_row(state, fz, z, row=row, first=rule.first(row))
+        running = kernels.assess(state, k, rule.rtol, DIVERGENCE)
+        last = last or running == 0
+        if not last:
+            rule.advance(kernels, state, k)
+        kernels.combine(state, z, count=row + 1, advance=not last)
+        if last:
+            state.trace[k + 1 :] = state.trace[k]
+            break
+    return state
+
+
+def solution(state: State) -> Solution:
+    return Solution(state.value, state.residual, state.iterations, state.trace, state.status)
+
+
+def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Rule) -> Solution:
+    """The same solve in differentiable operators: autograd sees every step. Memory grows with the steps. rule: resolved."""
+    shape = (-1,) + (1,) * (z0.dim() - 1)
+    z, best = z0, z0
+    residual = torch.full((len(z0),), torch.inf, dtype=z0.dtype, device=z0.device)
+    status = torch.full((len(z0),), Status.MAX_ITER, dtype=torch.int64, device=z0.device)
+    iterations = torch.zeros_like(status)
+    trace: list[Tensor] = []
+    history: list[Tensor] = []
+    next_step = rule.differentiable()
+    first_norm = None
+    for k in range(rule.max_iter + 1):
+        fz = f(z)
+        g = fz - z
+        running = status == Status.MAX_ITER
+        with torch.no_grad():
+            norm = g.flatten(1).norm(dim=1)
+            first_norm = norm if first_norm is None else first_norm
+            relative = norm / fz.flatten(1).norm(dim=1).clamp_min(1e-30)
+            improved = running & relative.isfinite() & (relative < residual)
+            residual = torch.where(improved, relative, residual)
+            trace.append(torch.where(running, relative, trace[-1] if trace else relative))
+            iterations = torch.where(running, k, iterations)
+            code = torch.where(norm > DIVERGENCE * first_norm, Status.DIVERGED, Status.MAX_ITER)
+            code = torch.where(relative <= rule.rtol, Status.CONVERGED, code)
+            status = torch.where(running, torch.where(relative.isfinite(), code, Status.NONFINITE), status)
+        best = torch.where(improved.view(shape), z, best)
+        if k == rule.max_iter:
+            break
+        history.append(g)
+        rows = torch.stack([r.flatten(1) for r in history], 1)
+        gram = torch.nn.functional.pad(rows @ rows.mT, (0, rule.max_iter - k, 0, rule.max_iter - k))
+        step = next_step(gram, k)[:, : k + 1]
+        update = (step.unsqueeze(1) @ rows).view(z.shape)
+        z = torch.where((status == Status.MAX_ITER).view(shape), z + update, z)
+    return Solution(best, residual, iterations, torch.stack(trace), status)
