@@ -6,6 +6,7 @@ Implicit solves for it, JacobianFree and Shine guess it, Phantom and Unrolled ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -42,7 +43,7 @@ class Adjoint:
     def cotangent(
         self, vjp: Vjp, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
     ) -> tuple[Tensor, Tensor]:
-        """w, like grad (n, …), and the relative residual of its equation per sample (n,), NaN where it is not solved."""
+        """w, like grad (n, …), and its equation's relative residual per sample (n,), inf where it is not solved."""
         raise NotImplementedError
 
 
@@ -70,7 +71,9 @@ class Implicit(Adjoint):
         self, vjp: Vjp, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
     ) -> tuple[Tensor, Tensor]:
         # At w⁰ = 0 the map's value is grad itself: one product with the Jacobian saved.
-        state = solve(lambda w: vjp(w).add_(grad), torch.zeros_like(grad), self.rule.resolve(compute), kernels, f_z0=grad)
+        state = solve(
+            lambda w: vjp(w).add_(grad), torch.zeros_like(grad), self.rule.resolve(compute), kernels, f_z0=grad
+        )
         return state.value, state.residual
 
 
@@ -82,7 +85,7 @@ class JacobianFree(Adjoint):
     def cotangent(
         self, vjp: Vjp, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
     ) -> tuple[Tensor, Tensor]:
-        return grad, grad.new_full((len(grad),), torch.nan)
+        return grad, _unsolved(grad)
 
 
 @choice
@@ -106,7 +109,7 @@ class Shine(Adjoint):
         for j in range(rows):
             scale = coefficients[:, j].to(flat.dtype)
             w -= torch.where(scale != 0, scale * memory.history[:, j], 0)
-        return _unflatten(w, grad), grad.new_full((len(grad),), torch.nan)
+        return _unflatten(w, grad), _unsolved(grad)
 
 
 @choice
@@ -133,7 +136,7 @@ class Phantom(Adjoint):
         for step in reversed(linearised):
             grad_z, grads = step.vjp_params(self.damping * grad)
             grad_x += grad_z
-            grad_params = [a + b for a, b in zip(grad_params, grads)] if grad_params else grads
+            grad_params = [a + b for a, b in zip(grad_params, grads, strict=True)] if grad_params else grads
             grad = (1 - self.damping) * grad + grad_z
         return grad_x, grad_params
 
@@ -144,9 +147,13 @@ class Unrolled(Adjoint):
     """Plain backpropagation through every step of the solve; memory grows with the steps."""
 
 
+def _unsolved(grad: Tensor) -> Tensor:
+    return grad.new_full((len(grad),), torch.inf)
+
+
 def _flatten(x: Tensor) -> Tensor:
     """(n, …) as (n, size) in the order of its memory, as the history's rows are."""
-    return x.permute(0, 2, 3, 1).flatten(1) if _channels_last(x) else x.flatten(1)
+    return (x.permute(0, 2, 3, 1) if _channels_last(x) else x).reshape(len(x), math.prod(x.shape[1:]))
 
 
 def _unflatten(flat: Tensor, like: Tensor) -> Tensor:

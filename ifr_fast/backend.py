@@ -1,6 +1,6 @@
 """Which kernels serve which call, and why, in words that a user can read.
 
-reference: PyTorch's own operators, any device. native: the compiled CPU kernels. triton, cuda: not part of this version.
+reference: PyTorch's own operators, any device. native: the compiled CPU kernels. triton, cuda: not in this version.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from . import ops  # noqa: F401  (registers torch.ops.ifr_fast)
 from .kernels.plain import wide
@@ -53,13 +54,13 @@ class ResidualBlock(nn.Module):
                 raise ValueError(f"{name}={value!r}: expected a positive integer")
             if not isinstance(groups, int) or groups < 1 or value % groups:
                 raise ValueError(
-                    f"groups={groups!r} does not divide {name}={value}: pass a divisor of both channels and mid_channels, "
+                    f"groups={groups!r} does not divide {name}={value}: pass a divisor of channels and mid_channels, "
                     f"e.g. groups={math.gcd(channels, mid_channels, 32)}"
                 )
         if form == "paper":
             warnings.warn(
-                "form='paper' (Eq. 5 as printed) has no equilibrium in general: with z = F(z; X) it demands GN2(…) = -X, and "
-                "the iterates grow without bound. Use form='released', the authors' model, unless this is an ablation.",
+                "form='paper' (Eq. 5 as printed) has no equilibrium in general: z = F(z; X) demands GN2(…) = -X there, "
+                "and the iterates grow without bound. Use form='released', the authors' model, unless for an ablation.",
                 stacklevel=2,
             )
         self.channels, self.form, self.groups, self.backend = channels, form, groups, backend
@@ -106,5 +107,28 @@ class ResidualBlock(nn.Module):
             out = torch.ops.ifr_fast.norm_tail(y, None if self.form == "plain" else r, norms, *options)[0]
         return out.to(z.dtype)
 
+    # torch pickles no parametrised module: such a convolution travels as a plain one with its gain beside it.
+    def __getstate__(self) -> dict[str, Any]:
+        modules = {k: _plain(m) if parametrize.is_parametrized(m) else m for k, m in self._modules.items()}
+        return {**self.__dict__, "_modules": modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._modules = {k: _weight_normed(m) if hasattr(m, "gain") else m for k, m in self._modules.items()}
+
     def extra_repr(self) -> str:
         return f"form={self.form!r}"
+
+
+def _plain(conv: nn.Conv2d) -> nn.Conv2d:
+    plain = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False, device="meta").train(conv.training)
+    plain.gain, plain.weight = conv.parametrizations.weight.original0, conv.parametrizations.weight.original1
+    return plain
+
+
+def _weight_normed(plain: nn.Conv2d) -> nn.Conv2d:
+    gain, direction = plain.gain, plain.weight
+    del plain.gain
+    parametrizations.weight_norm(plain, dim=0)
+    plain.parametrizations.weight.original0, plain.parametrizations.weight.original1 = gain, direction
+    return plain

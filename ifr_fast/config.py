@@ -28,7 +28,9 @@ def build(spec: Any, base: type[T] | tuple[type, ...], argument: str) -> T:
     fields = {"type": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, dict) else {}
     cls = _CHOICES.get(str(fields.pop("type", "")).lower())
     if cls is None or not issubclass(cls, base):
-        raise ValueError(f"{argument}={spec!r}: expected one of {', '.join(names)}, as an object, a name or dict(type=name, …)")
+        raise ValueError(
+            f"{argument}={spec!r}: expected one of {', '.join(names)}, as an object, a name or dict(type=name, …)"
+        )
     known = {f.name for f in dataclasses.fields(cls)}
     if not fields.keys() <= known:
         raise ValueError(f"{argument}={spec!r}: {cls.__name__} takes {', '.join(sorted(known)) or 'no options'}")

@@ -1,7 +1,7 @@
 """The registered ops `solve` and `solve_backward`: one residual block's equilibrium, and its gradients, for a batch.
 
-Samples go through in chunks that fit the solver's workspace, so memory does not grow with their number. On a CPU a chunk
-is worked on in channels_last, which oneDNN convolves faster, and leaves in the caller's layout.
+Samples go through in chunks that fit the solver's workspace, so memory does not grow with their number. On a CPU a
+chunk is worked on in channels_last, which oneDNN convolves faster, and leaves in the caller's layout.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def _solve(x, params, form, groups, eps, solver, steps, dtype, history_dtype, ad
             value[chunk], residual[chunk], iterations[chunk] = state.value, state.residual, state.iterations
             trace[:, chunk], status[chunk] = state.trace, state.status
             if keep:
-                history[chunk], p[chunk], q[chunk] = state.history, state.p, state.q
+                # Rows after a sample's last step were never written.
+                written = torch.arange(rule.rows, device=x.device) <= state.iterations.unsqueeze(1)
+                history[chunk] = torch.where(written.unsqueeze(2), state.history, 0)
+                p[chunk], q[chunk] = state.p, state.q
     return results
 
 
@@ -63,13 +66,13 @@ def _solve_backward(grad, value, x, params, memory, form, groups, eps, dtype, ad
             block = block.at(injection) if block else Block(injection, params, form, groups, eps, kernels, dtype)
             if isinstance(adjoint, Phantom):
                 chunk_grad_x, grads = adjoint.backward(block, z, g)
-                residual[chunk] = torch.nan
+                residual[chunk] = torch.inf
             else:
                 linearised = block.linearise(z)
                 chunk_memory = Memory(*(t[chunk] for t in memory))
                 w, residual[chunk] = adjoint.cotangent(linearised.vjp, g, dtype, kernels, chunk_memory)
                 chunk_grad_x, grads = linearised.vjp_params(w)
             grad_x[chunk] = chunk_grad_x
-            for total, part in zip(grad_params, grads):
+            for total, part in zip(grad_params, grads, strict=True):
                 total += part
-    return grad_x, [g.to(p.dtype) for g, p in zip(grad_params, params)], residual
+    return grad_x, [g.to(p.dtype) for g, p in zip(grad_params, params, strict=True)], residual

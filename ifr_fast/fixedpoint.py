@@ -34,7 +34,7 @@ def fixed_point(
             say), whether named here or not. z0 gets none: the equilibrium does not depend on it.
         solver, adjoint, backend: as IFRHead's. An Unroll applies f `steps` times under autograd; its Solution is None.
 
-    Returns z* (the best iterate, differentiable once) and the Solution. Raises ValueError for arguments that do not fit.
+    Returns z* (the best iterate, differentiable once) and the Solution. ValueError for arguments that do not fit.
     """
     solver, adjoint = build(solver, (Rule, Unroll), "solver"), build(adjoint, Adjoint, "adjoint")
     if z0.dim() < 1 or not z0.is_floating_point():
@@ -63,7 +63,7 @@ def fixed_point(
     with torch.no_grad():
         state = solve(widened, start, rule, kernels)
     solved = solution(state)
-    if not torch.is_grad_enabled() or not len(z0):
+    if not torch.is_grad_enabled():
         return solved.value.to(z0.dtype), solved
     # The one evaluation that the graph keeps: from it gradients go on to the parameters.
     leaf = solved.value.detach().requires_grad_(isinstance(adjoint, Implicit))

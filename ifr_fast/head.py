@@ -23,7 +23,7 @@ class IFRHead(nn.Module):
     """Implicit Feature Refinement: H* = F(H*; X), the equilibrium of one weight-tied residual block (Ma et al., 2021).
 
     Stands where a detector's head has its stack of 3×3 convolutions: (N, C, H, W) in, the same shape, dtype and memory
-    format out. float64, float32, bfloat16 or float16; N = 0 works. Under autocast the block computes in autocast's dtype.
+    format out. float64, float32, bfloat16 or float16; N = 0 works. Under autocast the block computes in its dtype.
 
     Args:
         channels, form, groups, mid_channels, weight_norm, post_gain: as ResidualBlock's.
@@ -91,7 +91,7 @@ class IFRHead(nn.Module):
     def adjoint(self, value: Adjoint | str | Mapping[str, Any]) -> None:
         self._adjoint = build(value, Adjoint, "adjoint")
         self._check_shine()
-        self._adjoint_text = encode(self._adjoint)
+        self.adjoint_text = encode(self._adjoint)
 
     def _check_shine(self) -> None:
         solver, adjoint = getattr(self, "_solver", None), getattr(self, "_adjoint", None)
@@ -109,7 +109,7 @@ class IFRHead(nn.Module):
         keep = isinstance(self.adjoint, Shine) and torch.is_grad_enabled()
         value, residual, iterations, trace, status, *_ = torch.ops.ifr_fast.solve(
             x, params, self.block.form, self.block.groups, EPS, solver, max_iter, dtype, history_dtype,
-            self._adjoint_text, self.block.backend, keep,
+            self.adjoint_text, self.block.backend, keep,
         )  # fmt: skip
         self.last_solution = Solution(value, residual, iterations, trace, status).detach()
         return value
@@ -147,7 +147,7 @@ class IFRHead(nn.Module):
     def from_released(cls, state_dict: Mapping[str, Tensor], prefix: str = "", **kwargs: Any) -> IFRHead:
         """A head with the weights of the authors' checkpoints (github.com/lufanma/IFR).
 
-        state_dict: the checkpoint's; the block's tensors are named prefix + conv1.weight_g, conv1.weight_v, gn1.weight, …
+        state_dict: the checkpoint's, the block's tensors named prefix + conv1.weight_g, conv1.weight_v, gn1.weight, …
         (in the released Mask R-CNN: prefix="roi_heads.mask_head.repeat_block."). groups are 4, as there; kwargs go to
         IFRHead. Raises ValueError where a tensor is missing.
         """

@@ -7,6 +7,8 @@ that the fakes need not read them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ from . import backend as backends
 from .kernels.plain import wide
 
 torch.library.define(
-    "ifr_fast::norm_relu", "(Tensor y, Tensor weight, Tensor bias, int groups, float eps, str backend) -> (Tensor, Tensor, Tensor)"
+    "ifr_fast::norm_relu",
+    "(Tensor y, Tensor weight, Tensor bias, int groups, float eps, str backend) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "ifr_fast::norm_relu_vjp",
@@ -22,7 +25,8 @@ torch.library.define(
     " -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
-    "ifr_fast::norm_tail", "(Tensor y, Tensor? r, Tensor[] norms, int groups, float eps, str backend) -> (Tensor, Tensor[])"
+    "ifr_fast::norm_tail",
+    "(Tensor y, Tensor? r, Tensor[] norms, int groups, float eps, str backend) -> (Tensor, Tensor[])",
 )
 torch.library.define(
     "ifr_fast::norm_tail_vjp",
@@ -33,7 +37,8 @@ torch.library.define(
     "ifr_fast::solve",
     "(Tensor x, Tensor[] params, str form, int groups, float eps, str solver, int steps, ScalarType dtype,"
     " ScalarType history_dtype, str adjoint, str backend, bool keep)"
-    " -> (Tensor value, Tensor residual, Tensor iterations, Tensor trace, Tensor status, Tensor history, Tensor p, Tensor q)",
+    " -> (Tensor value, Tensor residual, Tensor iterations, Tensor trace, Tensor status,"
+    " Tensor history, Tensor p, Tensor q)",
 )
 torch.library.define(
     "ifr_fast::solve_backward",
@@ -133,7 +138,7 @@ def solve_results(
 ) -> tuple[Tensor, ...]:
     """Empty results of the op `solve`, in its schema's order; the last three have no elements unless `keep`."""
     n, state = x.shape[0], wide(dtype)
-    rows, size = (steps, x[:1].numel()) if keep else (0, 0)
+    rows, size = (steps, math.prod(x.shape[1:])) if keep else (0, 0)
     algebra = torch.float64 if x.device.type == "cpu" else state
     return (
         torch.empty_like(x),

@@ -30,11 +30,11 @@ def residual_block(
     """
     conv1, gn1_weight, gn1_bias, conv2, gn2_weight, gn2_bias, *gn3 = params
     r = z + x
-    h = F.relu(F.group_norm(F.conv2d(r, conv1, padding=1), groups, gn1_weight, gn1_bias, eps))
-    y = F.group_norm(F.conv2d(h, conv2, padding=1), groups, gn2_weight, gn2_bias, eps)
+    h = F.relu(torch.group_norm(F.conv2d(r, conv1, padding=1), groups, gn1_weight, gn1_bias, eps))
+    y = torch.group_norm(F.conv2d(h, conv2, padding=1), groups, gn2_weight, gn2_bias, eps)
     if form == "paper":
         return y + r
-    return F.group_norm(F.relu(y + r if form == "released" else y), groups, *gn3, eps)
+    return torch.group_norm(F.relu(y + r if form == "released" else y), groups, *gn3, eps)
 
 
 def relative_residual(z: Tensor, g: Tensor) -> Tensor:
@@ -61,10 +61,14 @@ def broyden_iterates(f: Map, z0: Tensor, *, steps: int, first_sign: float = 1.0)
     u_factors, v_factors = z0.new_zeros(samples, size, steps), z0.new_zeros(samples, steps, size)
 
     def inverse_jacobian(k: int, right: Tensor) -> Tensor:
-        return -right + torch.einsum("ndk,nk->nd", u_factors[..., :k], torch.einsum("nkd,nd->nk", v_factors[:, :k], right))
+        return -right + torch.einsum(
+            "ndk,nk->nd", u_factors[..., :k], torch.einsum("nkd,nd->nk", v_factors[:, :k], right)
+        )
 
     def inverse_jacobian_left(k: int, left: Tensor) -> Tensor:
-        return -left + torch.einsum("nk,nkd->nd", torch.einsum("nd,ndk->nk", left, u_factors[..., :k]), v_factors[:, :k])
+        return -left + torch.einsum(
+            "nk,nkd->nd", torch.einsum("nd,ndk->nk", left, u_factors[..., :k]), v_factors[:, :k]
+        )
 
     z, g = z0, f(z0) - z0
     yield z, g
@@ -94,7 +98,8 @@ def anderson_iterates(f: Map, z0: Tensor, *, steps: int, m: int) -> Iterator[tup
         history = [*history, (z.flatten(1), g.flatten(1))][-m:]
         step = g.flatten(1)
         if len(history) > 1:
-            dz, dg = (torch.stack([b - a for a, b in zip(rows, rows[1:])], 2) for rows in zip(*history))
+            rows = [torch.stack(vectors, 2) for vectors in zip(*history, strict=True)]
+            dz, dg = (vectors.diff(dim=2) for vectors in rows)
             gamma = torch.linalg.lstsq(dg, step.unsqueeze(2)).solution
             step = step - ((dz + dg) @ gamma).squeeze(2)
         z = z + step.reshape(z.shape)

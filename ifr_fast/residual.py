@@ -24,7 +24,14 @@ class Block:
     """
 
     def __init__(
-        self, x: Tensor, params: Sequence[Tensor], form: str, groups: int, eps: float, kernels: ModuleType, dtype: torch.dtype
+        self,
+        x: Tensor,
+        params: Sequence[Tensor],
+        form: str,
+        groups: int,
+        eps: float,
+        kernels: ModuleType,
+        dtype: torch.dtype,
     ) -> None:
         self.x, self.form, self.groups, self.eps, self.kernels, self.dtype = x, form, groups, eps, kernels, dtype
         conv1, gn1_weight, gn1_bias, conv2, gn2_weight, gn2_bias, *gn3 = params

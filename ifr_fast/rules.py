@@ -42,8 +42,12 @@ class Rule:
             check_int(name, "workspace", self.workspace, 1)
         check_rtol(name, self.rtol)
         dtype = getattr(torch, self.history_dtype, None) if isinstance(self.history_dtype, str) else self.history_dtype
-        if dtype not in (None, torch.float32, torch.float64, torch.bfloat16) or (dtype is None) != (self.history_dtype is None):
-            raise ValueError(f"{name}(history_dtype={self.history_dtype!r}): expected None, float32, float64 or bfloat16")
+        if dtype not in (None, torch.float32, torch.float64, torch.bfloat16) or (dtype is None) != (
+            self.history_dtype is None
+        ):
+            raise ValueError(
+                f"{name}(history_dtype={self.history_dtype!r}): expected None, float32, float64 or bfloat16"
+            )
         object.__setattr__(self, "history_dtype", dtype)
 
     def resolve(self, compute: torch.dtype) -> Rule:
@@ -129,7 +133,7 @@ class Anderson(Rule):
         return max(0, row - self.m + 1)
 
     def advance(self, kernels: ModuleType, state: State, k: int) -> None:
-        kernels.anderson(state, k, self.m, _ridge(state.residual.dtype))
+        kernels.anderson(state, k, self.m, _ridge(state.gram.dtype))
 
     def differentiable(self) -> DifferentiableRule:
         return _DifferentiableAnderson(self.m)

@@ -6,6 +6,7 @@ stopped, elsewhere finished samples keep their iterate until the last step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -73,8 +74,8 @@ def solve(
 ) -> State:
     """The equilibrium of f from z0 (n, …), float32 or float64 in one of memory_format()'s layouts; n ≥ 1.
 
-    f maps an iterate to a tensor of the same shape. rule must be resolved. f_z0: f(z0) where it is known already. Returns
-    the solver's state; its value, residual, iterations, trace and status are a Solution's fields.
+    f maps an iterate to a tensor of the same shape. rule must be resolved. f_z0: f(z0) where it is known already.
+    Returns the solver's state; its value, residual, iterations, trace and status are a Solution's fields.
     """
     z = z0.clone()
     state = State(z, rows=rule.rows, evaluations=rule.max_iter + 1, history_dtype=rule.history_dtype)
@@ -101,7 +102,7 @@ def solution(state: State) -> Solution:
 
 
 def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Rule) -> Solution:
-    """The same solve in differentiable operators: autograd sees every step. Memory grows with the steps. rule: resolved."""
+    """The same solve in differentiable operators: autograd sees every step; memory grows with them. rule: resolved."""
     shape = (-1,) + (1,) * (z0.dim() - 1)
     z, best = z0, z0
     residual = torch.full((len(z0),), torch.inf, dtype=z0.dtype, device=z0.device)
@@ -116,9 +117,9 @@ def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Rule) 
         g = fz - z
         running = status == Status.MAX_ITER
         with torch.no_grad():
-            norm = g.flatten(1).norm(dim=1)
+            norm = _rows(g).norm(dim=1)
             first_norm = norm if first_norm is None else first_norm
-            relative = norm / fz.flatten(1).norm(dim=1).clamp_min(1e-30)
+            relative = norm / _rows(fz).norm(dim=1).clamp_min(1e-30)
             improved = running & relative.isfinite() & (relative < residual)
             residual = torch.where(improved, relative, residual)
             trace.append(torch.where(running, relative, trace[-1] if trace else relative))
@@ -130,9 +131,13 @@ def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Rule) 
         if k == rule.max_iter:
             break
         history.append(g)
-        rows = torch.stack([r.flatten(1) for r in history], 1)
+        rows = torch.stack([_rows(r) for r in history], 1)
         gram = torch.nn.functional.pad(rows @ rows.mT, (0, rule.max_iter - k, 0, rule.max_iter - k))
         step = next_step(gram, k)[:, : k + 1]
         update = (step.unsqueeze(1) @ rows).view(z.shape)
         z = torch.where((status == Status.MAX_ITER).view(shape), z + update, z)
     return Solution(best, residual, iterations, torch.stack(trace), status)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(len(x), math.prod(x.shape[1:]))

@@ -12,6 +12,42 @@ namespace {
 // added in order, so a sample's result depends neither on the threads nor on its batch mates.
 constexpr int64_t PIECE = 4096;
 
+// Sums are in the iterate's type over a run of elements, and in double beyond.
+constexpr int64_t RUN = 512;
+
+template <typename S, typename H>
+double dot(const S *g, const H *row, int64_t count) {
+  double sum = 0;
+  for (int64_t begin = 0; begin < count; begin += RUN) {
+    const int64_t end = std::min(count, begin + RUN);
+    S run = 0;
+#pragma omp simd reduction(+ : run)
+    for (int64_t e = begin; e < end; ++e) run += g[e] * load(row[e]);
+    sum += run;
+  }
+  return sum;
+}
+
+// Four rows at a time: as many loads in flight, and g is read once.
+template <typename S, typename H>
+void four_dots(const S *g, const H *row, int64_t stride, int64_t count, double *sums) {
+  const H *row1 = row + stride, *row2 = row1 + stride, *row3 = row2 + stride;
+  double sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+  for (int64_t begin = 0; begin < count; begin += RUN) {
+    const int64_t end = std::min(count, begin + RUN);
+    S run0 = 0, run1 = 0, run2 = 0, run3 = 0;
+#pragma omp simd reduction(+ : run0, run1, run2, run3)
+    for (int64_t e = begin; e < end; ++e) {
+      run0 += g[e] * load(row[e]);
+      run1 += g[e] * load(row1[e]);
+      run2 += g[e] * load(row2[e]);
+      run3 += g[e] * load(row3[e]);
+    }
+    sum0 += run0, sum1 += run1, sum2 += run2, sum3 += run3;
+  }
+  sums[0] = sum0, sums[1] = sum1, sums[2] = sum2, sums[3] = sum3;
+}
+
 template <typename S, typename H>
 void gram_row_(const GramRow &a) {
   const int64_t pieces = (a.size + PIECE - 1) / PIECE, width = a.row < 0 ? 0 : a.row - a.first + 1;
@@ -43,13 +79,9 @@ void gram_row_(const GramRow &a) {
     }
     sums[width] = gg;
     sums[width + 1] = ff;
-    for (int64_t j = a.first; j <= a.row; ++j) {
-      const H *other = rows + j * a.size;
-      S dot = 0;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t e = 0; e < count; ++e) dot += g[e] * load(other[e]);
-      sums[j - a.first] = dot;
-    }
+    int64_t j = a.first;
+    for (; j + 4 <= a.row + 1; j += 4) four_dots(g, rows + j * a.size, a.size, count, sums + j - a.first);
+    for (; j <= a.row; ++j) sums[j - a.first] = dot(g, rows + j * a.size, count);
   }
   for (int64_t i = 0; i < a.n; ++i) {
     if (a.status[i] != MAX_ITER) continue;

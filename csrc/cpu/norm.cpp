@@ -44,34 +44,40 @@ struct Chain {
     }
   }
 
-  // Per-channel sums of the two values that body(sample, element, channel, &a, &b) yields.
-  template <typename Body>
+  // Per-channel sums of a and b that body(sample, element, channel, &a, &b) yields, or without PRODUCT of a and
+  // a * a; in double, since a variance is a small difference of large sums. The values go through a small buffer:
+  // mixed with double sums, the compiler would not vectorise them.
+  template <bool PRODUCT, typename Body>
   void reduce(Body body) {
+    constexpr int64_t TILE = 256;
 #pragma omp parallel for schedule(static) num_threads(shape.threads)
     for (int64_t item = 0; item < shape.n * slices; ++item) {
       const int64_t n = item / slices, begin = item % slices * rows, end = std::min(outer, begin + rows);
       double *first = sums.data() + item * 2 * shape.channels, *second = first + shape.channels;
       std::fill(first, first + 2 * shape.channels, 0.0);
       for (int64_t o = begin; o < end; ++o) {
-        if (NHWC) {
+        for (int64_t start = 0; start < inner; start += TILE) {
+          const int64_t count = std::min(TILE, inner - start);
+          W a[TILE], b[TILE];
 #pragma omp simd
-          for (int64_t i = 0; i < inner; ++i) {
-            W a, b;
-            body(n, o * inner + i, i, a, b);
-            first[i] += double(a);
-            second[i] += double(b);
-          }
-        } else {
-          double total_a = 0, total_b = 0;
+          for (int64_t i = 0; i < count; ++i)
+            body(n, o * inner + start + i, NHWC ? start + i : o, a[i], b[i]);
+          if (NHWC) {
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) first[start + i] += double(a[i]);
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i)
+              second[start + i] += PRODUCT ? double(b[i]) : double(a[i]) * double(a[i]);
+          } else {
+            double total_a = 0, total_b = 0;
 #pragma omp simd reduction(+ : total_a, total_b)
-          for (int64_t i = 0; i < inner; ++i) {
-            W a, b;
-            body(n, o * inner + i, o, a, b);
-            total_a += double(a);
-            total_b += double(b);
+            for (int64_t i = 0; i < count; ++i) {
+              total_a += double(a[i]);
+              total_b += PRODUCT ? double(b[i]) : double(a[i]) * double(a[i]);
+            }
+            first[o] += total_a;
+            second[o] += total_b;
           }
-          first[o] = total_a;
-          second[o] = total_b;
         }
       }
     }
@@ -177,7 +183,7 @@ struct Kernels {
     const T *y = static_cast<const T *>(a.y);
     T *out = static_cast<T *>(a.out);
     const int64_t size = chain.size, channels = shape.channels;
-    chain.reduce([=](int64_t n, int64_t e, int64_t, W &s, W &q) { s = load(y[n * size + e]), q = s * s; });
+    chain.template reduce<false>([=](int64_t n, int64_t e, int64_t, W &s, W &) { s = load(y[n * size + e]); });
     norm.from_sums(chain);
     const W *scale = norm.scale.data(), *shift = norm.shift.data();
     chain.map([=](int64_t n, int64_t e, int64_t c) {
@@ -194,7 +200,7 @@ struct Kernels {
     const int64_t size = chain.size, channels = shape.channels;
     const W *scale = norm.scale.data(), *shift = norm.shift.data();
     const W *inverse = norm.inverse.data(), *offset = norm.offset.data();
-    chain.reduce([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+    chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
       const W v = load(y[n * size + e]);
       const int64_t t = n * channels + c;
       s = v * scale[t] + shift[t] > W(0) ? load(grad[n * size + e]) : W(0);
@@ -217,7 +223,7 @@ struct Kernels {
     const T *y = static_cast<const T *>(a.y), *r = static_cast<const T *>(a.r);
     W *out = static_cast<W *>(a.out);
     const int64_t size = chain.size, channels = shape.channels;
-    chain.reduce([=](int64_t n, int64_t e, int64_t, W &s, W &q) { s = load(y[n * size + e]), q = s * s; });
+    chain.template reduce<false>([=](int64_t n, int64_t e, int64_t, W &s, W &) { s = load(y[n * size + e]); });
     first.from_sums(chain);
     const W *scale = first.scale.data(), *shift = first.shift.data();
     auto sum = [=](int64_t n, int64_t e, int64_t c) {
@@ -229,8 +235,8 @@ struct Kernels {
       return;
     }
     Norm<W> second(shape, a.weight_b, a.bias_b, a.mean_b, a.rstd_b);
-    chain.reduce([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
-      s = relu(sum(n, e, c)), q = s * s;
+    chain.template reduce<false>([=](int64_t n, int64_t e, int64_t c, W &s, W &) {
+      s = relu(sum(n, e, c));
       out[n * size + e] = s;
     });
     second.from_sums(chain);
@@ -260,14 +266,14 @@ struct Kernels {
         const W v = load(y[n * size + e]) * scale[t] + shift[t];
         return RESIDUAL ? v + load(r[n * size + e]) : v;
       };
-      chain.reduce([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+      chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
         const int64_t t = n * channels + c;
         s = grad[n * size + e];
         q = s * (relu(sum(n, e, t)) * inverse_b[t] + offset_b[t]);
       });
       second.vjp_from_sums(chain, a.grad_weight_b, a.grad_bias_b);
       const W *weighted = second.weighted.data(), *constant = second.constant.data(), *slope = second.slope.data();
-      chain.reduce([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+      chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
         const int64_t t = n * channels + c;
         const W u = sum(n, e, t);
         const W g = grad[n * size + e] * weighted[t] - constant[t] - (relu(u) * inverse_b[t] + offset_b[t]) * slope[t];
@@ -276,7 +282,7 @@ struct Kernels {
         grad_r[n * size + e] = s;
       });
     } else {
-      chain.reduce([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+      chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
         const int64_t t = n * channels + c;
         s = grad[n * size + e];
         q = s * (load(y[n * size + e]) * inverse[t] + offset[t]);

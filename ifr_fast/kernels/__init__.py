@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,13 +21,14 @@ class State:
     value (like z): the best iterate; residual (n,): its relative residual. trace (evaluations, n). status, iterations
     (n,) int64; improved (n,) bool: this evaluation is the best so far.
 
-    The K×K algebra is in double precision on a CPU, where it costs nothing, and in the iterate's own elsewhere.
+    The inner products are summed, and the K×K algebra done, in double precision on a CPU, where it costs little, and in
+    the iterate's own elsewhere.
     """
 
     def __init__(self, z: Tensor, *, rows: int, evaluations: int, history_dtype: torch.dtype) -> None:
         n, device = z.shape[0], z.device
         algebra = torch.float64 if device.type == "cpu" else z.dtype
-        self.n, self.rows, self.size = n, rows, z[:1].numel()
+        self.n, self.rows, self.size = n, rows, math.prod(z.shape[1:])
         self.history = torch.empty(n, rows, self.size, dtype=history_dtype, device=device)
         self.gram, self.p, self.q = (torch.zeros(n, rows, rows, dtype=algebra, device=device) for _ in range(3))
         self.step = torch.zeros(n, rows, dtype=algebra, device=device)

@@ -7,7 +7,6 @@ float64 with float64 activations. A norm is the pair (weight, bias).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import MAX_ITER, State
@@ -82,13 +81,13 @@ def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> Non
 
     row < 0 takes the norms only. The products are of the stored (rounded) residuals.
     """
-    g = (f - z).permute(*_order(z)).reshape(state.n, -1)
+    g = (f - z).permute(*_order(z)).reshape(state.n, state.size)
     state.norms[:, 0] = g.square().sum(1)
-    state.norms[:, 1] = f.square().flatten(1).sum(1)
+    state.norms[:, 1] = f.square().reshape(state.n, state.size).sum(1)
     if row < 0:
         return
     state.history[:, row] = g
-    g = state.history[:, row].to(z.dtype)
+    g = state.history[:, row].to(state.gram.dtype)
     for j in range(first, row + 1):
         state.gram[:, row, j] = state.gram[:, j, row] = (g * state.history[:, j]).sum(1)
 
@@ -96,8 +95,8 @@ def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> Non
 def assess(state: State, evaluation: int, rtol: float, divergence: float) -> int | None:
     """The relative residual of every running sample, and what follows from it: best, status, iterations, trace.
 
-    Codes as solve.Status: 0 converged, 2 diverged (‖g‖ > divergence · ‖g₀‖), 3 not finite. Returns the number of samples
-    still running, or None on a device, where that would cost a synchronisation.
+    Codes as solve.Status: 0 converged, 2 diverged (‖g‖ > divergence · ‖g₀‖), 3 not finite. Returns how many samples
+    still run, or None on a device, where that would cost a synchronisation.
     """
     running = state.status == MAX_ITER
     g, f = state.norms[:, 0].sqrt(), state.norms[:, 1].sqrt()
@@ -128,8 +127,8 @@ def broyden(state: State, k: int) -> None:
 def broyden_coefficients(
     gram: Tensor, p: Tensor, q: Tensor, step: Tensor, k: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Broyden's method in the space of the residuals: U = G Pᵀ, V = G Qᵀ, step = G d (design: no vector of the problem's
-    size is touched). gram (n, K, K); p, q (n, s, K) the pairs so far; step (n, K) the one that led to residual k.
+    """Broyden's method in the space of the residuals: U = G Pᵀ, V = G Qᵀ, step = G d; no vector of the problem's size
+    is touched. gram (n, K, K); p, q (n, s, K) the pairs so far; step (n, K) the one that led to residual k.
 
     Returns the new pair (n, K) each (None at k = 0) and the next step. Functional, hence differentiable.
     """
@@ -142,7 +141,7 @@ def broyden_coefficients(
     y = unit - unit.roll(-1, 1)
     q_new = _matvec(q.mT, _matvec(p, gram_step)) - step
     scale = (q_new * gram_y).sum(1, keepdim=True)
-    # A sample that has stopped has no difference left; dividing by it would poison the gradient even where it is masked.
+    # A sample that has stopped has no difference left; dividing by it would poison even a masked gradient.
     usable = scale != 0
     p_new = (step + y - _matvec(p.mT, _matvec(q, gram_y))) / torch.where(usable, scale, 1)
     usable = usable & (p_new.isfinite() & q_new.isfinite()).all(1, keepdim=True)
@@ -227,7 +226,7 @@ def _affine(x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor) -> Tensor:
 def _group_norm(x: Tensor, norm: Norm, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     variance, mean = torch.var_mean(x.unflatten(1, (groups, -1)), (2, 3, 4), correction=0)
     rstd = (variance + eps).rsqrt()
-    return F.group_norm(x, groups, *norm, eps), mean, rstd
+    return torch.group_norm(x, groups, *norm, eps), mean, rstd
 
 
 def _group_norm_vjp(

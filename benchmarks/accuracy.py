@@ -1,0 +1,284 @@
+"""Train a Mask R-CNN on a folder in COCO format, with a mask head of your choice, and take its COCO metrics.
+
+    python benchmarks/accuracy.py DATA --refine ifr
+    torchrun --nproc-per-node 8 benchmarks/accuracy.py DATA --refine stack --backbone resnet50 --seed 1
+
+DATA holds annotations/instances_{train,val}.json, and its images in train/ and val/ or in images/. Writes
+accuracy.json (configuration, versions, losses, metrics) and masks.png (predictions beside the ground truth).
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from coco import CocoFolder, TrainingStream, coco_metrics
+from detector import ADJOINTS, REFINEMENTS, SOLVERS, build_detector, build_refinement
+from pictures import save_comparison
+from training import Checkpoints, Findings, Plan, Process, evaluate, joined_processes, train
+
+# Options that do not change what is learnt: a training may be resumed with others.
+INCIDENTAL = (
+    "data",
+    "device",
+    "workers",
+    "output",
+    "checkpoint",
+    "checkpoint_every",
+    "resume",
+    "detections_per_image",
+)
+POSITIVE = (
+    "iterations",
+    "epochs",
+    "batch_size",
+    "lr",
+    "image_size",
+    "channels",
+    "steps",
+    "groups",
+    "rois_per_image",
+    "detections_per_image",
+    "checkpoint_every",
+)
+IFR_OPTIONS = {
+    "solver": ("ifr",),
+    "adjoint": ("ifr",),
+    "warmup_steps": ("ifr",),
+    "steps": ("ifr", "unroll"),
+    "groups": ("ifr", "unroll"),
+}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked and with its defaults filled in. Raises ValueError where options clash."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+
+    def add(name: str, help: str, **kwargs) -> None:
+        if kwargs.get("default") is not None:
+            help += " (%(default)s)"
+        parser.add_argument(name, help=help, **kwargs)
+
+    add("data", "folder in COCO format", type=Path)
+    add("--train-annotations", "instances file to train on, where it is not the usual one", type=Path)
+    add("--val-annotations", "instances file to evaluate on, where it is not the usual one", type=Path)
+    add("--refine", "what stands for the mask head's four convolutions", choices=REFINEMENTS, default="ifr")
+    add("--solver", "for ifr (broyden)", choices=SOLVERS)
+    add("--steps", "solver iterations, forward and backward, for ifr (15); blocks for unroll (4)", type=int)
+    add("--adjoint", "how gradients pass through the solve, for ifr (implicit)", choices=ADJOINTS)
+    add("--groups", "groups of GroupNorm, for ifr and unroll (32)", type=int)
+    add("--warmup-steps", "training iterations with an unrolled block before ifr solves (a tenth)", type=int)
+    add("--backbone", "efficientnet_lite0 or a torchvision classifier's name", default="efficientnet_lite0")
+    add(
+        "--weights",
+        "of the backbone (imagenet for efficientnet_lite0, else none)",
+        choices=("imagenet", "none"),
+    )
+    add("--channels", "width of pyramid and heads", type=int, default=256)
+    add("--image-size", "shorter side in pixels; the longer is at most 5/3 of it", type=int, default=800)
+    add("--rois-per-image", "regions sampled from an image in training", type=int, default=512)
+    add("--detections-per-image", "kept at most in evaluation", type=int, default=100)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--iterations", type=int, help="length of the training")
+    length.add_argument("--epochs", type=float, default=12, help="length of the training in passes over the data")
+    add("--batch-size", "images an iteration, over all processes", type=int, default=8)
+    add("--lr", "highest learning rate", type=float, default=2e-4)
+    add("--amp", "mixed precision (none)", choices=("bf16",))
+    add("--seed", "of weights, data order and sampling", type=int, default=0)
+    add("--deterministic", "only deterministic GPU algorithms (slower; CPUs need it not)", action="store_true")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", "where to train", choices=("cpu", "cuda"), default=default_device)
+    add("--workers", "processes that load data, for each process that trains", type=int, default=2)
+    add("--checkpoint", "folder to save the training in", type=Path)
+    add("--checkpoint-every", "iterations", type=int, default=500)
+    add("--resume", "go on from the checkpoint", action="store_true")
+    add("--output", "folder for accuracy.json and masks.png", type=Path, default=Path("runs/accuracy"))
+    options = parser.parse_args(arguments)
+    check(options)
+    return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on other options. Raises ValueError naming the option at fault."""
+    for name, refinements in IFR_OPTIONS.items():
+        if getattr(options, name) is not None and options.refine not in refinements:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} applies to --refine {' or '.join(refinements)}, not to {options.refine}")
+    for name in POSITIVE:
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+    for name in ("seed", "workers", "warmup_steps"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            raise ValueError(f"--{name.replace('_', '-')}: expected zero or more, got {value}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected cpu, as torch finds no GPU here, got cuda")
+    if options.iterations is not None:
+        options.epochs = None
+    if options.refine in ("ifr", "unroll"):
+        options.groups = options.groups or 32
+        options.steps = options.steps or {"ifr": 15, "unroll": 4}[options.refine]
+    if options.refine == "ifr":
+        options.solver = options.solver or "broyden"
+        options.adjoint = options.adjoint or "implicit"
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if options.batch_size % world:
+        raise ValueError(f"--batch-size: expected a multiple of the {world} processes, got {options.batch_size}")
+    if options.weights is None:
+        options.weights = "imagenet" if options.backbone == "efficientnet_lite0" else "none"
+    saved = options.checkpoint and (options.checkpoint / "checkpoint.pt").exists()
+    if options.resume and not saved:
+        raise ValueError(f"--resume: no checkpoint.pt in --checkpoint {options.checkpoint}")
+    if saved and not options.resume:
+        raise ValueError(f"--checkpoint: {options.checkpoint} holds a training; go on with --resume or name another")
+
+
+def build_model(options: argparse.Namespace, num_classes: int) -> torch.nn.Module:
+    """The detector that the options describe, its new weights drawn from the seed."""
+    torch.manual_seed(options.seed)
+    refinement = partial(
+        build_refinement,
+        options.refine,
+        solver=options.solver,
+        steps=options.steps,
+        adjoint=options.adjoint,
+        groups=options.groups,
+        warmup_steps=options.warmup_steps,
+    )
+    return build_detector(
+        options.backbone,
+        refinement,
+        num_classes=num_classes,
+        imagenet=options.weights == "imagenet",
+        image_size=options.image_size,
+        channels=options.channels,
+        rois_per_image=options.rois_per_image,
+        detections_per_image=options.detections_per_image,
+    )
+
+
+def run(options: argparse.Namespace, process: Process) -> tuple[torch.nn.Module, dict]:
+    """Train and evaluate. The first process writes the report; the others' lacks the metrics."""
+    train_set = CocoFolder(options.data, "train", options.train_annotations)
+    val_set = CocoFolder(options.data, "val", options.val_annotations)
+    if val_set.categories != train_set.categories:
+        raise ValueError(
+            f"data: the splits' categories differ: {train_set.categories} to train on, "
+            f"{val_set.categories} to evaluate on"
+        )
+    if options.iterations is None:
+        options.iterations = math.ceil(options.epochs * len(train_set) / options.batch_size)
+    if options.refine == "ifr" and options.warmup_steps is None:
+        options.warmup_steps = options.iterations // 10
+    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    say(process, f"{len(train_set)} images to train on, {len(val_set)} to evaluate on, {process.device}")
+    if options.weights == "none":
+        say(process, f"{options.backbone} starts from random weights (--weights none): expect low figures")
+
+    model = build_model(options, num_classes=len(train_set.categories) + 1).to(process.device)
+    plan = Plan(
+        options.iterations,
+        options.batch_size,
+        options.lr,
+        options.seed,
+        bf16=options.amp == "bf16",
+        workers=options.workers,
+    )
+    checkpoints = None
+    if options.checkpoint:
+        lasting = {key: value for key, value in config.items() if key not in INCIDENTAL}
+        checkpoints = Checkpoints(options.checkpoint, options.checkpoint_every, lasting)
+    stream = TrainingStream(train_set, options.seed)
+    history = train(model, stream, plan, process, checkpoints, options.resume)
+    findings = evaluate(model, val_set, process, bf16=plan.bf16)
+
+    report = {
+        "config": config,
+        "processes": process.world,
+        "versions": versions(process.device),
+        "parameters": count_parameters(model),
+        "seconds_per_iteration": statistics.median(entry["seconds"] for entry in history),
+        "seconds_per_image": findings.seconds_per_image,
+        "history": history,
+    }
+    if process.is_first:
+        report["metrics"] = coco_metrics(val_set.coco, findings.entries)
+        if findings.residuals:
+            report["solve"] = summarize_solves(findings)
+        options.output.mkdir(parents=True, exist_ok=True)
+        save_comparison(options.output / "masks.png", val_set, findings.entries)
+        (options.output / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
+        summarize(options, report)
+    return model, report
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    found = {name: version(name) for name in ("torch", "torchvision", "pycocotools")}
+    if device.type == "cuda":
+        machine = {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    else:
+        machine = {"device": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    return {"python": platform.python_version(), **found, **machine}
+
+
+def count_parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Of the whole detector, of the refinement alone, and of the refinement with the mask predictor."""
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    refinement = count(model.roi_heads.mask_head)
+    mask_head = refinement + count(model.roi_heads.mask_predictor)
+    return {"detector": count(model), "refinement": refinement, "mask_head": mask_head}
+
+
+def summarize_solves(findings: Findings) -> dict[str, float]:
+    """How far the solves of the evaluation's RoIs went; residuals are relative."""
+    residuals = torch.tensor(findings.residuals)
+    return {
+        "rois": len(residuals),
+        "residual_median": residuals.median().item(),
+        "residual_p95": residuals.quantile(0.95).item(),
+        "residual_max": residuals.max().item(),
+        "iterations_mean": statistics.mean(findings.iterations),
+    }
+
+
+def summarize(options: argparse.Namespace, report: dict) -> None:
+    losses = [entry["loss"] for entry in report["history"]]
+    few = max(1, len(losses) // 10)
+    first, last = statistics.mean(losses[:few]), statistics.mean(losses[-few:])
+    pace = report["seconds_per_iteration"]
+    print(f"loss {first:.3f} (first {few}) → {last:.3f} (last {few}), {pace:.3f} s/iteration")
+    for kind, figures in report["metrics"].items():
+        shown = (f"{name} {100 * figures[name]:.1f}" for name in ("AP", "AP50", "AP75") if figures[name] is not None)
+        print(f"{kind}: {', '.join(shown)}")
+    print("parameters:", ", ".join(f"{name} {count:,}" for name, count in report["parameters"].items()))
+    if "solve" in report:
+        print("solves:", ", ".join(f"{name} {value:.3g}" for name, value in report["solve"].items()))
+    print(f"wrote {options.output / 'accuracy.json'} and {options.output / 'masks.png'}")
+
+
+def say(process: Process, message: str) -> None:
+    if process.is_first:
+        print(message, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> tuple[torch.nn.Module, dict]:
+    options = parse(arguments)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    with joined_processes(options.device) as process:
+        return run(options, process)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What a solve is worth: spectral radius, the adjoint's residual, the effective receptive field.
+
+The convergence trace is part of every Solution (head.last_solution.trace).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import backend as backends
+from .adjoint import Implicit
+from .block import EPS
+from .head import IFRHead
+from .residual import Block
+from .rules import Rule
+
+
+def spectral_radius(head: IFRHead, x: Tensor, *, iterations: int = 100) -> Tensor:
+    """The spectral radius of ∂F/∂z at head's equilibrium for x, per sample: below 1 the plain iteration contracts
+    there, and the smaller it is, the fewer steps a solver takes (Sec. 3.5 of the paper).
+
+    x: (N, C, H, W). Power iteration on products with the transposed Jacobian; the growth is averaged over the last half
+    of the iterations, because a complex leading pair makes single steps oscillate. Returns (N,), float32 or float64.
+    """
+    if iterations < 2:
+        raise ValueError(f"iterations={iterations!r}: expected at least 2")
+    with torch.no_grad():
+        z = head(x)
+        dtype = head.block.compute_dtype(x)
+        kernels = backends.kernels(head.block.backend, x.device.type, dtype)
+        wide = kernels.wide(dtype)
+        block = Block(x.to(wide), head.block.tensors(), head.block.form, head.block.groups, EPS, kernels, dtype)
+        linearised = block.linearise(z.to(wide))
+        w = torch.randn_like(z, dtype=wide)
+        log_growth = w.new_zeros(len(w))
+        for i in range(iterations):
+            norm = w.flatten(1).norm(dim=1).clamp_min(1e-30)
+            if i > iterations // 2:
+                log_growth += norm.log()
+            w = linearised.vjp(w / norm.view(-1, 1, 1, 1))
+        log_growth += w.flatten(1).norm(dim=1).clamp_min(1e-30).log()
+        return (log_growth / (iterations - iterations // 2)).exp()
+
+
+def adjoint_residual(head: IFRHead, x: Tensor, grad: Tensor) -> Tensor:
+    """How well the gradient's own equation is solved: the relative residual of Eq. 8 per sample (N,) for head at x,
+    given ∂L/∂H = grad; inf for adjoints that solve no equation.
+
+    Raises ValueError where the head does not solve (Unroll).
+    """
+    if not isinstance(head.solver, Rule):
+        raise ValueError(f"head.solver={head.solver}: an unroll has no adjoint equation")
+    if not isinstance(head.adjoint, Implicit):
+        return torch.full((len(x),), torch.inf, device=x.device)
+    with torch.no_grad():
+        z, params, dtype = head(x), head.block.tensors(), head.block.compute_dtype(x)
+        empty = [x.new_empty(len(x), 0)] * 3
+        return torch.ops.ifr_fast.solve_backward(
+            grad, z, x, params, empty, head.block.form, head.block.groups, EPS, dtype, head.adjoint_text,
+            head.block.backend,
+        )[2]  # fmt: skip
+
+
+def effective_receptive_field(module: nn.Module, x: Tensor) -> Tensor:
+    """Where the centre of module's output looks: the magnitude of its gradient in the input, (H, W), summing to 1.
+
+    module: maps (N, C, H, W) to the same shape. The gradient of the centre's random channel mixture, |·| averaged over
+    samples and channels (Luo et al., 2016).
+    """
+    x = x.detach().requires_grad_()
+    centre = module(x)[:, :, x.shape[2] // 2, x.shape[3] // 2]
+    field = torch.autograd.grad(centre, x, torch.randn_like(centre))[0].abs().mean((0, 1))
+    return field / field.sum()

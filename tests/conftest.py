@@ -1,0 +1,36 @@
+"""Fresh random inputs in every run; a failing test prints the seed, and IFR_FAST_SEED repeats it."""
+
+import os
+import random
+import warnings
+
+import pytest
+import torch
+
+from ifr_fast import IFRHead
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    value = int(os.environ.get("IFR_FAST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"IFR_FAST_SEED={value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def make_head():
+    """IFRHead with every affine parameter away from its initial value, so that no term can hide."""
+
+    def make(channels=16, *, groups=4, dtype=torch.float32, **kwargs):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="form='paper'")
+            head = IFRHead(channels, groups=groups, **kwargs)
+        for name, p in head.block.named_parameters():
+            if "gn" in name:
+                torch.nn.init.normal_(p, 1.0 if name.endswith("weight") else 0.0, 0.1)
+        if kwargs.get("post_gain", 1.0) != 1.0:
+            torch.nn.init.constant_(head.block.gn3.weight, kwargs["post_gain"])
+        return head.to(dtype)
+
+    return make

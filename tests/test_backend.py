@@ -1,0 +1,66 @@
+"""Which kernels run, and that the choice is explained."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ifr_fast
+from ifr_fast import backend
+
+
+def test_backends_explain_themselves():
+    found = ifr_fast.backends()
+    assert list(found) == ["reference", "native", "triton", "cuda"]
+    assert found["reference"].available
+    assert found["native"].available, found["native"].reason
+    assert all(len(b.reason) > 20 for b in found.values())
+    assert "OpenMP" in found["native"].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "module"),
+    [
+        ("auto", "cpu", torch.float32, "native"),
+        ("auto", "cpu", torch.float16, "plain"),
+        ("auto", "cuda", torch.float32, "plain"),
+        ("reference", "cpu", torch.float32, "plain"),
+        ("native", "cpu", torch.bfloat16, "native"),
+    ],
+)
+def test_choice(name, device, dtype, module):
+    assert backend.kernels(name, device, dtype).__name__ == f"ifr_fast.kernels.{module}"
+
+
+def test_what_native_cannot_serve_is_refused():
+    with pytest.raises(ValueError, match="backend='native' serves CPU tensors"):
+        backend.kernels("native", "cuda", torch.float32)
+
+
+def test_choice_is_logged_once(caplog):
+    backend.kernels.cache_clear()
+    with caplog.at_level(logging.INFO, logger="ifr_fast"):
+        for _ in range(3):
+            backend.kernels("auto", "cpu", torch.float32)
+    assert len(caplog.records) == 1
+    assert "native kernels" in caplog.text
+
+
+def test_import_touches_no_cuda():
+    code = "import ifr_fast, torch; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_the_extension_everything_still_works_and_says_so():
+    code = """
+import sys
+sys.modules["ifr_fast._native"] = None
+import ifr_fast, torch
+backend = ifr_fast.backends()["native"]
+assert not backend.available and "pip install" in backend.reason, backend
+head = ifr_fast.IFRHead(8, groups=2)
+head(torch.randn(2, 8, 4, 4)).sum().backward()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,154 @@
+"""The compiled kernels against the plain ones, and the plain ones against autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ifr_fast import Anderson, Broyden, Picard
+from ifr_fast.kernels import native, plain
+from ifr_fast.solve import solve
+
+EPS = 1e-5
+# RMS error.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+# Groups of fewer than four values amplify roundings, up to 1/sqrt(eps) = 316 times.
+shapes = st.tuples(
+    st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9)
+).filter(lambda s: s[2] * s[3] * s[4] >= 4)
+
+
+def draw(shape, dtype, channels_last, count):
+    """Activations in one layout, and (weight, bias) pairs."""
+    n, groups, per_group, height, width = shape
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    tensors = [torch.randn(n, groups * per_group, height, width).to(dtype, memory_format=format) for _ in range(count)]
+    norms = [(torch.randn(groups * per_group), torch.randn(groups * per_group)) for _ in range(3)]
+    return tensors, [tuple(t.to(plain.wide(dtype)) for t in norm) for norm in norms], groups
+
+
+def assert_close(actual, expected, dtype):
+    """RMS error against RMS or 1, the inputs' own: single elements near zero say nothing."""
+    for a, b in zip(actual, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is None:
+            continue
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        a, b = a.double(), b.double()
+        assert torch.isfinite(a).all()
+        assert (a - b).norm() <= TOLERANCE[dtype] * (b.norm() + b.numel() ** 0.5)
+
+
+@dtypes
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, channels_last=st.booleans())
+def test_norm_relu(dtype, shape, channels_last):
+    (y, grad), (norm, *_), groups = draw(shape, dtype, channels_last, 2)
+    actual, expected = (k.norm_relu(y, norm, groups, EPS) for k in (native, plain))
+    assert_close(actual, expected, dtype)
+    # The statistics are plain's in both, so that a value on ReLU's edge falls to the same side.
+    vjps = [k.norm_relu_vjp(grad, y, norm, *expected[1:], groups, EPS, params=True) for k in (native, plain)]
+    assert_close(*([grad_y, *grads] for grad_y, grads in vjps), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize(("residual", "post"), [(True, True), (True, False), (False, True)])
+@settings(max_examples=15, deadline=None)
+@given(shape=shapes, channels_last=st.booleans())
+def test_norm_tail(dtype, residual, post, shape, channels_last):
+    (y, r, grad), (first, second, _), groups = draw(shape, dtype, channels_last, 3)
+    r, second, grad = r if residual else None, second if post else None, grad.to(plain.wide(dtype))
+    results = [k.norm_tail(y, r, first, second, groups, EPS) for k in (native, plain)]
+    assert_close(*([out, *statistics] for out, statistics in results), dtype)
+    statistics = results[1][1]
+    vjps = [k.norm_tail_vjp(grad, y, r, first, second, statistics, groups, EPS, params=True) for k in (native, plain)]
+    assert_close(*([grad_y, grad_r, *grads] for grad_y, grad_r, grads in vjps), dtype)
+
+
+@pytest.mark.parametrize(("residual", "post"), [(True, True), (True, False), (False, True)])
+def test_plain_vjps_are_autograds(residual, post):
+    (y, r, grad), (first, second, _), groups = draw((2, 4, 3, 5, 4), torch.float64, False, 3)
+    inputs = [t.requires_grad_() for t in (y, r, *first, *second)]
+    u = F.group_norm(y, groups, *first, EPS) + (r if residual else 0)
+    out = F.group_norm(u.relu(), groups, *second, EPS) if post else u
+    expected = torch.autograd.grad(out, inputs, grad, allow_unused=True)
+    with torch.no_grad():
+        r, second = r if residual else None, second if post else None
+        value, statistics = plain.norm_tail(y, r, first, second, groups, EPS)
+        grad_y, grad_r, grads = plain.norm_tail_vjp(grad, y, r, first, second, statistics, groups, EPS, params=True)
+    assert_close([value], [out], torch.float64)
+    expected = [g for g in expected if g is not None]
+    assert_close([g for g in (grad_y, grad_r, *grads) if g is not None], expected, torch.float64)
+
+
+def test_relu_keeps_nan():
+    y = torch.randn(2, 8, 3, 3)
+    y[0, 0, 0, 0] = torch.nan
+    out = native.norm_relu(y, (torch.ones(8), torch.zeros(8)), 2, EPS)[0]
+    assert out[0, :4].isnan().all()
+    assert out[0, 4:].isfinite().all()
+    assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 14, 14), (1, 64, 50, 76)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_results_do_not_depend_on_threads_or_batch_mates(shape, channels_last):
+    n, channels, height, width = shape
+    (y, r), (first, second, _), groups = draw((n, 8, channels // 8, height, width), torch.float32, channels_last, 2)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(native.norm_tail(y, r, first, second, groups, EPS)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    alone = native.norm_tail(y[-1:], r[-1:], first, second, groups, EPS)[0]
+    assert torch.equal(alone[0], results[0][-1])
+
+
+RULES = [Broyden(9, rtol=0.0), Broyden(9, rtol=1e-2), Anderson(9, rtol=0.0, m=3), Picard(9, rtol=1e-2)]
+
+
+@pytest.mark.parametrize("history", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@settings(max_examples=8, deadline=None)
+@given(n=st.integers(1, 4), channels=st.integers(2, 20), size=st.sampled_from([3, 17]), last=st.booleans())
+def test_solver_kernels(rule, dtype, history, n, channels, size, last):
+    """gram_row, assess, the rules and combine together: whole solves of one map, backend against backend."""
+    rule = type(rule)(**{**vars(rule), "history_dtype": history}).resolve(dtype)
+    z0 = torch.randn(n, channels, size, size, dtype=dtype)
+    z0 = z0.contiguous(memory_format=torch.channels_last) if last else z0
+    rate = torch.linspace(0.1, 0.8, n, dtype=dtype).view(-1, 1, 1, 1)
+    shift = torch.randn_like(z0)
+    native_state, plain_state = (solve(lambda z: rate * z.sin() + shift, z0, rule, k) for k in (native, plain))
+    # Residuals fall to rounding, where nothing agrees: compare down to a floor.
+    scale, floor = (1e-3, 2e-3) if history else (1e-4, 1e-5) if dtype == torch.float32 else (1e-7, 1e-12)
+    torch.testing.assert_close(native_state.trace, plain_state.trace, rtol=10 * scale, atol=floor)
+    torch.testing.assert_close(native_state.value, plain_state.value, rtol=scale, atol=floor)
+
+
+def test_combine_writes_only_what_runs_or_improves():
+    from ifr_fast.kernels import State
+
+    z = torch.randn(3, 10)
+    for kernels in (native, plain):
+        state = State(z, rows=2, evaluations=3, history_dtype=torch.float32)
+        state.history.copy_(torch.randn(3, 2, 10))
+        state.history[1] = torch.nan
+        state.step.fill_(1.0)
+        state.status.copy_(torch.tensor([1, 3, 1]))
+        state.improved.copy_(torch.tensor([False, False, True]))
+        state.value.fill_(-1.0)
+        moved = z.clone()
+        kernels.combine(state, moved, count=2, advance=True)
+        torch.testing.assert_close(moved[[0, 2]], (z + state.history.sum(1))[[0, 2]])
+        assert torch.equal(moved[1], z[1])
+        assert (state.value[:2] == -1).all()
+        assert torch.equal(state.value[2], z[2])
