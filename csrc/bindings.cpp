@@ -18,16 +18,13 @@ T *at(Address address) {
 
 #define IFR_TABLE(isa)                                                                                   \
   {#isa, ifr::isa::norm_relu, ifr::isa::norm_relu_vjp, ifr::isa::norm_tail, ifr::isa::norm_tail_vjp,     \
-   ifr::isa::gram_row, ifr::isa::combine, ifr::isa::assess, ifr::isa::broyden, ifr::isa::anderson}
+   ifr::isa::step}
 
 struct Table {
   const char *isa;
   decltype(&ifr::generic::norm_relu) norm_relu, norm_relu_vjp;
   decltype(&ifr::generic::norm_tail) norm_tail, norm_tail_vjp;
-  decltype(&ifr::generic::gram_row) gram_row;
-  decltype(&ifr::generic::combine) combine;
-  decltype(&ifr::generic::assess) assess;
-  decltype(&ifr::generic::broyden) broyden, anderson;
+  decltype(&ifr::generic::step) step;
 };
 
 const Table &kernels() {
@@ -112,46 +109,22 @@ PYBIND11_MODULE(_native, m) {
         kernels().norm_tail_vjp(type, shape, a);
       },
       release());
+  py::enum_<ifr::Method>(m, "Method")
+      .value("broyden", ifr::Method::broyden)
+      .value("anderson", ifr::Method::anderson)
+      .value("picard", ifr::Method::picard);
   m.def(
-      "gram_row",
-      [](DType state, DType history_type, Address f, Address z, Address history, Address gram, Address norms,
-         Address status, int64_t n, int64_t size, int64_t rows, int64_t row, int64_t first, int threads) {
-        kernels().gram_row(state, history_type,
-                           {at(f), at(z), at(history), at<double>(gram), at<double>(norms), at<int64_t>(status), n,
-                            size, rows, row, first, threads});
-      },
-      release());
-  m.def(
-      "combine",
-      [](DType state, DType history_type, Address z, Address value, Address history, Address step, Address status,
-         Address improved, int64_t n, int64_t size, int64_t rows, int64_t count, bool advance, int threads) {
-        kernels().combine(state, history_type,
-                          {at(z), at(value), at(history), at<double>(step), at<int64_t>(status), at<bool>(improved), n,
-                           size, rows, count, advance, threads});
-      },
-      release());
-  m.def(
-      "assess",
-      [](DType state, Address norms, Address status, Address iterations, Address improved, Address residual,
-         Address trace, Address previous, int64_t n, int64_t evaluation, double rtol, double divergence) {
-        return kernels().assess(state, {at<double>(norms), at<int64_t>(status), at<int64_t>(iterations),
-                                        at<bool>(improved), at(residual), at(trace), at(previous), n, evaluation, rtol,
-                                        divergence});
-      },
-      release());
-  m.def(
-      "broyden",
-      [](Address gram, Address p, Address q, Address step, Address status, int64_t n, int64_t rows, int64_t row) {
-        kernels().broyden({at<double>(gram), at<double>(p), at<double>(q), at<double>(step), at<int64_t>(status), n,
-                           rows, row, 0, 0.0});
-      },
-      release());
-  m.def(
-      "anderson",
-      [](Address gram, Address steps, Address step, Address status, int64_t n, int64_t rows, int64_t row,
-         int64_t window, double ridge) {
-        kernels().anderson({at<double>(gram), at<double>(steps), nullptr, at<double>(step), at<int64_t>(status), n,
-                            rows, row, window, ridge});
+      "step",
+      [](DType state, DType history_type, ifr::Method method, Address f, Address z, Address value, Address history,
+         Address gram, Address p, Address q, Address step, Address norms, Address status, Address iterations,
+         Address improved, Address residual, Address trace, Address previous, int64_t n, int64_t size, int64_t rows,
+         int64_t row, int64_t evaluation, int64_t window, double rtol, double divergence, double ridge, int threads) {
+        return kernels().step(
+            state, history_type,
+            {method, at(f), at(z), at(value), at(history), at<double>(gram), at<double>(p), at<double>(q),
+             at<double>(step), at<double>(norms), at<int64_t>(status), at<int64_t>(iterations), at<bool>(improved),
+             at(residual), at(trace), at(previous), n, size, rows, row, evaluation, window, rtol, divergence, ridge,
+             threads});
       },
       release());
 }

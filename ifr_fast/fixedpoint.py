@@ -61,7 +61,7 @@ def fixed_point(
         return solved.value.to(z0.dtype), solved.detach()
     kernels = backends.kernels(backend, z0.device.type, iterate)
     with torch.no_grad():
-        state = solve(widened, start, rule, kernels)
+        state = solve(widened, start.clone(), rule, kernels)
     solved = solution(state)
     if not torch.is_grad_enabled():
         return solved.value.to(z0.dtype), solved

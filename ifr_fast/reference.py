@@ -81,7 +81,8 @@ def broyden_iterates(f: Map, z0: Tensor, *, steps: int, first_sign: float = 1.0)
         yield z, g
         v = inverse_jacobian_left(k, dz)
         u = (dz - inverse_jacobian(k, dg)) / (v * dg).sum(1, keepdim=True)
-        u_factors[..., k], v_factors[:, k] = u.nan_to_num(0.0), v.nan_to_num(0.0)
+        u[u.isnan()], v[v.isnan()] = 0.0, 0.0
+        u_factors[..., k], v_factors[:, k] = u, v
         update = -inverse_jacobian(k + 1, g.reshape(samples, size)).reshape(z0.shape)
 
 
@@ -105,18 +106,23 @@ def anderson_iterates(f: Map, z0: Tensor, *, steps: int, m: int) -> Iterator[tup
         z = z + step.reshape(z.shape)
 
 
-def broyden(f: Map, z0: Tensor, *, steps: int, first_sign: float = 1.0) -> tuple[Tensor, Tensor]:
+def broyden(
+    f: Map, z0: Tensor, *, steps: int, first_sign: float = 1.0
+) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:
     """The solver as published: `steps` Broyden steps, then the iterate whose residual norm *over the whole batch* is
     the smallest; the loop reads that norm on the host in every step, as the released code does.
 
-    Returns that iterate (N, …) and the relative residual of each sample there (N,).
+    Returns that iterate (N, …), its residual g (N, …), and for every evaluation ‖g‖ and ‖z_k - z_{k-1}‖ / ‖z_{k-1}‖.
     """
-    best, best_norm, best_residual = z0, float("inf"), None
+    lowest, trace = (z0, z0, float("inf")), []
+    previous = z0
     for z, g in broyden_iterates(f, z0, steps=steps, first_sign=first_sign):
         norm = g.norm().item()
-        if best_residual is None or norm < best_norm:
-            best, best_norm, best_residual = z.clone(), norm, relative_residual(z, g)
-    return best, best_residual
+        trace.append((norm, (z - previous).norm().item() / (previous.norm().item() + 1e-9)))
+        if norm < lowest[2]:
+            lowest = z.clone(), g.clone(), norm
+        previous = z
+    return *lowest[:2], trace
 
 
 def picard(f: Map, z0: Tensor, *, steps: int) -> Tensor:

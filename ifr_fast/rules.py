@@ -7,13 +7,18 @@ only their inner products, a K×K matrix a sample, and yields the step's coeffic
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .config import check_int, check_rtol, choice
-from .kernels import State, plain
+from .kernels import plain
+
+# Tensors of the iterate's size that one evaluation of the block and the step around it hold: the injection, z, the best
+# iterate, F, R and the convolutions' results.
+BUFFERS = 8
+ITERATE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,13 @@ class Rule:
         None means 1e-3, or 1e-2 where F is computed in 16 bits; 0 means always max_iter steps.
     history_dtype: of the stored residuals (torch.float32, torch.bfloat16, torch.float64 or their names); None means
         bfloat16 where F is computed in 16 bits, else the iterate's dtype. bfloat16 halves memory and traffic and leaves
-        the residuals' trace alike. workspace: bytes that the history may take at a time, None for 32 MiB on a CPU and
-        1 GiB elsewhere; samples are solved in chunks that fit, one sample at least.
+        the residuals' trace alike. workspace: bytes that a solve may take beside its results, None for 32 MiB on a CPU
+        and 1 GiB elsewhere; samples are solved in chunks that fit, one sample at least.
 
     Raises ValueError for values outside these.
     """
+
+    method: ClassVar[str]  # the kernels' name for it
 
     max_iter: int = 15
     rtol: float | None = None
@@ -64,7 +71,8 @@ class Rule:
     def chunk(self, samples: int, size: int, device: torch.device) -> int:
         """Samples of `size` unknowns to solve at a time: as even a split as the (resolved) rule's workspace allows."""
         budget = self.workspace or (32 << 20 if device.type == "cpu" else 1 << 30)
-        most = max(1, budget // max(1, self.rows * size * self.history_dtype.itemsize))
+        history = self.rows * self.history_dtype.itemsize
+        most = max(1, budget // max(1, size * (history + BUFFERS * ITERATE_BYTES)))
         return -(-samples // -(-samples // most))
 
     @property
@@ -72,13 +80,10 @@ class Rule:
         """Residuals that the history holds."""
         return self.max_iter
 
-    def first(self, row: int) -> int:
-        """The oldest row of the history whose product with row `row` the rule reads."""
-        return 0
-
-    def advance(self, kernels: ModuleType, state: State, k: int) -> None:
-        """Writes the coefficients of the step after residual k into the state."""
-        raise NotImplementedError
+    @property
+    def window(self) -> int:
+        """How many residuals back the method takes inner products."""
+        return self.max_iter
 
     def differentiable(self) -> DifferentiableRule:
         """The same rule, functional, for backpropagation through a solve."""
@@ -100,8 +105,7 @@ class DifferentiableRule:
 class Broyden(Rule):
     """Broyden's "good" method (Eq. 6 and 7), J₀⁻¹ = -I, without line search."""
 
-    def advance(self, kernels: ModuleType, state: State, k: int) -> None:
-        kernels.broyden(state, k)
+    method: ClassVar[str] = "broyden"
 
     def differentiable(self) -> DifferentiableRule:
         return _DifferentiableBroyden()
@@ -123,17 +127,17 @@ class _DifferentiableBroyden(DifferentiableRule):
 class Anderson(Rule):
     """Anderson acceleration over the last m residuals (Walker & Ni, 2011), mixing 1."""
 
+    method: ClassVar[str] = "anderson"
+
     m: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("Anderson", "m", self.m, 1)
 
-    def first(self, row: int) -> int:
-        return max(0, row - self.m + 1)
-
-    def advance(self, kernels: ModuleType, state: State, k: int) -> None:
-        kernels.anderson(state, k, self.m, _ridge(state.gram.dtype))
+    @property
+    def window(self) -> int:
+        return self.m
 
     def differentiable(self) -> DifferentiableRule:
         return _DifferentiableAnderson(self.m)
@@ -161,12 +165,11 @@ class _DifferentiableAnderson(DifferentiableRule):
 class Picard(Rule):
     """Plain iteration z ← F(z), with the stopping, the best iterate and the report of the others."""
 
+    method: ClassVar[str] = "picard"
+
     @property
     def rows(self) -> int:
         return 1
-
-    def advance(self, kernels: ModuleType, state: State, k: int) -> None:
-        kernels.picard(state, 0)
 
     def differentiable(self) -> DifferentiableRule:
         return _DifferentiablePicard()

@@ -66,32 +66,34 @@ def memory_format(z: Tensor) -> torch.memory_format:
 
 def solve(
     f: Callable[[Tensor], Tensor],
-    z0: Tensor,
+    z: Tensor,
     rule: Rule,
     kernels: ModuleType,
     *,
     f_z0: Tensor | None = None,
 ) -> State:
-    """The equilibrium of f from z0 (n, …), float32 or float64 in one of memory_format()'s layouts; n ≥ 1.
+    """The equilibrium of f from z (n, …), float32 or float64 in one of memory_format()'s layouts; z is overwritten.
 
-    f maps an iterate to a tensor of the same shape. rule must be resolved. f_z0: f(z0) where it is known already.
+    f maps an iterate to a tensor of the same shape. rule must be resolved. f_z0: f(z) where it is known already.
     Returns the solver's state; its value, residual, iterations, trace and status are a Solution's fields.
     """
-    z = z0.clone()
     state = State(z, rows=rule.rows, evaluations=rule.max_iter + 1, history_dtype=rule.history_dtype)
     for k in range(rule.max_iter + 1):
         fz = f_z0 if k == 0 and f_z0 is not None else f(z)
         if fz.stride() != z.stride() or fz.dtype != z.dtype:
             fz = torch.empty_like(z).copy_(fz)
-        last = k == rule.max_iter
-        row = -1 if last else k % rule.rows
-        kernels.gram_row(state, fz, z, row=row, first=rule.first(row))
-        running = kernels.assess(state, k, rule.rtol, DIVERGENCE)
-        last = last or running == 0
-        if not last:
-            rule.advance(kernels, state, k)
-        kernels.combine(state, z, count=row + 1, advance=not last)
-        if last:
+        running = kernels.step(
+            state,
+            fz,
+            z,
+            method=rule.method,
+            window=rule.window,
+            evaluation=k,
+            last=k == rule.max_iter,
+            rtol=rule.rtol,
+            divergence=DIVERGENCE,
+        )
+        if running == 0:
             state.trace[k + 1 :] = state.trace[k]
             break
     return state

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifr_fast import Anderson, Broyden, Picard
-from ifr_fast.kernels import native, plain
+from ifr_fast import Anderson, Broyden, Picard, Status
+from ifr_fast.kernels import State, native, plain
 from ifr_fast.solve import solve
 
 EPS = 1e-5
@@ -127,28 +127,30 @@ def test_solver_kernels(rule, dtype, history, n, channels, size, last):
     z0 = z0.contiguous(memory_format=torch.channels_last) if last else z0
     rate = torch.linspace(0.1, 0.8, n, dtype=dtype).view(-1, 1, 1, 1)
     shift = torch.randn_like(z0)
-    native_state, plain_state = (solve(lambda z: rate * z.sin() + shift, z0, rule, k) for k in (native, plain))
+    native_state, plain_state = (solve(lambda z: rate * z.sin() + shift, z0.clone(), rule, k) for k in (native, plain))
     # Residuals fall to rounding, where nothing agrees: compare down to a floor.
     scale, floor = (1e-3, 2e-3) if history else (1e-4, 1e-5) if dtype == torch.float32 else (1e-7, 1e-12)
     torch.testing.assert_close(native_state.trace, plain_state.trace, rtol=10 * scale, atol=floor)
     torch.testing.assert_close(native_state.value, plain_state.value, rtol=scale, atol=floor)
 
 
-def test_combine_writes_only_what_runs_or_improves():
-    from ifr_fast.kernels import State
-
-    z = torch.randn(3, 10)
-    for kernels in (native, plain):
-        state = State(z, rows=2, evaluations=3, history_dtype=torch.float32)
-        state.history.copy_(torch.randn(3, 2, 10))
-        state.history[1] = torch.nan
-        state.step.fill_(1.0)
-        state.status.copy_(torch.tensor([1, 3, 1]))
-        state.improved.copy_(torch.tensor([False, False, True]))
-        state.value.fill_(-1.0)
-        moved = z.clone()
-        kernels.combine(state, moved, count=2, advance=True)
-        torch.testing.assert_close(moved[[0, 2]], (z + state.history.sum(1))[[0, 2]])
-        assert torch.equal(moved[1], z[1])
-        assert (state.value[:2] == -1).all()
-        assert torch.equal(state.value[2], z[2])
+@pytest.mark.parametrize("kernels", [native, plain], ids=["native", "reference"])
+@pytest.mark.parametrize("n", [1, 5])  # fewer samples than threads take another path
+def test_a_step_touches_running_samples_only(kernels, n):
+    z, f = torch.randn(2, n, 9001)
+    state = State(z, rows=1, evaluations=3, history_dtype=torch.float32)
+    state.trace[0] = 0.5
+    state.status[0] = Status.NONFINITE
+    state.history[0] = torch.nan
+    state.value.fill_(-1.0)
+    moved = z.clone()
+    running = kernels.step(
+        state, f, moved, method="picard", window=1, evaluation=1, last=False, rtol=0.0, divergence=torch.inf
+    )
+    assert running == n - 1
+    assert torch.equal(moved[0], z[0])
+    assert (state.value[0] == -1).all()
+    assert state.trace[1, 0] == 0.5
+    torch.testing.assert_close(moved[1:], f[1:])
+    assert torch.equal(state.value[1:], z[1:])
+    torch.testing.assert_close(state.trace[1, 1:], (f - z)[1:].norm(dim=1) / f[1:].norm(dim=1))

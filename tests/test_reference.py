@@ -37,9 +37,11 @@ def test_residual_block_is_the_stack_of_modules(form):
 def test_broyden_solves_linear_systems_exactly(linear):
     f, solution = linear
     # Broyden's method ends after at most twice as many steps as there are unknowns (Gay, 1979).
-    best, residual = reference.broyden(f, torch.zeros_like(solution), steps=2 * solution.shape[1])
+    best, g, trace = reference.broyden(f, torch.zeros_like(solution), steps=2 * solution.shape[1])
     torch.testing.assert_close(best, solution, rtol=1e-6, atol=1e-8)
-    assert residual.max() < 1e-8
+    torch.testing.assert_close(g, f(best) - best)
+    assert reference.relative_residual(best, g).max() < 1e-8
+    assert min(norm for norm, _ in trace) == g.norm().item()
 
 
 def test_anderson_with_full_window_solves_linear_systems_exactly(linear):

@@ -163,7 +163,7 @@ def test_chunks_change_nothing(rule, make_head):
     x = torch.randn(7, 16, 5, 4)
     whole = head(x)  # 15 steps of default tolerance: somewhere else
     results = []
-    for workspace in (1, 3 * rule.rows * x[0].numel() * 4, 1 << 30):
+    for workspace in (1, 3 * (rule.rows + 8) * x[0].numel() * 4, 1 << 30):
         head.solver = type(rule)(rule.max_iter, rule.rtol, workspace=workspace)
         results.append((head(x).detach(), head.last_solution))
     for value, solution in results[1:]:
@@ -173,9 +173,9 @@ def test_chunks_change_nothing(rule, make_head):
 
 
 @pytest.mark.parametrize(("samples", "most"), [(1, 10), (10, 10), (11, 10), (512, 10), (3, 0)])
-def test_workspace_bounds_the_history(samples, most):
+def test_workspace_bounds_the_chunk(samples, most):
     size = 1000
-    rule = Broyden(15, workspace=max(1, most * 15 * size * 4)).resolve(torch.float32)
+    rule = Broyden(15, workspace=max(1, most * (15 + 8) * size * 4)).resolve(torch.float32)
     chunk = rule.chunk(samples, size, torch.device("cpu"))
     assert 1 <= chunk <= max(1, most)
     assert -(-samples // chunk) == -(-samples // max(1, most))  # no more chunks than needed

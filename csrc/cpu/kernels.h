@@ -41,45 +41,26 @@ struct NormTail {
   bool post;
 };
 
-// One row of the history: g = f - z, its norm and its products with the rows first..row; row < 0: the norms only.
-struct GramRow {
-  const void *f, *z;      // (n, size)
-  void *history;          // (n, rows, size)
-  double *gram;           // (n, rows, rows), symmetric
-  double *norms;          // (n, 3): |g|^2, |f|^2, and |g_0|, which assess() keeps
-  const int64_t *status;  // (n)
-  int64_t n, size, rows, row, first;
-  int threads;
-};
+enum class Method : int { broyden = 0, anderson = 1, picard = 2 };
 
-struct Combine {
-  void *z, *value;        // (n, size); value takes z where improved, before z moves
-  const void *history;
-  const double *step;     // (n, rows): coefficients of the stored residuals
-  const int64_t *status;
-  const bool *improved;
-  int64_t n, size, rows, count;
-  bool advance;
-  int threads;
-};
-
-struct Assess {
-  double *norms;
+// What follows an evaluation f = F(z) of n samples of `size` unknowns: the residual joins the history as row `row`,
+// every running sample is judged, the method chooses its step, and z moves. row < 0: the last evaluation, judged only.
+struct Step {
+  Method method;
+  const void *f;
+  void *z, *value;          // (n, size); value takes z where it is the best so far
+  void *history;            // (n, rows, size)
+  double *gram;             // (n, rows, rows), symmetric
+  double *p, *q;            // coefficients of Broyden's u_s and v_s, (n, rows, rows); p: Anderson's past steps
+  double *step;             // (n, rows): coefficients of the step
+  double *norms;            // (n, 3): |g|^2, |f|^2 and |g_0|
   int64_t *status, *iterations;
   bool *improved;
-  void *residual, *trace;  // (n): best so far; this evaluation's
-  const void *previous;    // the trace of the evaluation before, null at the first
-  int64_t n, evaluation;
-  double rtol, divergence;
-};
-
-struct Rule {
-  const double *gram;      // (n, rows, rows)
-  double *p, *q;           // Broyden: coefficients of u_s and v_s, (n, rows, rows); Anderson: p holds past steps
-  double *step;            // (n, rows)
-  const int64_t *status;
-  int64_t n, rows, row, window;
-  double ridge;
+  void *residual, *trace;   // (n): best so far; this evaluation's
+  const void *previous;     // the trace of the evaluation before, null at the first
+  int64_t n, size, rows, row, evaluation, window;
+  double rtol, divergence, ridge;
+  int threads;
 };
 
 #define IFR_DECLARE_KERNELS(isa)                            \
@@ -88,11 +69,7 @@ struct Rule {
   void norm_relu_vjp(DType, const NormShape &, const NormRelu &); \
   void norm_tail(DType, const NormShape &, const NormTail &);     \
   void norm_tail_vjp(DType, const NormShape &, const NormTail &); \
-  void gram_row(DType state, DType history, const GramRow &);     \
-  void combine(DType state, DType history, const Combine &);      \
-  int64_t assess(DType state, const Assess &);                    \
-  void broyden(const Rule &);                                     \
-  void anderson(const Rule &);                                    \
+  int64_t step(DType state, DType history, const Step &);         \
   }
 
 IFR_DECLARE_KERNELS(generic)

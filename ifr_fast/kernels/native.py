@@ -5,17 +5,17 @@ A sample's sums are formed in a fixed order, so results depend neither on the nu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from .. import _native
-from . import State
-from .plain import Norm, picard, wide
+from . import State, plain
+from .plain import Norm, wide
 
-__all__ = [
-    "anderson", "assess", "broyden", "combine", "gram_row", "norm_relu", "norm_relu_vjp", "norm_tail",
-    "norm_tail_vjp", "picard", "wide",
-]  # fmt: skip
+__all__ = ["convolution", "norm_relu", "norm_relu_vjp", "norm_tail", "norm_tail_vjp", "step", "wide"]
 
 DTYPES = {
     torch.float32: _native.DType.f32,
@@ -24,10 +24,32 @@ DTYPES = {
 }
 
 
-def norm_relu(y: Tensor, norm: Norm, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Does this torch, on this processor, convolve `dtype` by weights packed for oneDNN?"""
+    found = hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight") and hasattr(
+        torch.ops.mkldnn, "_convolution_pointwise"
+    )
+    if not (found and torch.backends.mkldnn.is_available()):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def convolution(weight: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
+    # oneDNN rearranges the weights in every call, at the cost of a RoI's convolution; packed beforehand it need not.
+    if not _packs(weight.dtype):
+        return plain.convolution(weight, x)
+    unit, shape = [1, 1], [x.shape[0], weight.shape[1], *x.shape[2:]]
+    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), unit, unit, unit, 1, shape)
+    return lambda x: torch.ops.mkldnn._convolution_pointwise(x, packed, None, unit, unit, unit, 1, "none", [], "")
+
+
+def norm_relu(
+    y: Tensor, norm: Norm, groups: int, eps: float, *, consume: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     y, shape = _activation(y, groups, eps)
     mean, rstd = _statistics(y, groups, 2)
-    out = torch.empty_like(y)
+    out = y if consume else torch.empty_like(y)
     _native.norm_relu(DTYPES[y.dtype], shape, *_at(y, *norm, mean, rstd, out))
     return out, mean, rstd
 
@@ -43,13 +65,13 @@ def norm_relu_vjp(
 
 
 def norm_tail(
-    y: Tensor, r: Tensor | None, first: Norm, second: Norm | None, groups: int, eps: float
+    y: Tensor, r: Tensor | None, first: Norm, second: Norm | None, groups: int, eps: float, *, consume: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     y, shape = _activation(y, groups, eps)
     r = None if r is None else _like(r, y, y.dtype)
     post = second is not None
     statistics = _statistics(y, groups, 4 if post else 2)
-    out = torch.empty_like(y, dtype=wide(y.dtype))
+    out = y if consume and y.dtype == wide(y.dtype) else torch.empty_like(y, dtype=wide(y.dtype))
     _native.norm_tail(
         DTYPES[y.dtype], shape, post, *_at(y, r, *first), *_at(*(second or ()), fill=2), *_at(*statistics, fill=4),
         out.data_ptr(),
@@ -82,35 +104,26 @@ def norm_tail_vjp(
     return grad_y, None if r is None else grad_r, [g.sum(0).to(statistics[0].dtype) for g in grads]
 
 
-def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> None:
-    _native.gram_row(
-        DTYPES[z.dtype], DTYPES[state.history.dtype], *_at(f, z, state.history, state.gram, state.norms, state.status),
-        state.n, state.size, state.rows, row, first, torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def assess(state: State, evaluation: int, rtol: float, divergence: float) -> int:
-    trace = state.trace
-    previous = trace[evaluation - 1].data_ptr() if evaluation else 0
-    return _native.assess(
-        DTYPES[trace.dtype], *_at(state.norms, state.status, state.iterations, state.improved, state.residual),
-        trace[evaluation].data_ptr(), previous, state.n, evaluation, rtol, divergence,
-    )  # fmt: skip
-
-
-def broyden(state: State, k: int) -> None:
-    _native.broyden(*_at(state.gram, state.p, state.q, state.step, state.status), state.n, state.rows, k)
-
-
-def anderson(state: State, k: int, m: int, ridge: float) -> None:
-    _native.anderson(*_at(state.gram, state.p, state.step, state.status), state.n, state.rows, k, m, ridge)
-
-
-def combine(state: State, z: Tensor, *, count: int, advance: bool) -> None:
-    _native.combine(
-        DTYPES[z.dtype], DTYPES[state.history.dtype],
-        *_at(z, state.value, state.history, state.step, state.status, state.improved),
-        state.n, state.size, state.rows, count, advance, torch.get_num_threads(),
+def step(
+    state: State,
+    f: Tensor,
+    z: Tensor,
+    *,
+    method: str,
+    window: int,
+    evaluation: int,
+    last: bool,
+    rtol: float,
+    divergence: float,
+) -> int:
+    row = -1 if last else evaluation % state.rows
+    return _native.step(
+        DTYPES[z.dtype], DTYPES[state.history.dtype], getattr(_native.Method, method),
+        *_at(f, z, state.value, state.history, state.gram, state.p, state.q, state.step, state.norms),
+        *_at(state.status, state.iterations, state.improved, state.residual, state.trace[evaluation]),
+        state.trace[evaluation - 1].data_ptr() if evaluation else 0,
+        state.n, state.size, state.rows, row, evaluation, window, rtol, divergence, torch.finfo(state.gram.dtype).eps,
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -6,6 +6,9 @@ float64 with float64 activations. A norm is the pair (weight, bias).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -19,8 +22,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def norm_relu(y: Tensor, norm: Norm, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """relu(gn(y)), of y's dtype, and the statistics mean, rstd."""
+def convolution(weight: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The 3×3 convolution of padding 1 by `weight`, ready for many tensors of x's size (N, ·, H, W)."""
+    return partial(torch.conv2d, weight=weight, padding=1)
+
+
+def norm_relu(
+    y: Tensor, norm: Norm, groups: int, eps: float, *, consume: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """relu(gn(y)), of y's dtype, and the statistics mean, rstd. consume: the result may take y's memory."""
     out, mean, rstd = _group_norm(y.to(wide(y.dtype)), norm, groups, eps)
     return out.relu_().to(y.dtype), mean, rstd
 
@@ -36,10 +46,10 @@ def norm_relu_vjp(
 
 
 def norm_tail(
-    y: Tensor, r: Tensor | None, first: Norm, second: Norm | None, groups: int, eps: float
+    y: Tensor, r: Tensor | None, first: Norm, second: Norm | None, groups: int, eps: float, *, consume: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """The end of the block, in the wide dtype, and its statistics: u = gn_first(y) + r (no r: gn_first(y)), then
-    gn_second(relu(u)) where there is a second norm."""
+    gn_second(relu(u)) where there is a second norm. consume: the result may take y's memory."""
     u, mean, rstd = _group_norm(y.to(wide(y.dtype)), first, groups, eps)
     if r is not None:
         u = u + r
@@ -74,6 +84,37 @@ def norm_tail_vjp(
         grad = torch.where(positive, grad, 0)
     grad_y, *first_grads = _group_norm_vjp(grad, wide_y, first, *statistics[:2], groups, params)
     return grad_y.to(y.dtype), None if r is None else grad, [*first_grads, *grads]
+
+
+def step(
+    state: State,
+    f: Tensor,
+    z: Tensor,
+    *,
+    method: str,
+    window: int,
+    evaluation: int,
+    last: bool,
+    rtol: float,
+    divergence: float,
+) -> int | None:
+    """What follows an evaluation f = F(z): the residual joins the history, every running sample is judged, the method
+    ("broyden", "anderson" or "picard") chooses its step, and z moves, in place. last: judged only.
+
+    window: how many residuals back the method takes inner products. rtol, divergence and the result as assess()'s.
+    """
+    row = -1 if last else evaluation % state.rows
+    gram_row(state, f, z, row=row, first=max(0, row - window + 1))
+    running = assess(state, evaluation, rtol, divergence)
+    if not last and running != 0:
+        if method == "broyden":
+            broyden(state, row)
+        elif method == "anderson":
+            anderson(state, row, window, torch.finfo(state.gram.dtype).eps)
+        else:
+            picard(state, row)
+    combine(state, z, count=row + 1, advance=not last)
+    return running
 
 
 def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> None:

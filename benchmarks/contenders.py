@@ -1,0 +1,236 @@
+"""What benchmarks/speed.py compares: the convolution stack, IFR by every solver, the released solver, torchdeq.
+
+All of IFR's rows, the unroll, the released solver and torchdeq evaluate the same block, of the same initial weights.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from measure import Call
+from torch import Tensor, nn
+
+from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Unroll, reference
+from ifr_fast.backend import kernels
+from ifr_fast.block import EPS
+from ifr_fast.residual import Block
+from ifr_fast.rules import Rule
+from ifr_fast.solve import memory_format
+
+BASE = "4 convolutions, NCHW"
+IFR = "IFR Broyden"
+BF16_HISTORY = "IFR Broyden, bf16 history"
+F_ALONE = "F alone, steps + 1 times"
+RELEASED = "as released (Broyden)"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row: what it is called, how its calls are made, what it takes in.
+
+    forward(x) gives a call that returns y; backward(x, cotangent) one that returns y and the gradients in x and the
+    parameters. x: (N, C, H, W) of this dtype and layout. residual(x, y): each sample's relative residual at y, (N,),
+    where something is solved. in_sweep: among the few rows for every N. compiled: the first call compiles. unavailable:
+    why there are no calls.
+    """
+
+    name: str
+    forward: Callable[[Tensor], Call] | None = None
+    backward: Callable[[Tensor, Tensor], Call] | None = None
+    residual: Callable[[Tensor, Tensor], Tensor] | None = None
+    parameters: int = 0
+    dtype: torch.dtype = torch.float32
+    layout: torch.memory_format = torch.contiguous_format
+    in_sweep: bool = False
+    compiled: bool = False
+    unavailable: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """channels: C. steps: of every solver. seed: of all weights."""
+
+    channels: int
+    steps: int
+    seed: int
+    device: torch.device
+
+    @property
+    def groups(self) -> int:
+        return math.gcd(self.channels, 32)
+
+    def head(self, **options) -> IFRHead:
+        torch.manual_seed(self.seed)
+        return IFRHead(self.channels, groups=self.groups, **options).to(self.device)
+
+    def stack(self) -> nn.Sequential:
+        torch.manual_seed(self.seed)
+        c = self.channels
+        layers = [layer for _ in range(4) for layer in (nn.Conv2d(c, c, 3, padding=1), nn.ReLU())]
+        return nn.Sequential(*layers).to(self.device)
+
+
+def contenders(setting: Setting) -> list[Contender]:
+    """All rows, the base of the ratios first."""
+    steps = setting.steps
+    bf16, channels_last = torch.bfloat16, torch.channels_last
+    exact = {"max_iter": steps, "rtol": 0}
+    broyden = setting.head(solver=Broyden(**exact), adjoint=Implicit(**exact))
+    stored = {**exact, "history_dtype": bf16}
+    loose = {"max_iter": steps, "rtol": 1e-2}
+    params = [t.detach().requires_grad_() for t in broyden.block.tensors()]
+    block = partial(reference.residual_block, params=params, groups=setting.groups, eps=EPS)
+    wide = setting.stack().to(memory_format=channels_last)
+    narrow = setting.stack().to(dtype=bf16, memory_format=channels_last)
+
+    def ifr(name: str, solver: Rule, options: dict = exact, post_gain: float = 1.0, **fields) -> Contender:
+        head = setting.head(solver=solver, adjoint=Implicit(**options), post_gain=post_gain)
+        return of_module(name, head, residual=partial(solved_residual, head), **fields)
+
+    return [
+        of_module(BASE, setting.stack(), in_sweep=True),
+        of_module("4 convolutions, channels_last", wide, layout=channels_last),
+        of_module("4 convolutions, compiled", torch.compile(setting.stack(), dynamic=False), compiled=True),
+        of_module("4 convolutions, channels_last, bf16", narrow, dtype=bf16, layout=channels_last, in_sweep=True),
+        of_module("unroll of 4", setting.head(solver=Unroll(4)), residual=partial(block_residual, block)),
+        ifr(IFR, Broyden(**exact), in_sweep=True),
+        Contender(F_ALONE, partial(evaluations, setting, broyden), parameters=count(broyden.parameters())),
+        ifr(BF16_HISTORY, Broyden(**stored), stored),
+        ifr("IFR Anderson", Anderson(**exact)),
+        ifr("IFR Picard", Picard(**exact)),
+        ifr("IFR Broyden, post_gain 0.25, rtol 1e-2", Broyden(**loose), loose, post_gain=0.25),
+        ifr(
+            "IFR Broyden, channels_last, bf16",
+            Broyden(**exact),
+            dtype=bf16,
+            layout=channels_last,
+            in_sweep=True,
+        ),
+        Contender(
+            RELEASED,
+            partial(released, block, steps),
+            partial(released_gradients, block, params, steps),
+            partial(block_residual, block),
+            count(params),
+            in_sweep=True,
+        ),
+        # torchdeq counts Broyden's steps but Anderson's evaluations, of which there is one more.
+        by_torchdeq("broyden", steps, block, params),
+        by_torchdeq("anderson", steps + 1, block, params),
+    ]
+
+
+def count(tensors) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+def of_module(name: str, module: nn.Module, **fields) -> Contender:
+    """The row of a module (N, C, H, W) → the same."""
+
+    def backward(x: Tensor, cotangent: Tensor) -> Call:
+        def call() -> tuple[Tensor, tuple[Tensor, ...]]:
+            y = module(x)
+            return y.detach(), torch.autograd.grad(y, [x, *module.parameters()], cotangent)
+
+        return call
+
+    return Contender(name, partial(bind, module), backward, parameters=count(module.parameters()), **fields)
+
+
+def bind(module: nn.Module, x: Tensor) -> Call:
+    return torch.no_grad()(partial(module, x))
+
+
+def solved_residual(head: IFRHead, x: Tensor, y: Tensor) -> Tensor:
+    return head.last_solution.residual
+
+
+@torch.no_grad()
+def block_residual(block: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return reference.relative_residual(y, block(y, x) - y)
+
+
+def evaluations(setting: Setting, head: IFRHead, x: Tensor) -> Call:
+    """F alone as often as the solve evaluates it, in the chunks and the layout in which the solve works."""
+    rule: Rule = head.solver.resolve(x.dtype)
+    size = rule.chunk(len(x), x[0].numel(), x.device)
+    layout = torch.channels_last if x.device.type == "cpu" else memory_format(x)
+    params = [t.detach() for t in head.block.tensors()]
+    served_by = kernels("auto", x.device.type, x.dtype)
+    chunks = [chunk.contiguous(memory_format=layout) for chunk in x.detach().split(size)]
+    blocks = [Block(c, params, head.block.form, setting.groups, EPS, served_by, x.dtype) for c in chunks]
+
+    @torch.no_grad()
+    def call() -> None:
+        for block in blocks:
+            for _ in range(setting.steps + 1):
+                block(block.x)
+
+    return call
+
+
+def released(block: Callable[..., Tensor], steps: int, x: Tensor) -> Call:
+    """The solver as published, its weights computed once."""
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return reference.broyden(lambda z: block(z, x), torch.zeros_like(x), steps=steps)[0]
+
+    return call
+
+
+def released_gradients(
+    block: Callable[..., Tensor], params: list[Tensor], steps: int, x: Tensor, cotangent: Tensor
+) -> Call:
+    """As published: Eq. 8 by the same solver, on autograd's vjp of one evaluation of F at the equilibrium."""
+    solve = released(block, steps, x)
+
+    def call() -> tuple[Tensor, tuple[Tensor, ...]]:
+        z = solve().requires_grad_()
+        value = block(z, x)
+
+        def adjoint(w: Tensor) -> Tensor:
+            return torch.autograd.grad(value, z, w, retain_graph=True)[0] + cotangent
+
+        w, *_ = reference.broyden(adjoint, torch.zeros_like(z), steps=steps)
+        return z.detach(), torch.autograd.grad(value, [x, *params], w)
+
+    return call
+
+
+def by_torchdeq(solver: str, iterations: int, block: Callable[..., Tensor], params: list[Tensor]) -> Contender:
+    """torchdeq's solver on the same block, its tolerance 0 so that the steps are as many; gradients by its IFT."""
+    name = f"torchdeq {solver.capitalize()}"
+    try:
+        from torchdeq import get_deq
+    except ImportError as error:
+        return Contender(name, unavailable=f"not installed: pip install torchdeq ({error})")
+    options = {
+        key: value
+        for side in "fb"
+        for key, value in (
+            (f"{side}_solver", solver),
+            (f"{side}_max_iter", iterations),
+            (f"{side}_tol", 0.0),
+            (f"{side}_stop_mode", "rel"),
+        )
+    }
+    solving, training = get_deq(ift=True, **options).eval(), get_deq(ift=True, **options).train()
+
+    def forward(x: Tensor) -> Call:
+        @torch.no_grad()
+        def call() -> Tensor:
+            return solving(lambda z: block(z, x), torch.zeros_like(x))[0][-1]
+
+        return call
+
+    def backward(x: Tensor, cotangent: Tensor) -> Call:
+        def call() -> tuple[Tensor, tuple[Tensor, ...]]:
+            y = training(lambda z: block(z, x), torch.zeros_like(x))[0][-1]
+            return y.detach(), torch.autograd.grad(y, [x, *params], cotangent)
+
+        return call
+
+    return Contender(name, forward, backward, partial(block_residual, block), count(params))

@@ -1,0 +1,210 @@
+"""Seconds, peak memory and convolutions of a call, and many calls timed in turns."""
+
+import ast
+import gc
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+Call = Callable[[], Any]
+
+LEAST, MOST = 3, 30  # runs of a call
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would report as an error that there is no GPU
+
+DTYPES = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "c10::BFloat16": torch.bfloat16,
+    "c10::Half": torch.float16,
+}
+
+
+class Operand(NamedTuple):
+    """A tensor's shape, strides and dtype."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def normal(self, device: torch.device) -> Tensor:
+        """Such a tensor, of normal deviates; of an expanded one too, whose elements share memory."""
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return torch.randn(extent, device=device).to(self.dtype).as_strided(self.shape, self.strides)
+
+
+class Convolution(NamedTuple):
+    """A call of aten's convolution or convolution_backward; its arguments, tensors as Operands."""
+
+    name: str
+    arguments: tuple[Any, ...]
+
+    def alone(self, device: torch.device) -> Call:
+        """The same call on random tensors."""
+        arguments = [a.normal(device) if isinstance(a, Operand) else a for a in self.arguments]
+        return partial(getattr(torch.ops.aten, self.name).default, *arguments)
+
+    def __str__(self) -> str:
+        operands = [a for a in self.arguments if isinstance(a, Operand)]
+        shapes = ", ".join(f"{a.shape} strides {a.strides}" for a in operands)
+        return f"{self.name} of {shapes} {operands[0].dtype}"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A call's result, the most memory that it held beyond what was allocated before it, and the convolutions that it
+    ran."""
+
+    result: Any
+    peak_bytes: int
+    convolutions: Counter[Convolution]
+
+
+def profile(call: Call, device: torch.device) -> Profile:
+    """Run `call` once under PyTorch's profiler.
+
+    peak_bytes counts what PyTorch's allocators hand out, results and oneDNN's scratch space included: on a GPU the
+    caching allocator's own maximum; on a CPU the largest running sum of the profiler's allocations and releases. What
+    C++ containers and Python objects take besides is not in it. tests/test_speed.py holds it against the process's own
+    peak (ru_maxrss): the released solver takes 103 MiB by this count and 110 MiB by that one.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with torch.autograd.profiler.profile(profile_memory=True, record_shapes=True) as profiler:
+        result = call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_bytes())["traceEvents"]
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        peak = _highest([e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == 0])
+    names = ("aten::convolution", "aten::convolution_backward")
+    convolutions = Counter(_convolution(e) for e in events if e.get("name") in names)
+    return Profile(result, peak, convolutions)
+
+
+def _highest(events: list[dict]) -> int:
+    held = highest = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        highest = max(highest, held)
+    return highest
+
+
+def _convolution(event: dict) -> Convolution:
+    a = event["args"]
+    columns = zip(a["Input Dims"], a["Input Strides"], a["Input type"], a["Concrete Inputs"], strict=True)
+    arguments = []
+    for shape, strides, kind, value in columns:
+        if kind in DTYPES:
+            arguments.append(Operand(tuple(shape), tuple(strides), DTYPES[kind]))
+        else:
+            value = ast.literal_eval(value) if value else None
+            arguments.append(tuple(value) if isinstance(value, list) else value)
+    return Convolution(event["name"].removeprefix("aten::"), tuple(arguments))
+
+
+def seconds(call: Call, device: torch.device) -> float:
+    """Of one run; a GPU's own clock on a GPU."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        elapsed = start.elapsed_time(end) / 1e3
+    else:
+        clock = time.perf_counter()
+        result = call()
+        elapsed = time.perf_counter() - clock
+    del result  # freed outside the timing
+    return elapsed
+
+
+@dataclass
+class Timed:
+    """The seconds of a call, run by run.
+
+    prepare(), untimed, gives the call. runs: how often the call does what is to be timed.
+    """
+
+    prepare: Callable[[], Call]
+    runs: int = 1
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return first, third
+
+
+def time_in_turns(timed: Sequence[Timed], device: torch.device, budget: float, *, before_round: Call) -> None:
+    """Time all calls in `budget` seconds, each at least LEAST times whatever the budget.
+
+    The first round runs every call, and tells how many more runs there is time for. In the rounds that follow the calls
+    keep their order, and slow ones sit out most rounds, evenly.
+    """
+    deadline = time.perf_counter() + budget
+
+    def run_round(indices: Iterable[int]) -> list[float]:
+        before_round()
+        costs = []
+        for i in indices:
+            start = time.perf_counter()
+            if len(timed[i].seconds) < LEAST or start < deadline:
+                timed[i].seconds.append(seconds(timed[i].prepare(), device) / timed[i].runs)
+            costs.append(time.perf_counter() - start)
+            bar.update()
+        return costs
+
+    with tqdm(total=LEAST * len(timed), desc="timing in turns", dynamic_ncols=True) as bar:
+        costs = run_round(range(len(timed)))
+        counts = repeats(costs, deadline - time.perf_counter(), LEAST - 1, MOST - 1)
+        bar.total = len(timed) + sum(counts)
+        for indices in rounds(counts):
+            run_round(indices)
+
+
+def repeats(costs: Sequence[float], budget: float, least: int, most: int) -> list[int]:
+    """How often to run calls of these costs in `budget` (seconds both): an equal share of the time for each, within
+    `least` to `most` times."""
+
+    def counts(share: float) -> list[int]:
+        return [min(most, max(least, math.floor(share / cost))) for cost in costs]
+
+    low, high = 0.0, most * max(costs)
+    for _ in range(40):
+        share = (low + high) / 2
+        total = sum(count * cost for count, cost in zip(counts(share), costs, strict=True))
+        low, high = (share, high) if total <= budget else (low, share)
+    return counts(low)
+
+
+def rounds(counts: Sequence[int]) -> Iterator[list[int]]:
+    """What to run in each of max(counts) rounds: index i in counts[i] of them, evenly spread."""
+    total = max(counts)
+    for j in range(total):
+        yield [i for i, count in enumerate(counts) if (j + 1) * count // total > j * count // total]

@@ -1,0 +1,214 @@
+"""What the equilibrium costs beside the four convolutions it replaces: latency and peak memory, in one table.
+
+    python benchmarks/speed.py
+    python benchmarks/speed.py --device cpu --threads 2 --n 1 16 --budget 300
+
+All rows are timed in turns within one run, so that whatever slows the machine slows them all. Latency is the median
+with its quartiles. "× stack": the ratio to four float32 convolutions in NCHW at the same N. "× own convs": the ratio
+to the convolutions that the call itself runs, in the shapes, layouts and dtypes in which it runs them, each timed
+alone in the same turns. "extra MiB": the peak memory of one call beyond what was there before, results included.
+"residual": the relative residual ‖F(z) - z‖ / ‖F(z)‖ of what the call returned, median and worst of the samples.
+Inputs resemble RoI features (smooth, non-negative, rms 1) and are drawn anew for every round. Writes speed.json and
+speed.png.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import measure
+import torch
+import torch.nn.functional as F
+from contenders import Contender, Setting, contenders
+from measure import Call, Convolution, Timed
+from speed_report import BACKWARD, FORWARD, Row, environment, print_report, report, save_picture
+from torch import Tensor
+from tqdm import tqdm
+
+BACK_TO_BACK = 10  # runs of a lone convolution on a GPU: one is shorter than its launch
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line with its defaults filled in. Raises ValueError for values out of range."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--device", help="cpu or cuda (cuda where there is one)")
+    add("--n", type=int, nargs="+", help="batch sizes of the sweep (1 4 16; on a GPU 1 8 32 64 100 128 256 512)")
+    add("--table", type=int, help="batch size at which every row is timed (16; on a GPU 100)")
+    add("--n-backward", type=int, help="largest batch size of forward+backward (4; on a GPU 512)")
+    add("--channels", type=int, default=256, help="(%(default)s)")
+    add("--size", type=int, default=14, help="height and width (%(default)s)")
+    add("--steps", type=int, default=15, help="of every solver, forward and backward (%(default)s)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="on a CPU (%(default)s)")
+    add("--budget", type=float, default=150, help="seconds in all, where 3 runs of each fit (%(default)s)")
+    add("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
+    add("--out", type=Path, default=Path("runs/speed"), help="folder for the results (%(default)s)")
+    options = parser.parse_args(arguments)
+    options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    gpu = options.device.type == "cuda"
+    if gpu:
+        options.device = torch.device("cuda", options.device.index or 0)
+    defaults = {
+        "table": 100 if gpu else 16,
+        "n_backward": 512 if gpu else 4,
+        "n": [1, 8, 32, 64, 100, 128, 256, 512] if gpu else [1, 4, 16],
+    }
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    for name in ("table", "n_backward", "channels", "size", "steps", "threads", "budget"):
+        value = getattr(options, name)
+        if not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+    if min(options.n) < 1:
+        raise ValueError(f"--n: expected batch sizes of at least 1, got {min(options.n)}")
+    return options
+
+
+def smooth_features(n: int, channels: int, size: int, generator: torch.Generator) -> Tensor:
+    """(n, channels, size, size) like RoI features: low-passed noise through a ReLU, rms 1."""
+    noise = torch.randn(n, channels, size + 4, size + 4, generator=generator, device=generator.device)
+    features = F.avg_pool2d(noise, 5, stride=1).relu()
+    return features / features.square().mean().sqrt()
+
+
+class Inputs:
+    """Features X and gradients of the output, the same numbers in every layout and dtype; renewed in place."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.generator = torch.Generator(options.device).manual_seed(options.seed)
+        self.drawn: dict[int, tuple[Tensor, Tensor]] = {}
+        self.variants: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def of(self, contender: Contender, n: int) -> tuple[Tensor, Tensor]:
+        """X, which requires a gradient, and the gradient of the output."""
+        key = n, contender.dtype, contender.layout
+        if n not in self.drawn:
+            self.drawn[n] = self._draw(n)
+        if key not in self.variants:
+            x, cotangent = (t.to(contender.dtype, memory_format=contender.layout, copy=True) for t in self.drawn[n])
+            self.variants[key] = x.requires_grad_(), cotangent
+        return self.variants[key]
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        self.drawn = {n: self._draw(n) for n in self.drawn}
+        for (n, *_), variant in self.variants.items():
+            for tensor, drawn in zip(variant, self.drawn[n], strict=True):
+                tensor.copy_(drawn)
+
+    def _draw(self, n: int) -> tuple[Tensor, Tensor]:
+        features = smooth_features(n, self.options.channels, self.options.size, self.generator)
+        return features, torch.randn(features.shape, generator=self.generator, device=features.device)
+
+
+def planned(options: argparse.Namespace, everything: list[Contender]) -> Iterator[Row]:
+    """The rows: all contenders at one batch size, a few at the sweep's others."""
+    backward_sizes = [n for n in options.n if n <= options.n_backward]
+    for mode, sizes, table in (
+        (FORWARD, options.n, options.table),
+        (BACKWARD, backward_sizes, min(options.table, options.n_backward)),
+    ):
+        for n in sorted({*sizes, table}):
+            for contender in everything:
+                has_mode = contender.backward if mode == BACKWARD else contender.forward
+                if (n == table or contender.in_sweep) and (has_mode or contender.unavailable):
+                    yield Row(contender, n, mode, in_table=n == table, unavailable=contender.unavailable)
+
+
+def warm_up(row: Row, inputs: Inputs, device: torch.device) -> None:
+    """Run the row's call once (twice where a first run does more than compute): memory, convolutions, residual."""
+    x, cotangent = inputs.of(row.contender, row.n)
+    forward = row.mode == FORWARD
+    call = row.contender.forward(x.detach()) if forward else row.contender.backward(x, cotangent)
+    try:
+        if row.contender.compiled or device.type == "cuda":
+            call()
+        profile = measure.profile(call, device)
+    except torch.OutOfMemoryError as error:
+        row.unavailable = f"out of memory: {first_line(error)}"
+        return
+    except RuntimeError as error:
+        if not row.contender.compiled:
+            raise
+        row.unavailable = f"torch.compile failed: {first_line(error)}"
+        return
+    row.timed = Timed(lambda: call)
+    row.peak_bytes, row.convolutions = profile.peak_bytes, profile.convolutions
+    if row.contender.residual is not None:
+        y = profile.result if forward else profile.result[0]
+        row.residual = row.contender.residual(x.detach(), y).float().cpu()
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def lone_convolutions(rows: list[Row], device: torch.device) -> dict[Convolution, Timed]:
+    """Each convolution that any row runs, to be timed by itself."""
+    times = BACK_TO_BACK if device.type == "cuda" else 1
+    lone = {}
+    for convolution in {c: None for row in rows for c in row.convolutions}:
+        # Its operands are made for every run: kept, those of all would fill a GPU.
+        prepare = partial(repeated, convolution, device, times)
+        measure.seconds(prepare(), device)
+        lone[convolution] = Timed(prepare, times)
+    return lone
+
+
+def repeated(convolution: Convolution, device: torch.device, times: int) -> Call:
+    call = convolution.alone(device)
+
+    def calls() -> None:
+        for _ in range(times):
+            call()
+
+    return calls
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Measure, print and write; returns what speed.json holds."""
+    started = time.perf_counter()
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    device = options.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    facts = environment(device)
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+    print(f"seed: {options.seed}", flush=True)
+
+    setting = Setting(options.channels, options.steps, options.seed, device)
+    inputs = Inputs(options)
+    rows = list(planned(options, contenders(setting)))
+    bar = tqdm(rows, "warming up", dynamic_ncols=True)
+    for row in bar:
+        bar.set_postfix_str(row.label + (", compiling" if row.contender.compiled else ""), refresh=False)
+        if not row.unavailable:
+            warm_up(row, inputs, device)
+    measured = [row for row in rows if not row.unavailable]
+    lone = lone_convolutions(measured, device)
+    left = options.budget - (time.perf_counter() - started)
+    timed = [*(row.timed for row in measured), *lone.values()]
+    measure.time_in_turns(timed, device, left, before_round=inputs.renew)
+
+    found = report(rows, lone, vars(options), facts, time.perf_counter() - started)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
+    save_picture(options.out / "speed.png", found)
+    print_report(found)
+    print(f"wrote {options.out / 'speed.json'} and {options.out / 'speed.png'}")
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"speed.py: {error}")

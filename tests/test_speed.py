@@ -1,0 +1,253 @@
+"""benchmarks/speed.py: its measuring, what it compares, a run of seconds."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import contenders
+import measure
+import pytest
+import speed
+import speed_report
+import torch
+from contenders import BASE, BF16_HISTORY, F_ALONE, IFR, RELEASED, Setting
+from measure import Timed
+from speed_report import BACKWARD, FORWARD
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def row(name: str, seed: int, steps: int = 3) -> contenders.Contender:
+    return next(c for c in contenders.contenders(Setting(8, steps, seed, CPU)) if c.name == name)
+
+
+def features(n: int, size: int, seed: int) -> torch.Tensor:
+    return speed.smooth_features(n, 8, size, torch.Generator().manual_seed(seed))
+
+
+def test_profile_counts_the_most_that_was_held_at_once():
+    def call() -> torch.Tensor:
+        kept = torch.ones(MIB // 4)
+        for _ in range(3):
+            passing = torch.ones(2 * MIB // 4)
+            del passing
+        return kept
+
+    assert measure.profile(call, CPU).peak_bytes == 3 * MIB
+
+
+def test_profile_ignores_what_was_there_before():
+    held = [torch.ones(MIB)]
+
+    def call() -> torch.Tensor:
+        held.clear()
+        return torch.ones(MIB // 4)
+
+    assert measure.profile(call, CPU).peak_bytes == MIB
+
+
+def test_profiled_peak_is_what_the_process_really_takes():
+    """The released solver's peak against ru_maxrss, in a process of its own that returns freed blocks at once."""
+    script = """
+import resource
+import measure, speed, torch
+from contenders import RELEASED, Setting, contenders
+
+torch.set_num_threads(1)
+cpu = torch.device("cpu")
+released = next(c for c in contenders(Setting(32, 15, 0, cpu)) if c.name == RELEASED)
+released.forward(torch.rand(1, 32, 14, 14))()
+x = speed.smooth_features(96, 32, 14, torch.Generator().manual_seed(0))
+call = released.forward(x)
+pages = int(open("/proc/self/statm").read().split()[1])
+result = call()
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * resource.getpagesize()
+del result
+print(grown, measure.profile(call, cpu).peak_bytes)
+"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("this system has no /proc/self/statm to read a process's resident memory from")
+    environment = {
+        "PYTHONPATH": str(BENCHMARKS),
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    output = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    grown, profiled = map(int, output.split())
+    assert profiled > 70 * MIB
+    assert grown == pytest.approx(profiled, rel=0.1)
+
+
+def test_profile_lists_convolutions_as_they_were_run():
+    x = torch.rand(2, 4, 6, 5).to(memory_format=torch.channels_last).requires_grad_()
+    layer = torch.nn.Conv2d(4, 3, 3, padding=1)
+
+    def call() -> None:
+        for _ in range(2):
+            layer(x).sum().backward()
+
+    found = measure.profile(call, CPU).convolutions
+    assert sorted((c.name, count) for c, count in found.items()) == [("convolution", 2), ("convolution_backward", 2)]
+    forward = next(c for c in found if c.name == "convolution")
+    assert forward.arguments[0] == measure.Operand((2, 4, 6, 5), x.stride(), torch.float32)
+    assert forward.alone(CPU)().shape == (2, 3, 6, 5)
+    backward = next(c for c in found if c.name == "convolution_backward")
+    assert [g.shape for g in backward.alone(CPU)()] == [x.shape, layer.weight.shape, layer.bias.shape]
+
+
+@pytest.fixture
+def timed_by_a_false_clock(monkeypatch):
+    """Times calls of given costs within a budget; gives what was timed, and the indices run in each round."""
+
+    def run(costs: list[float], budget: float) -> tuple[list[Timed], list[list[int]]]:
+        now, turns = [0.0], []
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+        def call(i: int) -> None:
+            turns[-1].append(i)
+            now[0] += costs[i]
+
+        timed = [Timed(lambda i=i: partial(call, i)) for i in range(len(costs))]
+        measure.time_in_turns(timed, CPU, budget, before_round=lambda: turns.append([]))
+        return timed, turns
+
+    return run
+
+
+def test_calls_are_timed_in_turns(timed_by_a_false_clock):
+    timed, turns = timed_by_a_false_clock([1e-3, 1.0, 1e-3], 4.5)
+    assert [len(t.seconds) for t in timed] == [30, 4, 30]
+    assert [t.median for t in timed] == pytest.approx([1e-3, 1.0, 1e-3])
+    slow = [i for i, turn in enumerate(turns) if turn == [0, 1, 2]]
+    assert slow == [0, 10, 20, 29]
+    assert all(turn == [0, 2] for i, turn in enumerate(turns) if i not in slow)
+
+
+def test_past_the_budget_calls_still_get_the_least_runs(timed_by_a_false_clock):
+    timed, turns = timed_by_a_false_clock([1e-3, 10.0], 0.5)
+    assert turns == [[0, 1]] * measure.LEAST
+    assert [len(t.seconds) for t in timed] == [measure.LEAST] * 2
+
+
+def test_time_beyond_the_least_runs_goes_to_all_calls_equally():
+    assert measure.repeats([0.1, 0.2, 4.0], 16.0, least=3, most=30) == [20, 10, 3]
+
+
+@pytest.mark.parametrize("name", [IFR, F_ALONE, RELEASED])
+def test_rows_evaluate_f_once_more_than_they_step(name, seed):
+    convolutions = measure.profile(row(name, seed).forward(features(2, 6, seed)), CPU).convolutions
+    assert sum(convolutions.values()) == 2 * (3 + 1)
+
+
+def test_the_released_gradient_is_ours(seed):
+    """Two independent ways to the same equilibrium's gradient, at a step count where both converge."""
+    x = features(2, 6, seed).mul_(4).requires_grad_()
+    cotangent = torch.randn(x.shape)
+    found = [row(name, seed, steps=40).backward(x, cotangent)()[1][0] for name in (IFR, RELEASED)]
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2 * found[0].abs().max().item())
+
+
+def test_features_are_smooth_and_of_unit_size(seed):
+    x = features(4, 14, seed)
+    assert x.square().mean().item() == pytest.approx(1, rel=1e-5)
+    centred = x - x.mean()
+    assert (centred[..., 1:] * centred[..., :-1]).mean() > 0.5 * centred.square().mean()
+
+
+def test_rows_of_one_round_get_the_same_numbers_and_other_rounds_get_others(seed):
+    options = speed.parse(["--device", "cpu", "--channels", "8", "--size", "6", "--seed", str(seed)])
+    inputs = speed.Inputs(options)
+    plain, narrow = row(BASE, seed), row("4 convolutions, channels_last, bf16", seed)
+    x = inputs.of(plain, 2)[0].detach()
+    before = x.clone()
+    for _ in range(2):
+        inputs.renew()
+        other = inputs.of(narrow, 2)[0]
+        assert other.dtype == torch.bfloat16
+        assert other.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(other.detach(), x.bfloat16(), rtol=0, atol=0)
+    assert not torch.equal(x, before)
+
+
+def test_a_bad_option_is_named():
+    with pytest.raises(ValueError, match=r"--budget: expected a positive number, got -1"):
+        speed.parse(["--budget", "-1"])
+
+
+def test_bars_say_what_was_missed():
+    quantities = {BASE: (1.0, 1), IFR: (10.0, 50), F_ALONE: (8.0, 1), RELEASED: (25.0, 120), BF16_HISTORY: (10.0, 30)}
+    entries = [
+        {"name": name, "in_table": True, "mode": FORWARD, "median": median, "peak_extra_bytes": peak}
+        for name, (median, peak) in quantities.items()
+    ]
+    bars = speed_report.bars(entries)
+    assert [bar["value"] for bar in bars] == pytest.approx([10, 2.5, 0.2, 0.25])
+    assert [bar["met"] for bar in bars] == [True, True, False, True]
+    assert [bar["met"] for bar in speed_report.bars(entries[:2])] == [True, None, None, None]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """The benchmark at toy sizes, nothing compiled: its output folder, report and printed text."""
+    out = tmp_path_factory.mktemp("speed")
+    script = "import sys, torch; torch.compile = lambda module, **_: module; import speed; speed.main(sys.argv[1:])"
+    sizes = "--n 1 2 3 --table 3 --n-backward 2 --channels 8 --size 6 --steps 3 --threads 1 --budget 1 --device cpu"
+    process = subprocess.run(
+        [sys.executable, "-c", script, *sizes.split(), "--out", str(out)],
+        cwd=BENCHMARKS, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return out, json.loads((out / "speed.json").read_text()), process.stdout
+
+
+def test_every_row_of_the_report_is_complete(tiny_run):
+    _, found, _ = tiny_run
+    assert found["environment"]["torch"] == torch.__version__
+    for entry in found["rows"]:
+        if entry["name"].startswith("torchdeq") and "unavailable" in entry:
+            assert "pip install torchdeq" in entry["unavailable"]
+            continue
+        assert len(entry["seconds"]) >= measure.LEAST
+        assert all(s > 0 for s in entry["seconds"])
+        for key in ("median", "ratio_to_stack", "ratio_to_convolutions", "peak_extra_bytes", "parameters"):
+            assert entry[key] > 0, (entry["name"], key)
+        solves = any(word in entry["name"] for word in ("IFR", "unroll", "released", "torchdeq"))
+        assert (entry["residual_median"] is not None) == solves
+        assert not solves or 0 < entry["residual_median"] <= entry["residual_worst"] < 1
+
+
+def test_the_table_and_the_sweep_have_their_rows(tiny_run):
+    _, found, _ = tiny_run
+    names = {(mode, n): [e["name"] for e in found["rows"] if (e["mode"], e["n"]) == (mode, n)]
+             for mode in (FORWARD, BACKWARD) for n in (1, 2, 3)}  # fmt: skip
+    everything = names[FORWARD, 3]
+    assert len(everything) == len(set(everything)) == 15
+    assert names[BACKWARD, 2] == [name for name in everything if name != F_ALONE]
+    assert names[BACKWARD, 3] == []
+    assert names[FORWARD, 1] == names[FORWARD, 2] == names[BACKWARD, 1]
+    assert {BASE, IFR, RELEASED} < set(names[FORWARD, 1]) < set(everything)
+
+
+def test_the_table_is_printed_and_drawn(tiny_run):
+    out, found, printed = tiny_run
+    lines = printed.splitlines()
+    for entry in found["rows"]:
+        assert any(line.startswith(entry["name"]) for line in lines)
+    for bar in found["bars"]:
+        assert any(line.startswith(bar["what"]) for line in lines)
+    assert (out / "speed.png").read_bytes().startswith(b"\x89PNG")
