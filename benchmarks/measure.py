@@ -33,6 +33,10 @@ DTYPES = {
 }
 
 
+# On weights packed beforehand, which have no strides; alone it is timed as the convolution that it stands for.
+PACKED = "mkldnn::_convolution_pointwise"
+
+
 class Operand(NamedTuple):
     """A tensor's shape, strides and dtype."""
 
@@ -96,7 +100,7 @@ def profile(call: Call, device: torch.device) -> Profile:
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
         peak = _highest([e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == 0])
-    names = ("aten::convolution", "aten::convolution_backward")
+    names = ("aten::convolution", "aten::convolution_backward", PACKED)
     convolutions = Counter(_convolution(e) for e in events if e.get("name") in names)
     return Profile(result, peak, convolutions)
 
@@ -119,6 +123,12 @@ def _convolution(event: dict) -> Convolution:
         else:
             value = ast.literal_eval(value) if value else None
             arguments.append(tuple(value) if isinstance(value, list) else value)
+    if event["name"] == PACKED:
+        x, weight, bias, padding, stride, dilation, groups, *_ = arguments
+        format = torch.channels_last if x.strides[1] == 1 else torch.contiguous_format
+        strides = torch.empty(weight.shape, device="meta").to(memory_format=format).stride()
+        weight = weight._replace(strides=strides)
+        return Convolution("convolution", (x, weight, bias, stride, padding, dilation, False, (0, 0), groups))
     return Convolution(event["name"].removeprefix("aten::"), tuple(arguments))
 
 
