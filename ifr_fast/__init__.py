@@ -1,4 +1,7 @@
-"""Implicit Feature Refinement at the price of the convolutions it replaces. See IFRHead, fixed_point and backends."""
+"""Implicit Feature Refinement: the equilibrium of one residual block in place of a tower of convolutions.
+
+See IFRHead, fixed_point and backends.
+"""
 
 from .adjoint import Implicit, JacobianFree, Phantom, Shine, Unrolled
 from .backend import backends

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .config import check_int, choice
+from .kernels import is_channels_last
 from .residual import Block
-from .rules import Broyden, Rule
+from .rules import Broyden, Rule, check_solver
 from .solve import solve
 
 Vjp = Callable[[Tensor], Tensor]
@@ -58,10 +59,7 @@ class Implicit(Adjoint):
     workspace: int | None = None
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "history_dtype", self.rule.history_dtype)
-        except ValueError as error:
-            raise ValueError(str(error).replace("Broyden", "Implicit", 1)) from None
+        check_solver(self)
 
     @property
     def rule(self) -> Broyden:
@@ -70,11 +68,15 @@ class Implicit(Adjoint):
     def cotangent(
         self, vjp: Vjp, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
     ) -> tuple[Tensor, Tensor]:
-        # At w⁰ = 0 the map's value is grad itself: one product with the Jacobian saved.
-        state = solve(
-            lambda w: vjp(w).add_(grad), torch.zeros_like(grad), self.rule.resolve(compute), kernels, f_z0=grad
-        )
-        return state.value, state.residual
+        # The equation is linear: with every sample's gradient scaled to 1, squares neither underflow nor overflow. One
+        # that is not finite passes unsolved, for loss scaling to see; of zero the solution is zero.
+        scale = grad.reshape(len(grad), -1).abs().amax(1).view(-1, *[1] * (grad.dim() - 1)) if grad.numel() else grad
+        solvable = scale.isfinite() & (scale > 0)
+        scaled = torch.where(solvable, grad / scale, 0)
+        # At w⁰ = 0 the map's value is the right-hand side itself: one product with the Jacobian saved.
+        rule = self.rule.resolve(compute)
+        state = solve(lambda w: vjp(w) + scaled, torch.zeros_like(grad), rule, kernels, f_z0=scaled)
+        return torch.where(solvable, state.value * scale, grad), state.residual
 
 
 @choice
@@ -153,15 +155,11 @@ def _unsolved(grad: Tensor) -> Tensor:
 
 def _flatten(x: Tensor) -> Tensor:
     """(n, …) as (n, size) in the order of its memory, as the history's rows are."""
-    return (x.permute(0, 2, 3, 1) if _channels_last(x) else x).reshape(len(x), math.prod(x.shape[1:]))
+    return (x.permute(0, 2, 3, 1) if is_channels_last(x) else x).reshape(len(x), math.prod(x.shape[1:]))
 
 
 def _unflatten(flat: Tensor, like: Tensor) -> Tensor:
-    if _channels_last(like):
+    if is_channels_last(like):
         n, c, h, w = like.shape
         return flat.view(n, h, w, c).permute(0, 3, 1, 2)
     return flat.view(like.shape)
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

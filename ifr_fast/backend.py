@@ -36,7 +36,8 @@ def _native() -> tuple[ModuleType | None, str]:
         module = importlib.import_module(".kernels.native", __package__)
         binary = importlib.import_module("._native", __package__)
     except ImportError as error:
-        return None, f"the compiled extension does not import ({error}); reinstall with a C++17 compiler: pip install ."
+        advice = "pip install . with a C++17 compiler, and run outside of the source tree, or pip install -e ."
+        return None, f"the compiled extension does not import from {__package__} ({error}); {advice}"
     threads = "OpenMP" if binary.openmp else "one thread, the compiler has no OpenMP"
     return module, f"CPU tensors in float32, float64, bfloat16 ({binary.isa()} kernels, {threads})"
 
@@ -76,4 +77,6 @@ def kernels(name: str, device: str, dtype: torch.dtype) -> ModuleType:
         raise ValueError(f"backend='native' serves {reason}; got {dtype} on {device}")
     chosen = "native" if name in ("auto", "native") and serves else "reference"
     logger.info("%s on %s (backend=%r): %s kernels, %s", dtype, device, name, chosen, backends()[chosen].reason)
+    if module is None and device == "cpu":
+        logger.warning("running without the compiled kernels, several times slower: %s", reason)
     return module if chosen == "native" else plain

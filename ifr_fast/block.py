@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from . import backend as backends
 from . import ops  # noqa: F401  (registers torch.ops.ifr_fast)
 from .kernels.plain import wide
 from .residual import FORMS
@@ -31,7 +33,8 @@ class ResidualBlock(nn.Module):
         post_gain: initial weight of GN3. Below 1 the block contracts more strongly and the solver converges in fewer
             steps; 1 gave the better masks.
 
-    Convolutions start as in Mask R-CNN (He et al.'s normal, fan out). Raises ValueError for arguments that do not fit.
+    Convolutions start as in Mask R-CNN (He et al.'s normal, fan out). Their and the norms' parameters are read,
+    the modules not called: hooks on them do not run. Raises ValueError for arguments that do not fit.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class ResidualBlock(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        backends.check(backend)
         mid_channels = channels if mid_channels is None else mid_channels
         if form not in FORMS:
             raise ValueError(f"form={form!r}: expected one of {', '.join(FORMS)}")
@@ -107,9 +111,15 @@ class ResidualBlock(nn.Module):
             out = torch.ops.ifr_fast.norm_tail(y, None if self.form == "plain" else r, norms, *options)[0]
         return out.to(z.dtype)
 
-    # torch pickles no parametrised module: such a convolution travels as a plain one with its gain beside it.
+    # torch copies parametrised modules, but pickles none: a weight-normed convolution travels as a plain one with its
+    # gain beside it.
+    def __deepcopy__(self, memo: dict[int, Any]) -> ResidualBlock:
+        other = memo[id(self)] = self.__class__.__new__(self.__class__)
+        other.__dict__.update(deepcopy(self.__dict__, memo))
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
-        modules = {k: _plain(m) if parametrize.is_parametrized(m) else m for k, m in self._modules.items()}
+        modules = {k: _plain(m) if _is_weight_normed(m) else m for k, m in self._modules.items()}
         return {**self.__dict__, "_modules": modules}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -118,6 +128,13 @@ class ResidualBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}"
+
+
+def _is_weight_normed(module: nn.Module) -> bool:
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    original = {name for name, _ in module.parametrizations.weight.named_parameters()}
+    return original == {"original0", "original1"} and len(module.parametrizations.weight) == 1
 
 
 def _plain(conv: nn.Conv2d) -> nn.Conv2d:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -25,8 +26,9 @@ def build(spec: Any, base: type[T] | tuple[type, ...], argument: str) -> T:
     if isinstance(spec, base):
         return spec
     names = [c.__name__ for c in _CHOICES.values() if issubclass(c, base)]
-    fields = {"type": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, dict) else {}
-    cls = _CHOICES.get(str(fields.pop("type", "")).lower())
+    fields = {"type": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
+    name = fields.pop("type", "")
+    cls = _CHOICES.get(getattr(name, "__name__", str(name)).lower())
     if cls is None or not issubclass(cls, base):
         raise ValueError(
             f"{argument}={spec!r}: expected one of {', '.join(names)}, as an object, a name or dict(type=name, …)"
@@ -56,5 +58,6 @@ def check_int(owner: str, name: str, value: Any, minimum: int) -> None:
 
 
 def check_rtol(owner: str, value: Any) -> None:
-    if value is not None and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
-        raise ValueError(f"{owner}(rtol={value!r}): expected None or a number ≥ 0 (0: always max_iter steps)")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 <= value < float("inf")):
+        raise ValueError(f"{owner}(rtol={value!r}): expected None or a number ≥ 0")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import backend as backends
 from .adjoint import Implicit
 from .block import EPS
+from .config import encode
 from .head import IFRHead
 from .residual import Block
 from .rules import Rule
@@ -26,7 +27,7 @@ def spectral_radius(head: IFRHead, x: Tensor, *, iterations: int = 100) -> Tenso
     if iterations < 2:
         raise ValueError(f"iterations={iterations!r}: expected at least 2")
     with torch.no_grad():
-        z = head(x)
+        z = head.solve(x)
         dtype = head.block.compute_dtype(x)
         kernels = backends.kernels(head.block.backend, x.device.type, dtype)
         wide = kernels.wide(dtype)
@@ -54,10 +55,10 @@ def adjoint_residual(head: IFRHead, x: Tensor, grad: Tensor) -> Tensor:
     if not isinstance(head.adjoint, Implicit):
         return torch.full((len(x),), torch.inf, device=x.device)
     with torch.no_grad():
-        z, params, dtype = head(x), head.block.tensors(), head.block.compute_dtype(x)
+        z, params, dtype = head.solve(x), head.block.tensors(), head.block.compute_dtype(x)
         empty = [x.new_empty(len(x), 0)] * 3
         return torch.ops.ifr_fast.solve_backward(
-            grad, z, x, params, empty, head.block.form, head.block.groups, EPS, dtype, head.adjoint_text,
+            grad, z, x, params, empty, head.block.form, head.block.groups, EPS, dtype, encode(head.adjoint),
             head.block.backend,
         )[2]  # fmt: skip
 

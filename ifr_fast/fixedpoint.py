@@ -11,9 +11,10 @@ from torch import Tensor
 from . import backend as backends
 from .adjoint import Adjoint, Implicit, Memory, Phantom, Shine, Unrolled
 from .config import build
+from .kernels import memory_format
 from .kernels.plain import wide
 from .rules import Broyden, Rule, Unroll
-from .solve import Solution, differentiable_solve, memory_format, solution, solve
+from .solve import Solution, differentiable_solve, solution, solve
 
 
 def fixed_point(
@@ -55,7 +56,7 @@ def fixed_point(
             raise ValueError(f"f returned shape {tuple(out.shape)} for z of shape {tuple(z.shape)}: expected the same")
         return out.to(iterate)
 
-    start = z0.to(iterate, memory_format=memory_format(z0))
+    start = z0.to(iterate).contiguous(memory_format=memory_format(z0))
     if isinstance(adjoint, Unrolled):
         solved = differentiable_solve(widened, start, rule)
         return solved.value.to(z0.dtype), solved.detach()
@@ -96,6 +97,19 @@ class _Attach(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        return ctx.cotangent(grad), None, None
+        with torch.no_grad():
+            w = ctx.cotangent(grad.detach())
+        return _Once.apply(w.requires_grad_()) if torch.is_grad_enabled() else w, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated again, and says so instead of being silently constant."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor) -> Tensor:
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError("fixed_point is differentiable once: its gradient has no gradient")

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backend as backends
 from . import equilibrium  # noqa: F401  (implements the ops)
 from .adjoint import Adjoint, Implicit, Shine, Unrolled
 from .block import EPS, ResidualBlock
@@ -32,10 +31,12 @@ class IFRHead(nn.Module):
             Both also by name or as dict(type=name, …), and may be assigned later.
         warmup_steps, warmup_unroll: the first `warmup_steps` forward passes in training mode unroll the block
             `warmup_unroll` times in place of solving (the authors' remedy for an untrained block that does not
-            contract). The count is part of the state dict where warmup_steps > 0.
+            contract). The count is part of the state dict where warmup_steps > 0; activation
+            checkpointing around the head counts its recomputation too.
         backend: "auto", "reference", "native"; see backends().
 
-    Attributes: block, the ResidualBlock; last_solution, the Solution of the last forward pass (None after an Unroll).
+    Attributes: block, the ResidualBlock; last_solution, the Solution of the last forward pass (None after an
+        Unroll); its value may share memory with the output.
     Raises ValueError for arguments, shapes and dtypes that do not fit.
     """
 
@@ -56,7 +57,6 @@ class IFRHead(nn.Module):
     ) -> None:
         check_int("IFRHead", "warmup_steps", warmup_steps, 0)
         check_int("IFRHead", "warmup_unroll", warmup_unroll, 1)
-        backends.check(backend)
         super().__init__()
         self.block = ResidualBlock(
             channels, form=form, groups=groups, mid_channels=mid_channels, weight_norm=weight_norm, post_gain=post_gain,
@@ -91,7 +91,7 @@ class IFRHead(nn.Module):
     def adjoint(self, value: Adjoint | str | Mapping[str, Any]) -> None:
         self._adjoint = build(value, Adjoint, "adjoint")
         self._check_shine()
-        self.adjoint_text = encode(self._adjoint)
+        self._adjoint_text = encode(self._adjoint)
 
     def _check_shine(self) -> None:
         solver, adjoint = getattr(self, "_solver", None), getattr(self, "_adjoint", None)
@@ -99,20 +99,28 @@ class IFRHead(nn.Module):
             raise ValueError(f"adjoint=Shine() reuses Broyden's inverse Jacobian; solver={solver!r} has none")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → the equilibrium, of the same shape, dtype and memory format."""
+        """(N, C, H, W) → the equilibrium, of the same shape, dtype and memory format. Differentiable once."""
         self._check_input(x)
         steps = self._unroll_steps()
-        if steps or isinstance(self.adjoint, Unrolled):
-            return self._differentiable(x, steps)
+        return self._differentiable(x, steps) if steps else self.solve(x)
+
+    def solve(self, x: Tensor) -> Tensor:
+        """The equilibrium as forward gives it, whatever the warm-up. ValueError where the solver is an Unroll."""
+        self._check_input(x)
+        if isinstance(self.solver, Unroll):
+            raise ValueError(f"solver={self.solver} has no equilibrium to solve for")
+        if isinstance(self.adjoint, Unrolled):
+            return self._differentiable(x, 0)
         solver, max_iter, dtype, history_dtype = self._calls[self.block.compute_dtype(x)]
         params = self.block.tensors()
         keep = isinstance(self.adjoint, Shine) and torch.is_grad_enabled()
         value, residual, iterations, trace, status, *_ = torch.ops.ifr_fast.solve(
             x, params, self.block.form, self.block.groups, EPS, solver, max_iter, dtype, history_dtype,
-            self.adjoint_text, self.block.backend, keep,
+            self._adjoint_text, self.block.backend, keep,
         )  # fmt: skip
         self.last_solution = Solution(value, residual, iterations, trace, status).detach()
-        return value
+        # The op's own result is kept for the backward pass; the caller may change this one, as nn.ReLU(inplace=True).
+        return value.clone() if value.requires_grad else value
 
     def _unroll_steps(self) -> int:
         """Blocks to unroll in this forward pass; 0 where the solver runs."""
@@ -138,7 +146,7 @@ class IFRHead(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         channels = self.block.channels
-        if x.dim() != 4 or x.shape[1] != channels:
+        if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected (N, {channels}, H, W), as channels={channels}")
         if x.dtype not in DTYPES:
             raise ValueError(f"x has dtype {x.dtype}: expected float64, float32, bfloat16 or float16")
@@ -153,7 +161,8 @@ class IFRHead(nn.Module):
         """
         prefix = prefix if not prefix or prefix.endswith(".") else prefix + "."
         kwargs = {"groups": 4, "form": "released", **kwargs}
-        norms = [f"gn{i}.{name}" for i in (1, 2, 3) for name in ("weight", "bias")]
+        layers = (1, 2) if kwargs["form"] == "paper" else (1, 2, 3)
+        norms = [f"gn{i}.{name}" for i in layers for name in ("weight", "bias")]
         names = {name: name for name in norms}
         for conv in ("conv1", "conv2"):
             if kwargs.setdefault("weight_norm", prefix + "conv1.weight_g" in state_dict):
@@ -177,8 +186,8 @@ class IFRHead(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.warmup_steps:
-            self.warmup.count = int(self.warmup_count)
+        if self.warmup_steps and prefix + "warmup_count" in state_dict:
+            self.warmup.count = int(state_dict[prefix + "warmup_count"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_solution": None}

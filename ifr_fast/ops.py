@@ -180,3 +180,11 @@ def _solve_backward(ctx, grad, *_):
 
 
 torch.library.register_autograd("ifr_fast::solve", _solve_backward, setup_context=_solve_context)
+
+
+def _once(ctx, *_):
+    raise RuntimeError("IFRHead is differentiable once: its gradient has no gradient")
+
+
+for _op in ("norm_relu_vjp", "norm_tail_vjp", "solve_backward"):
+    torch.library.register_autograd(f"ifr_fast::{_op}", _once)

@@ -13,6 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .kernels import memory_format
+
 FORMS = ("released", "paper", "plain")
 
 
@@ -36,7 +38,7 @@ class Block:
         self.x, self.form, self.groups, self.eps, self.kernels, self.dtype = x, form, groups, eps, kernels, dtype
         conv1, gn1_weight, gn1_bias, conv2, gn2_weight, gn2_bias, *gn3 = params
         affine = kernels.wide(dtype)
-        self.format = torch.channels_last if _channels_last(x) else torch.contiguous_format
+        self.format = memory_format(x)
         self.weight1, self.weight2 = conv1, conv2
         self.conv1, self.conv2 = self._convolution(conv1), self._convolution(conv2)
         self.norm1, self.norm2 = _norm(gn1_weight, gn1_bias, affine), _norm(gn2_weight, gn2_bias, affine)
@@ -105,10 +107,6 @@ class Linearised:
             return grad_z, []
         conv1, conv2 = _weight_grad(r, grad_y1, b.weight1), _weight_grad(h, grad_y2, b.weight2)
         return grad_z, [conv1, *grads1, conv2, *grads2]
-
-
-def _channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _norm(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

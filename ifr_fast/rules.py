@@ -7,7 +7,7 @@ only their inner products, a K×K matrix a sample, and yields the step's coeffic
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,20 @@ from .kernels import plain
 # Tensors of the iterate's size that one evaluation of the block and the step around it hold: the injection, z, the best
 # iterate, F, R and the convolutions' results.
 BUFFERS = 8
-ITERATE_BYTES = 4
+
+
+def check_solver(options: Any) -> None:
+    """Checks max_iter, rtol, history_dtype and workspace of a frozen dataclass; a dtype's name becomes the dtype."""
+    name = type(options).__name__
+    check_int(name, "max_iter", options.max_iter, 1)
+    check_rtol(name, options.rtol)
+    if options.workspace is not None:
+        check_int(name, "workspace", options.workspace, 1)
+    given = options.history_dtype
+    dtype = getattr(torch, given, given) if isinstance(given, str) else given
+    if dtype not in (None, torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(f"{name}(history_dtype={given!r}): expected None, float32, float64 or bfloat16")
+    object.__setattr__(options, "history_dtype", dtype)
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,7 @@ class Rule:
     """What every iterative solver takes.
 
     max_iter: steps at most; F is evaluated max_iter + 1 times. rtol: a sample stops where ‖F(z) - z‖ ≤ rtol·‖F(z)‖;
-        None means 1e-3, or 1e-2 where F is computed in 16 bits; 0 means always max_iter steps.
+        None means 1e-3, or 1e-2 where F is computed in 16 bits; 0 means max_iter steps, unless F(z) = z exactly.
     history_dtype: of the stored residuals (torch.float32, torch.bfloat16, torch.float64 or their names); None means
         bfloat16 where F is computed in 16 bits, else the iterate's dtype. bfloat16 halves memory and traffic and leaves
         the residuals' trace alike. workspace: bytes that a solve may take beside its results, None for 32 MiB on a CPU
@@ -43,19 +56,7 @@ class Rule:
     workspace: int | None = None
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        check_int(name, "max_iter", self.max_iter, 1)
-        if self.workspace is not None:
-            check_int(name, "workspace", self.workspace, 1)
-        check_rtol(name, self.rtol)
-        dtype = getattr(torch, self.history_dtype, None) if isinstance(self.history_dtype, str) else self.history_dtype
-        if dtype not in (None, torch.float32, torch.float64, torch.bfloat16) or (dtype is None) != (
-            self.history_dtype is None
-        ):
-            raise ValueError(
-                f"{name}(history_dtype={self.history_dtype!r}): expected None, float32, float64 or bfloat16"
-            )
-        object.__setattr__(self, "history_dtype", dtype)
+        check_solver(self)
 
     def resolve(self, compute: torch.dtype) -> Rule:
         """The rule with its defaults filled in, for an F that computes in `compute`."""
@@ -68,11 +69,15 @@ class Rule:
             history_dtype=torch.bfloat16 if stored == torch.bfloat16 else iterate,
         )
 
-    def chunk(self, samples: int, size: int, device: torch.device) -> int:
-        """Samples of `size` unknowns to solve at a time: as even a split as the (resolved) rule's workspace allows."""
+    def chunk(self, samples: int, size: int, device: torch.device, buffers: int = BUFFERS) -> int:
+        """Samples of `size` unknowns to solve at a time: as even a split as the (resolved) rule's workspace allows.
+
+        buffers: tensors of the iterate's size held beside the history.
+        """
         budget = self.workspace or (32 << 20 if device.type == "cpu" else 1 << 30)
+        iterate = 8 if self.history_dtype == torch.float64 else 4
         history = self.rows * self.history_dtype.itemsize
-        most = max(1, budget // max(1, size * (history + BUFFERS * ITERATE_BYTES)))
+        most = max(1, budget // max(1, size * (history + buffers * iterate)))
         return -(-samples // -(-samples // most))
 
     @property

@@ -57,13 +57,6 @@ class Solution:
         return f"{len(self.status)} samples ({states}), worst relative residual {worst}"
 
 
-def memory_format(z: Tensor) -> torch.memory_format:
-    """The layout that the kernels keep: channels_last where z has it, else contiguous."""
-    if z.dim() == 4 and not z.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
 def solve(
     f: Callable[[Tensor], Tensor],
     z: Tensor,
@@ -72,7 +65,7 @@ def solve(
     *,
     f_z0: Tensor | None = None,
 ) -> State:
-    """The equilibrium of f from z (n, …), float32 or float64 in one of memory_format()'s layouts; z is overwritten.
+    """The equilibrium of f from z (n, …), float32 or float64 and dense in kernels.memory_format(z); z is overwritten.
 
     f maps an iterate to a tensor of the same shape. rule must be resolved. f_z0: f(z) where it is known already.
     Returns the solver's state; its value, residual, iterations, trace and status are a Solution's fields.

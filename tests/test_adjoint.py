@@ -171,6 +171,36 @@ def test_gradient_layout_may_differ_from_the_forwards(problem):
     assert_same(turned, plain)
 
 
+@pytest.mark.parametrize("adjoint", [Implicit(), Shine(), JacobianFree(), Phantom()], ids=lambda a: type(a).__name__)
+def test_gradient_may_be_a_slice(adjoint, problem):
+    """As the backward pass of a concatenation makes it: strides of channels_last, but not dense."""
+    head, x, cotangent = problem(adjoint)
+    slice_ = torch.cat([cotangent, cotangent], 1).contiguous(memory_format=torch.channels_last)[:, :8]
+    assert_same(gradients(head, x, slice_), gradients(head, x, cotangent))
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-3, 1e25])
+def test_gradients_scale(factor, make_head):
+    """Squares of float32 under- and overflow long before the gradients do."""
+    head = make_head(16, post_gain=0.3)
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    cotangent = torch.randn_like(x)
+    actual = torch.autograd.grad(head(x), x, factor * cotangent)[0] / factor
+    assert_same([actual], [torch.autograd.grad(head(x), x, cotangent)[0]], 1e-4)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_gradients_stay_visible_and_apart(value, make_head):
+    head = make_head(16)
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    cotangent = torch.randn_like(x)
+    clean = torch.autograd.grad(head(x), x, cotangent)[0]
+    cotangent[0, 0, 0, 0] = value
+    grad = torch.autograd.grad(head(x), x, cotangent)[0]
+    assert not grad[0].isfinite().all()
+    torch.testing.assert_close(grad[1], clean[1])
+
+
 def test_frozen_parameters_and_input(problem):
     head, x, cotangent = problem(Implicit())
     everything = gradients(head, x, cotangent)

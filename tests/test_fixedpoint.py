@@ -79,6 +79,29 @@ def test_channels_last_stays():
     assert fixed_point(f, z0)[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_samples_stay_apart_whatever_the_strides():
+    shift = torch.tensor([torch.nan, 0.3, 0.5])[:, None]
+    for z0 in (torch.zeros(5, 3).t(), torch.zeros(1, 5).expand(3, 5)):
+        z, solution = fixed_point(lambda z: 0.5 * z.cos() + shift, z0, solver=Broyden(20, rtol=1e-5))
+        assert solution.status.tolist() == [3, 0, 0]
+        torch.testing.assert_close(z[1:], (0.5 * z.cos() + shift)[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_identity_maps_leave_their_argument_alone():
+    """f's vjp may hand back its argument itself."""
+    x = torch.randn(3, 5, requires_grad=True)
+    z, _ = fixed_point(lambda z: x + 0 * z.detach(), torch.zeros(3, 5))
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0], torch.ones(3, 5))
+
+
+def test_second_derivatives_are_refused_not_dropped():
+    weight = torch.tensor(0.3, requires_grad=True)
+    z, _ = fixed_point(lambda z: weight * z.cos(), torch.zeros(2, 3))
+    (grad,) = torch.autograd.grad(z.square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.square().backward()
+
+
 def test_unroll_applies_f(layer):
     linear, x = layer
     z, solution = fixed_point(lambda z: linear(z) + x, torch.zeros_like(x), solver=Unroll(2))

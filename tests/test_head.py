@@ -102,6 +102,7 @@ def test_empty_batch(solver, make_head):
         (lambda: IFRHead(64, backend="triton"), "backend='triton' is not available: "),
         (lambda: IFRHead(64, warmup_steps=-1), "warmup_steps=-1"),
         (lambda: IFRHead(64)(torch.randn(2, 32, 4, 4)), r"shape \(2, 32, 4, 4\): expected \(N, 64, H, W\)"),
+        (lambda: IFRHead(64)(torch.randn(2, 64, 0, 4)), r"shape \(2, 64, 0, 4\)"),
         (lambda: IFRHead(64)(torch.randn(64, 4, 4)), r"expected \(N, 64, H, W\)"),
         (lambda: IFRHead(64)(torch.zeros(1, 64, 4, 4, dtype=torch.int64)), "int64"),
         (lambda: IFRHead.from_released({"a": torch.zeros(1)}, prefix="head"), "head.conv1.weight"),
@@ -313,6 +314,47 @@ def test_gradient_scaler_sees_a_nan(make_head):
     x[0, 0, 0, 0] = torch.nan
     head(x).square().sum().backward()
     assert not all(p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_the_output_may_be_changed_in_place(make_head):
+    head = make_head(16)
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    expected = torch.autograd.grad(head(x).relu().square().sum(), x)[0]
+    actual = torch.autograd.grad(torch.nn.Sequential(head, torch.nn.ReLU(inplace=True))(x).square().sum(), x)[0]
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("call", [lambda h, x: h(x), lambda h, x: h.block(x, x)], ids=["solve", "block"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused_not_dropped(call, backend, make_head):
+    head = make_head(8, groups=2, backend=backend)
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(call(head, x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.square().sum().backward()
+
+
+def test_a_checkpoint_without_the_count_leaves_it_alone(make_head):
+    head = make_head(16, warmup_steps=3)
+    head(torch.randn(1, 16, 3, 3))
+    head.load_state_dict({"block.gn1.bias": torch.zeros(16)}, strict=False)
+    assert head.warmup.count == 1
+
+
+def test_solve_ignores_the_warmup(make_head):
+    head = make_head(16, warmup_steps=3)
+    x = torch.randn(2, 16, 5, 5)
+    z = head.solve(x)
+    assert head.last_solution is not None
+    assert head.warmup.count == 0
+    assert torch.equal(z, head.eval()(x))
+
+
+def test_a_second_parametrisation_survives_deepcopy(make_head):
+    head = make_head(16)
+    torch.nn.utils.parametrize.register_parametrization(head.block.conv1, "weight", torch.nn.Softplus())
+    x = torch.randn(2, 16, 5, 5)
+    assert torch.equal(copy.deepcopy(head)(x), head(x))
 
 
 def test_solver_and_adjoint_may_be_assigned(make_head):

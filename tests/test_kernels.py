@@ -12,7 +12,7 @@ from ifr_fast.solve import solve
 
 EPS = 1e-5
 # RMS error.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 # Groups of fewer than four values amplify roundings, up to 1/sqrt(eps) = 316 times.
 shapes = st.tuples(
@@ -29,8 +29,10 @@ def draw(shape, dtype, channels_last, count):
     return tensors, [tuple(t.to(plain.wide(dtype)) for t in norm) for norm in norms], groups
 
 
-def assert_close(actual, expected, dtype):
-    """RMS error against RMS or 1, the inputs' own: single elements near zero say nothing."""
+def assert_close(actual, expected, dtype, rstds):
+    """RMS error against RMS or 1, the inputs' own: single elements near zero say nothing. A group of small variance
+    magnifies roundings by its 1/σ."""
+    tolerance = TOLERANCE[dtype] * max(1.0, *(float(r.max()) for r in rstds))
     for a, b in zip(actual, expected, strict=True):
         assert (a is None) == (b is None)
         if a is None:
@@ -39,7 +41,7 @@ def assert_close(actual, expected, dtype):
         assert a.shape == b.shape
         a, b = a.double(), b.double()
         assert torch.isfinite(a).all()
-        assert (a - b).norm() <= TOLERANCE[dtype] * (b.norm() + b.numel() ** 0.5)
+        assert (a - b).norm() <= tolerance * (b.norm() + b.numel() ** 0.5)
 
 
 @dtypes
@@ -48,10 +50,11 @@ def assert_close(actual, expected, dtype):
 def test_norm_relu(dtype, shape, channels_last):
     (y, grad), (norm, *_), groups = draw(shape, dtype, channels_last, 2)
     actual, expected = (k.norm_relu(y, norm, groups, EPS) for k in (native, plain))
-    assert_close(actual, expected, dtype)
+    rstds = [expected[2]]
+    assert_close(actual, expected, dtype, rstds)
     # The statistics are plain's in both, so that a value on ReLU's edge falls to the same side.
     vjps = [k.norm_relu_vjp(grad, y, norm, *expected[1:], groups, EPS, params=True) for k in (native, plain)]
-    assert_close(*([grad_y, *grads] for grad_y, grads in vjps), dtype)
+    assert_close(*([grad_y, *grads] for grad_y, grads in vjps), dtype, rstds)
 
 
 @dtypes
@@ -62,10 +65,11 @@ def test_norm_tail(dtype, residual, post, shape, channels_last):
     (y, r, grad), (first, second, _), groups = draw(shape, dtype, channels_last, 3)
     r, second, grad = r if residual else None, second if post else None, grad.to(plain.wide(dtype))
     results = [k.norm_tail(y, r, first, second, groups, EPS) for k in (native, plain)]
-    assert_close(*([out, *statistics] for out, statistics in results), dtype)
     statistics = results[1][1]
+    rstds = statistics[1::2]
+    assert_close(*([out, *statistics] for out, statistics in results), dtype, rstds)
     vjps = [k.norm_tail_vjp(grad, y, r, first, second, statistics, groups, EPS, params=True) for k in (native, plain)]
-    assert_close(*([grad_y, grad_r, *grads] for grad_y, grad_r, grads in vjps), dtype)
+    assert_close(*([grad_y, grad_r, *grads] for grad_y, grad_r, grads in vjps), dtype, rstds)
 
 
 @pytest.mark.parametrize(("residual", "post"), [(True, True), (True, False), (False, True)])
@@ -79,9 +83,9 @@ def test_plain_vjps_are_autograds(residual, post):
         r, second = r if residual else None, second if post else None
         value, statistics = plain.norm_tail(y, r, first, second, groups, EPS)
         grad_y, grad_r, grads = plain.norm_tail_vjp(grad, y, r, first, second, statistics, groups, EPS, params=True)
-    assert_close([value], [out], torch.float64)
+    assert_close([value], [out], torch.float64, statistics[1::2])
     expected = [g for g in expected if g is not None]
-    assert_close([g for g in (grad_y, grad_r, *grads) if g is not None], expected, torch.float64)
+    assert_close([g for g in (grad_y, grad_r, *grads) if g is not None], expected, torch.float64, statistics[1::2])
 
 
 def test_relu_keeps_nan():

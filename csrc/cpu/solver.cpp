@@ -12,7 +12,7 @@ namespace {
 
 // A piece of a sample that stays in L1 while the history streams past it. Sums are formed per piece and
 // added in order, so a sample's result depends neither on the threads nor on its batch mates.
-constexpr int64_t PIECE = 4096;
+constexpr int64_t PIECE = 1024;
 
 // Inner products are summed in double: Broyden's method takes differences of them.
 template <typename S, typename H>
@@ -27,8 +27,10 @@ double dot(const S *g, const H *row, int64_t count) {
 template <typename H>
 void fetch(const H *row, int64_t stride, int64_t begin, int64_t end) {
   constexpr int64_t LINE = 64 / sizeof(H);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(row);  // may lie past the end: no pointer arithmetic
   for (int r = 0; r < 4; ++r)
-    for (int64_t e = begin; e < end; e += LINE) __builtin_prefetch(row + r * stride + e);
+    for (int64_t e = begin; e < end; e += LINE)
+      __builtin_prefetch(reinterpret_cast<const void *>(address + (r * stride + e) * sizeof(H)));
 }
 
 // Four rows at a time: as many loads in flight, and g is read once.

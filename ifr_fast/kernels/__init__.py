@@ -10,7 +10,17 @@ import math
 import torch
 from torch import Tensor
 
-MAX_ITER = 1  # the status of a sample that still runs; the other codes are solve.Status
+RUNNING = 1  # the status of a sample that still runs; if that is its last, solve.Status calls it MAX_ITER
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Is x (N, C, H, W) dense in channels_last, and not in the contiguous layout too?"""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout that the kernels keep: channels_last where x has it, else contiguous."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 class State:
@@ -36,6 +46,6 @@ class State:
         self.value = z.clone()
         self.residual = torch.full((n,), torch.inf, dtype=z.dtype, device=device)
         self.trace = torch.empty(evaluations, n, dtype=z.dtype, device=device)
-        self.status = torch.full((n,), MAX_ITER, dtype=torch.int64, device=device)
+        self.status = torch.full((n,), RUNNING, dtype=torch.int64, device=device)
         self.iterations = torch.zeros(n, dtype=torch.int64, device=device)
         self.improved = torch.zeros(n, dtype=torch.bool, device=device)

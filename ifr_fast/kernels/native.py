@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from . import State, plain
+from . import State, is_channels_last, plain
 from .plain import Norm, wide
 
 __all__ = ["convolution", "norm_relu", "norm_relu_vjp", "norm_tail", "norm_tail_vjp", "step", "wide"]
@@ -134,7 +134,7 @@ def _at(*tensors: Tensor | None, fill: int = 0) -> list[int]:
 
 
 def _activation(y: Tensor, groups: int, eps: float) -> tuple[Tensor, _native.NormShape]:
-    channels_last = not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last)
+    channels_last = is_channels_last(y)
     if not channels_last:
         y = y.contiguous()
     n, channels, height, width = y.shape

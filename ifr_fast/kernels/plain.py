@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import MAX_ITER, State
+from . import RUNNING, State, is_channels_last
 
 Norm = tuple[Tensor, Tensor]
 
@@ -139,7 +139,7 @@ def assess(state: State, evaluation: int, rtol: float, divergence: float) -> int
     Codes as solve.Status: 0 converged, 2 diverged (‖g‖ > divergence · ‖g₀‖), 3 not finite. Returns how many samples
     still run, or None on a device, where that would cost a synchronisation.
     """
-    running = state.status == MAX_ITER
+    running = state.status == RUNNING
     g, f = state.norms[:, 0].sqrt(), state.norms[:, 1].sqrt()
     if evaluation == 0:
         state.norms[:, 2] = g
@@ -149,18 +149,18 @@ def assess(state: State, evaluation: int, rtol: float, divergence: float) -> int
     finite = relative.isfinite()
     state.improved.copy_(running & finite & (relative < state.residual))
     state.residual.copy_(torch.where(state.improved, relative, state.residual))
-    code = torch.where(g > divergence * state.norms[:, 2], 2, MAX_ITER)
+    code = torch.where(g > divergence * state.norms[:, 2], 2, RUNNING)
     code = torch.where(relative <= rtol, 0, code)
     code = torch.where(finite, code, 3)
     state.status.copy_(torch.where(running, code, state.status))
-    return int((state.status == MAX_ITER).sum()) if state.status.device.type == "cpu" else None
+    return int((state.status == RUNNING).sum()) if state.status.device.type == "cpu" else None
 
 
 def broyden(state: State, k: int) -> None:
     """The step after residual k, by Broyden's method; its pair (p, q) joins the state."""
     p, q, step = broyden_coefficients(state.gram, state.p, state.q, state.step, k)
     if k > 0:
-        running = (state.status == MAX_ITER).unsqueeze(1)
+        running = (state.status == RUNNING).unsqueeze(1)
         state.p[:, k - 1], state.q[:, k - 1] = torch.where(running, p, 0), torch.where(running, q, 0)
     state.step.copy_(step)
 
@@ -239,13 +239,12 @@ def combine(state: State, z: Tensor, *, count: int, advance: bool) -> None:
         update += state.step[:, j : j + 1].to(z.dtype) * state.history[:, j]
     order = _order(z)
     update = update.view(z.permute(*order).shape).permute(*(order.index(d) for d in range(z.dim())))
-    z.copy_(torch.where((state.status == MAX_ITER).view(shape), z + update, z))
+    z.copy_(torch.where((state.status == RUNNING).view(shape), z + update, z))
 
 
 def _order(z: Tensor) -> list[int]:
     """The dimensions of z in the order of its memory."""
-    channels_last = z.dim() == 4 and not z.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last)
-    return [0, 2, 3, 1] if channels_last else list(range(z.dim()))
+    return [0, 2, 3, 1] if is_channels_last(z) else list(range(z.dim()))
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
