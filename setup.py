@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError, PlatformError
 
@@ -133,6 +134,9 @@ def plan_cuda(cxx: list[str], sources: list[Path]) -> tuple[Nvcc | None, str]:
     if mode not in ("0", "1", "auto"):
         raise OptionError(f"IFR_FAST_CUDA is {mode!r}; expected 0, 1 or auto.")
     if not sources:
+        if mode == "1":
+            advice = "this version has no CUDA kernels to build, do without (IFR_FAST_CUDA=0 or auto)"
+            raise PlatformError(f"IFR_FAST_CUDA=1, but csrc/cuda has no .cu file: {advice}.")
         return None, "none (csrc/cuda has no .cu file)"
     if mode == "0":
         return None, "skipped because IFR_FAST_CUDA=0"
@@ -208,6 +212,19 @@ def write_graph(graph: Graph, output: Path, sources: list[Path]) -> None:
     graph.link(output, [*cxx, *shared, openmp], libraries, os.environ.get("LDFLAGS", ""))
 
 
+class FreshBuild(build):
+    """Starts from an empty build/lib*, which else keeps modules deleted since the last build and ships them.
+
+    The objects beside it stay, and so does a folder elsewhere that --build-lib names: others may own what it holds.
+    """
+
+    def run(self) -> None:
+        library = Path(self.build_lib)
+        if library.is_dir() and Path(self.build_base) in library.parents:
+            shutil.rmtree(library)
+        super().run()
+
+
 class NinjaBuildExt(build_ext):
     """Compiles with ninja, which rebuilds exactly what a changed file, header or switch touches."""
 
@@ -247,5 +264,5 @@ setup(
     packages=packages("ifr_fast", "ifr_fast") + packages("ifr_fast.integrations", "integrations"),
     package_dir={"ifr_fast": "ifr_fast", "ifr_fast.integrations": "integrations"},
     ext_modules=[Extension("ifr_fast._native", ["csrc/bindings.cpp", *sorted(map(str, kernels))])],
-    cmdclass={"build_ext": NinjaBuildExt},
+    cmdclass={"build": FreshBuild, "build_ext": NinjaBuildExt},
 )

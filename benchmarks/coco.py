@@ -17,16 +17,20 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
+class DataError(ValueError):
+    """The data cannot be used; the message names the place at fault."""
+
+
 def find_annotations(root: Path, split: str) -> Path:
     """The annotation file of `split` ("train" or "val") in a folder of COCO format.
 
     Looks for annotations/instances_SPLIT.json, then for one with a year (instances_SPLIT2017.json).
-    Raises ValueError where there is none, or more than one.
+    Raises DataError where there is none, or more than one.
     """
     exact = root / "annotations" / f"instances_{split}.json"
     found = [exact] if exact.is_file() else sorted(root.glob(f"annotations/instances_{split}[0-9]*.json"))
     if len(found) != 1:
-        raise ValueError(
+        raise DataError(
             f"data: expected {exact} or one file annotations/instances_{split}YEAR.json, "
             f"found {[path.name for path in found] or 'neither'}; --{split}-annotations names the file"
         )
@@ -36,7 +40,7 @@ def find_annotations(root: Path, split: str) -> Path:
 def find_images(root: Path, annotations: Path, split: str, file_names: list[str]) -> Path:
     """The folder that holds `file_names`: SPLIT/, SPLIT with its year, images/SPLIT/, images/ or the root.
 
-    Raises ValueError where no folder has the first image, or where the folder that has it lacks others.
+    Raises DataError where no folder has the first image, or where the folder that has it lacks others.
     """
     named = annotations.stem.removeprefix("instances_")
     candidates = [
@@ -51,27 +55,27 @@ def find_images(root: Path, annotations: Path, split: str, file_names: list[str]
         if (folder / file_names[0]).is_file():
             missing = [name for name in file_names if not (folder / name).is_file()]
             if missing:
-                raise ValueError(
+                raise DataError(
                     f"data: {folder} lacks {len(missing)} of the {len(file_names)} images "
                     f"that {annotations.name} names, the first being {missing[0]}"
                 )
             return folder
     looked = ", ".join(str(folder) for folder in candidates)
-    raise ValueError(f"data: {file_names[0]}, named in {annotations.name}, is in none of: {looked}")
+    raise DataError(f"data: {file_names[0]}, named in {annotations.name}, is in none of: {looked}")
 
 
 def load_annotations(path: Path) -> COCO:
     """Read and check an instances file; fills in `iscrowd`, `area` and `bbox` where they are left out.
 
-    Raises ValueError naming the first annotation that no mask can be made of.
+    Raises DataError naming the first annotation that no mask can be made of.
     """
     try:
         data = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable JSON file: {error}") from error
+        raise DataError(f"{path}: not a readable JSON file: {error}") from error
     absent = [key for key in ("images", "annotations", "categories") if not (isinstance(data, dict) and key in data)]
     if absent or not data["images"] or not data["categories"]:
-        raise ValueError(f"{path}: not COCO format: {', '.join(absent) or 'images or categories'} missing or empty")
+        raise DataError(f"{path}: not COCO format: {', '.join(absent) or 'images or categories'} missing or empty")
     data.setdefault("info", {})
     coco = COCO()
     coco.dataset = data
@@ -87,20 +91,20 @@ def load_annotations(path: Path) -> COCO:
 
 
 def check_annotation(annotation: dict, coco: COCO, path: Path) -> None:
-    """Raises ValueError unless image, category and segmentation of the annotation can be used."""
+    """Raises DataError unless image, category and segmentation of the annotation can be used."""
     where = f"{path}: annotation {annotation.get('id')}"
     if annotation.get("image_id") not in coco.imgs:
-        raise ValueError(f"{where}: image_id {annotation.get('image_id')} is not among the images")
+        raise DataError(f"{where}: image_id {annotation.get('image_id')} is not among the images")
     if annotation.get("category_id") not in coco.cats:
-        raise ValueError(f"{where}: category_id {annotation.get('category_id')} is not among the categories")
+        raise DataError(f"{where}: category_id {annotation.get('category_id')} is not among the categories")
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
         image = coco.imgs[annotation["image_id"]]
         size = [image["height"], image["width"]]
         if "counts" not in segmentation or list(segmentation.get("size", [])) != size:
-            raise ValueError(f"{where}: expected a run-length mask of size {size}, got {segmentation.get('size')}")
+            raise DataError(f"{where}: expected a run-length mask of size {size}, got {segmentation.get('size')}")
     elif not segmentation or not all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation):
-        raise ValueError(f"{where}: expected a run-length mask or polygons of at least three points")
+        raise DataError(f"{where}: expected a run-length mask or polygons of at least three points")
 
 
 class CocoFolder(Dataset):
@@ -110,13 +114,13 @@ class CocoFolder(Dataset):
     `boxes` (n, 4) float32 corners in pixels, `labels` (n,) int64 from 1 (see `categories`), `masks`
     (n, H, W) uint8, `image_id`. Crowds, and objects thinner than a pixel, are left out.
 
-    Raises ValueError where annotations or images cannot be found or used.
+    Raises DataError where annotations or images cannot be found or used.
     """
 
     def __init__(self, root: str | Path, split: str, annotations: str | Path | None = None) -> None:
         root = Path(root)
         if not root.is_dir():
-            raise ValueError(f"data: expected a folder in COCO format, {root} is none")
+            raise DataError(f"data: expected a folder in COCO format, {root} is none")
         path = Path(annotations) if annotations else find_annotations(root, split)
         self.coco = load_annotations(path)
         self.image_ids = sorted(self.coco.imgs)
@@ -129,11 +133,11 @@ class CocoFolder(Dataset):
         return len(self.image_ids)
 
     def image(self, image_id: int) -> torch.Tensor:
-        """(3, H, W) uint8. Raises ValueError where the file's size is not the annotated one."""
+        """(3, H, W) uint8. Raises DataError where the file's size is not the annotated one."""
         entry = self.coco.imgs[image_id]
         pixels = pil_to_tensor(Image.open(self.folder / entry["file_name"]).convert("RGB"))
         if pixels.shape[1:] != (entry["height"], entry["width"]):
-            raise ValueError(
+            raise DataError(
                 f"{entry['file_name']}: annotated as {entry['height']}×{entry['width']}, "
                 f"the file is {pixels.shape[1]}×{pixels.shape[2]}"
             )

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Unroll, reference
 from ifr_fast.backend import kernels
 from ifr_fast.block import EPS
+from ifr_fast.kernels import memory_format
 from ifr_fast.residual import Block
 from ifr_fast.rules import Rule
-from ifr_fast.solve import memory_format
 
 BASE = "4 convolutions, NCHW"
 IFR = "IFR Broyden"
@@ -32,8 +32,8 @@ class Contender:
 
     forward(x) gives a call that returns y; backward(x, cotangent) one that returns y and the gradients in x and the
     parameters. x: (N, C, H, W) of this dtype and layout. residual(x, y): each sample's relative residual at y, (N,),
-    where something is solved. in_sweep: among the few rows for every N. compiled: the first call compiles. unavailable:
-    why there are no calls.
+    where something is solved; by the specification in float32, whatever the row itself computes in and says.
+    in_sweep: among the few rows for every N. compiled: the first call compiles. unavailable: why there are no calls.
     """
 
     name: str
@@ -87,14 +87,16 @@ def contenders(setting: Setting) -> list[Contender]:
 
     def ifr(name: str, solver: Rule, options: dict = exact, post_gain: float = 1.0, **fields) -> Contender:
         head = setting.head(solver=solver, adjoint=Implicit(**options), post_gain=post_gain)
-        return of_module(name, head, residual=partial(solved_residual, head), **fields)
+        return of_module(name, head, residual=partial(block_residual, specified(head)), **fields)
+
+    unroll = setting.head(solver=Unroll(4))
 
     return [
         of_module(BASE, setting.stack(), in_sweep=True),
         of_module("4 convolutions, channels_last", wide, layout=channels_last),
         of_module("4 convolutions, compiled", torch.compile(setting.stack(), dynamic=False), compiled=True),
         of_module("4 convolutions, channels_last, bf16", narrow, dtype=bf16, layout=channels_last, in_sweep=True),
-        of_module("unroll of 4", setting.head(solver=Unroll(4)), residual=partial(block_residual, block)),
+        of_module("unroll of 4", unroll, residual=partial(block_residual, specified(unroll))),
         ifr(IFR, Broyden(**exact), in_sweep=True),
         Contender(F_ALONE, partial(evaluations, setting, broyden), parameters=count(broyden.parameters())),
         ifr(BF16_HISTORY, Broyden(**stored), stored),
@@ -143,13 +145,18 @@ def bind(module: nn.Module, x: Tensor) -> Call:
     return torch.no_grad()(partial(module, x))
 
 
-def solved_residual(head: IFRHead, x: Tensor, y: Tensor) -> Tensor:
-    return head.last_solution.residual
+def specified(head: IFRHead) -> Callable[..., Tensor]:
+    """F(z, X) by the specification, of the head's own parameters."""
+    params = [t.detach() for t in head.block.tensors()]
+    return partial(reference.residual_block, params=params, groups=head.block.groups, eps=EPS)
 
 
 @torch.no_grad()
 def block_residual(block: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
-    return reference.relative_residual(y, block(y, x) - y)
+    """(N,) float32, without TF32: the residuals of solves in other precisions are told apart by it."""
+    x, y = x.float(), y.float()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return reference.relative_residual(y, block(y, x) - y)
 
 
 def evaluations(setting: Setting, head: IFRHead, x: Tensor) -> Call:

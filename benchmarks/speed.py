@@ -7,14 +7,13 @@ All rows are timed in turns within one run, so that whatever slows the machine s
 with its quartiles. "× stack": the ratio to four float32 convolutions in NCHW at the same N. "× own convs": the ratio
 to the convolutions that the call itself runs, in the shapes, layouts and dtypes in which it runs them, each timed
 alone in the same turns. "extra MiB": the peak memory of one call beyond what was there before, results included.
-"residual": the relative residual ‖F(z) - z‖ / ‖F(z)‖ of what the call returned, median and worst of the samples.
-Inputs resemble RoI features (smooth, non-negative, rms 1) and are drawn anew for every round. Writes speed.json and
-speed.png.
+"residual": the relative residual ‖F(z) - z‖ / ‖F(z)‖ of what the call returned, median and worst of the samples; taken
+of every row in float32 by the specification, ifr_fast/reference.py. Inputs resemble RoI features (smooth, non-negative,
+rms 1) and are drawn anew for every round. Writes speed.json and speed.png.
 """
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -33,10 +32,10 @@ BACK_TO_BACK = 10  # runs of a lone convolution on a GPU: one is shorter than it
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line with its defaults filled in. Raises ValueError for values out of range."""
+    """The command line with its defaults filled in. Exits with a message where a value cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--device", help="cpu or cuda (cuda where there is one)")
+    add("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
     add("--n", type=int, nargs="+", help="batch sizes of the sweep (1 4 16; on a GPU 1 8 32 64 100 128 256 512)")
     add("--table", type=int, help="batch size at which every row is timed (16; on a GPU 100)")
     add("--n-backward", type=int, help="largest batch size of forward+backward (4; on a GPU 512)")
@@ -48,10 +47,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
     add("--out", type=Path, default=Path("runs/speed"), help="folder for the results (%(default)s)")
     options = parser.parse_args(arguments)
-    options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    gpu = options.device.type == "cuda"
-    if gpu:
-        options.device = torch.device("cuda", options.device.index or 0)
+    has_gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not has_gpu:
+        parser.error("--device: expected cpu, as torch finds no GPU here, got cuda")
+    gpu = has_gpu and options.device != "cpu"
+    options.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     defaults = {
         "table": 100 if gpu else 16,
         "n_backward": 512 if gpu else 4,
@@ -63,9 +63,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("table", "n_backward", "channels", "size", "steps", "threads", "budget"):
         value = getattr(options, name)
         if not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+            parser.error(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
     if min(options.n) < 1:
-        raise ValueError(f"--n: expected batch sizes of at least 1, got {min(options.n)}")
+        parser.error(f"--n: expected batch sizes of at least 1, got {min(options.n)}")
     return options
 
 
@@ -208,7 +208,4 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"speed.py: {error}")
+    main()

@@ -226,7 +226,7 @@ class Findings:
     entries: list[dict]
     residuals: list[float]
     iterations: list[int]
-    seconds_per_image: float
+    seconds_per_image_with_reading_and_encoding: float
 
 
 @torch.no_grad()

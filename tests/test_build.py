@@ -70,12 +70,23 @@ def install(folder: Path, *what: str | Path) -> Path:
     return python
 
 
+def source_files(scratch: Path) -> list[str]:
+    """What belongs to the project: all that git tracks or, without git, all that MANIFEST.in and setup.py name."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        names = run(["git", "ls-files", "-z"], ROOT).split("\0")
+    else:
+        run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", scratch], ROOT)
+        names = (scratch / "ifr_fast.egg-info/SOURCES.txt").read_text().splitlines()
+    return [name for name in names if (ROOT / name).is_file() and scratch not in Path(name).parents]
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A copy of the source tree in which the extension has been built."""
+    """A copy of the source files in which the extension has been built."""
     tree = tmp_path_factory.mktemp("built") / "tree"
-    left_out = (".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "results", "venv")
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*left_out))
+    for name in source_files(tmp_path_factory.mktemp("listing")):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tree / name)
     build(tree)
     return tree
 
@@ -136,6 +147,7 @@ def test_sdist_holds_what_a_build_and_the_tests_need(sdist):
     with tarfile.open(sdist) as archive:
         names = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
     needed = [Path("LICENSE"), Path("README.md"), Path("tests/constraints.txt"), Path("tests/test_build.py")]
+    needed += [Path(".ci/run")]
     needed += [path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.*")]
     needed += [path.relative_to(ROOT) for path in (ROOT / "benchmarks").glob("*.py")]
     assert not set(needed) - names
@@ -164,6 +176,19 @@ def test_second_build_compiles_nothing(tree):
     log = build(tree)
     assert "ninja: no work to do." in log
     assert not compiled(log)
+
+
+def test_deleted_module_is_not_shipped(tree, tmp_path):
+    module = tree / "ifr_fast/probe.py"
+    pip_wheel = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w"]
+    shipped = []
+    for content in ("", None):
+        module.unlink() if content is None else module.write_text(content)
+        folder = tmp_path / f"wheel{len(shipped)}"
+        log = run([*pip_wheel, folder, "."], tree)
+        shipped.append("ifr_fast/probe.py" in zipfile.ZipFile(next(folder.glob("*.whl"))).namelist())
+    assert shipped == [True, False]
+    assert "ninja: no work to do." in log
 
 
 def test_changed_header_recompiles_its_users_only(tree):
@@ -252,6 +277,12 @@ def test_cuda_sources_are_left_out_without_nvcc(cuda_tree, tmp_path):
 def test_cuda_on_demand_without_nvcc_is_an_error(cuda_tree, tmp_path):
     message = build(cuda_tree, fails=True, IFR_FAST_CUDA="1", CUDA_HOME=str(tmp_path)).splitlines()[-1]
     assert f"IFR_FAST_CUDA=1, but nvcc was not found in {tmp_path}" in message
+
+
+def test_cuda_on_demand_without_sources_is_an_error(tree):
+    shutil.rmtree(tree / "csrc/cuda", ignore_errors=True)
+    message = build(tree, fails=True, IFR_FAST_CUDA="1").splitlines()[-1]
+    assert "IFR_FAST_CUDA=1, but csrc/cuda has no .cu file" in message
 
 
 def test_readme_gives_the_command_that_ci_runs():

@@ -16,6 +16,8 @@ from contenders import BASE, BF16_HISTORY, F_ALONE, IFR, RELEASED, Setting
 from measure import Timed
 from speed_report import BACKWARD, FORWARD
 
+from ifr_fast import Broyden, reference
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -59,11 +61,17 @@ def test_profile_ignores_what_was_there_before():
 
 
 def test_profiled_peak_is_what_the_process_really_takes():
-    """The released solver's peak against ru_maxrss, in a process of its own that returns freed blocks at once."""
+    """The released solver's peak against VmHWM, in a process of its own that returns freed blocks at once.
+
+    ru_maxrss would not do: a process starts with that of its parent, which here has run other tests.
+    """
     script = """
-import resource
+import re
 import measure, speed, torch
 from contenders import RELEASED, Setting, contenders
+
+def memory(kind):
+    return int(re.search(rf"{kind}:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
 torch.set_num_threads(1)
 cpu = torch.device("cpu")
@@ -71,14 +79,15 @@ released = next(c for c in contenders(Setting(32, 15, 0, cpu)) if c.name == RELE
 released.forward(torch.rand(1, 32, 14, 14))()
 x = speed.smooth_features(96, 32, 14, torch.Generator().manual_seed(0))
 call = released.forward(x)
-pages = int(open("/proc/self/statm").read().split()[1])
+before = memory("VmRSS")
 result = call()
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * resource.getpagesize()
+grown = memory("VmHWM") - before
 del result
 print(grown, measure.profile(call, cpu).peak_bytes)
 """
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("this system has no /proc/self/statm to read a process's resident memory from")
+    status = Path("/proc/self/status")
+    if not status.exists() or "VmHWM" not in status.read_text():
+        pytest.skip("this system has no VmHWM in /proc/self/status to read a process's peak memory from")
     environment = {
         "PYTHONPATH": str(BENCHMARKS),
         "OMP_NUM_THREADS": "1",
@@ -184,21 +193,62 @@ def test_rows_of_one_round_get_the_same_numbers_and_other_rounds_get_others(seed
     assert not torch.equal(x, before)
 
 
-def test_a_bad_option_is_named():
-    with pytest.raises(ValueError, match=r"--budget: expected a positive number, got -1"):
-        speed.parse(["--budget", "-1"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--budget -1", "--budget: expected a positive number, got -1"),
+        ("--n 4 0", "--n: expected batch sizes of at least 1, got 0"),
+        ("--device foo", "--device: invalid choice: 'foo'"),
+        ("--device cuda", "--device: expected cpu, as torch finds no GPU here, got cuda"),
+    ],
+)
+def test_a_bad_option_is_named(options, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        speed.parse(options.split())
+    assert message in capsys.readouterr().err
 
 
-def test_bars_say_what_was_missed():
+@pytest.mark.parametrize("post_gain", [1.0, 0.25])
+def test_residuals_are_those_of_the_specification_in_float32(post_gain, seed):
+    """Near the equilibrium, where a bfloat16 F or another post_gain gives residuals of other magnitudes."""
+    setting = Setting(8, 30, seed, CPU)
+    head = setting.head(solver=Broyden(max_iter=30, rtol=0), post_gain=post_gain)
+    params = [t.detach() for t in head.block.tensors()]
+    x = features(2, 6, seed).mul_(4)
+    with torch.no_grad():
+        z = head(x)
+        value = reference.residual_block(z, x, params, groups=setting.groups)
+    name = IFR if post_gain == 1 else "IFR Broyden, post_gain 0.25, rtol 1e-2"
+    found = row(name, seed).residual(x, z)
+    expected = (value - z).flatten(1).norm(dim=1) / value.flatten(1).norm(dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6)
+    narrow = row("IFR Broyden, channels_last, bf16", seed).residual(x.bfloat16(), z.bfloat16())
+    widened = row(RELEASED, seed).residual(x.bfloat16().float(), z.bfloat16().float())
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow, widened)
+
+
+def test_targets_say_what_was_missed():
     quantities = {BASE: (1.0, 1), IFR: (10.0, 50), F_ALONE: (8.0, 1), RELEASED: (25.0, 120), BF16_HISTORY: (10.0, 30)}
     entries = [
         {"name": name, "in_table": True, "mode": FORWARD, "median": median, "peak_extra_bytes": peak}
         for name, (median, peak) in quantities.items()
     ]
-    bars = speed_report.bars(entries)
-    assert [bar["value"] for bar in bars] == pytest.approx([10, 2.5, 0.2, 0.25])
-    assert [bar["met"] for bar in bars] == [True, True, False, True]
-    assert [bar["met"] for bar in speed_report.bars(entries[:2])] == [True, None, None, None]
+    targets = speed_report.targets(entries)
+    assert [target["value"] for target in targets] == pytest.approx([10, 2.5, 0.2, 0.25])
+    assert [target["met"] for target in targets] == [True, True, False, True]
+    assert [target["met"] for target in speed_report.targets(entries[:2])] == [True, None, None, None]
+
+
+def test_targets_are_for_one_setting_alone():
+    def has_targets(*options: str) -> bool:
+        return speed_report.has_targets(vars(speed.parse(["--device", "cpu", "--threads", "2", *options])))
+
+    assert has_targets()
+    assert has_targets("--n", "1", "--budget", "20", "--seed", "3")
+    for other in ("--threads 1", "--table 4", "--channels 128", "--size 7", "--steps 10"):
+        assert not has_targets(*other.split()), other
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +298,6 @@ def test_the_table_is_printed_and_drawn(tiny_run):
     lines = printed.splitlines()
     for entry in found["rows"]:
         assert any(line.startswith(entry["name"]) for line in lines)
-    for bar in found["bars"]:
-        assert any(line.startswith(bar["what"]) for line in lines)
+    assert found["targets"] == []
+    assert "target" not in printed
     assert (out / "speed.png").read_bytes().startswith(b"\x89PNG")
