@@ -1,22 +1,26 @@
 """What one layer is to a tower: convolutions of it, a norm or activation between them, or its end."""
 
+import ast
+import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.nn.modules import activation, batchnorm, instancenorm
 from torch.nn.parameter import is_lazy
 
-from ifr_fast import IFRHead
-
-from .walks import read_walk
+from .sources import own_functions, parse
 
 _NORMS = (batchnorm._BatchNorm, instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 _NOT_ELEMENTWISE = {"GLU", "MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
 _ACTIVATIONS = tuple(getattr(activation, n) for n in activation.__all__ if n not in _NOT_ELEMENTWISE)
 # Norms and activations of other libraries share no base class: FrozenBatchNorm2d, NaiveGroupNorm, HSwish, …
 _NORM_OR_ACTIVATION = re.compile(r"(Norm(Act)?(\d[dD])?(List)?|ReLU\d?|Swish|SiLU|Mish|GELU|HSigmoid|Clamp)$")
+_FUNCTIONS = {"conv2d", "relu", "relu_", "leaky_relu", "silu", "gelu", "hardswish", "mish"}
+_QUESTIONS = {"numel", "size", "dim"}  # methods that read a tensor's shape
+_ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.NamedExpr)
+_ARITHMETIC = (ast.BinOp, ast.UnaryOp, ast.AugAssign, ast.Subscript, ast.Tuple, ast.List, ast.Dict, ast.ListComp)
 
 
 @dataclass(frozen=True)
@@ -29,23 +33,28 @@ class Layer:
     is_convolution: bool = False
 
 
-def read_layer(module: nn.Module | None) -> Layer:
-    """What `module` is to a tower that it might belong to."""
+def read_layer(module: nn.Module | None, trusted: bool = False) -> Layer:
+    """What `module` is to a tower that it might belong to.
+
+    trusted: take a wrapper of one convolution, norm and activation for just that, whatever its forward does.
+    """
     if isinstance(module, nn.Conv2d):
-        misfit = _misfit(module) or _changes_shape(module, module)
-        return Layer(ends=misfit, is_convolution=True) if misfit else Layer((module,), is_convolution=True)
+        ends = _misfit(module) or ("" if trusted else _does_more(module))
+        return Layer(() if ends else (module,), ends, is_convolution=True)
     if isinstance(module, nn.Sequential) and _applies_in_order(module):
-        return _several([read_layer(child) for child in module._modules.values()])
+        return _several([read_layer(child, trusted) for child in module._modules.values()])
     if _is_norm_or_activation(module):
         return Layer()
     kind = a_kind(module)
-    parts = [] if isinstance(module, IFRHead) else [read_layer(child) for child in _children(module)]
+    parts = [read_layer(child, trusted) for child in _children(module)]
     convolutions = sum(max(len(part.convolutions), part.is_convolution) for part in parts)
-    if convolutions != 1 or _owns_tensors(module):
+    if convolutions != 1 or isinstance(module, nn.Sequential) or _owns_tensors(module):
         return Layer(ends=kind, is_convolution=re.search("Conv|DCN", kind) is not None)
     layer = _several(parts)
-    misfit = layer.ends or _changes_shape(module, layer.convolutions[0])
-    return Layer(ends=f"{kind}: {misfit}", is_convolution=True) if misfit else layer
+    if layer.ends:
+        return Layer(ends=f"{kind}: {layer.ends}", is_convolution=True)
+    more = "" if trusted else _does_more(module)
+    return Layer(ends=more, is_convolution=True) if more else layer
 
 
 def a_kind(module: nn.Module | None) -> str:
@@ -56,7 +65,6 @@ def a_kind(module: nn.Module | None) -> str:
 
 def _several(parts: list[Layer]) -> Layer:
     """Layers applied one after the other, as one."""
-    is_convolution = any(part.is_convolution for part in parts)
     ends = next((part.ends for part in parts if part.ends), "")
     convolutions = tuple(conv for part in parts for conv in part.convolutions)
     channels = {conv.in_channels for conv in convolutions}
@@ -65,7 +73,7 @@ def _several(parts: list[Layer]) -> Layer:
     if ends:
         # Several convolutions in a Sequential are looked at there, not as one layer here.
         return Layer(ends=ends, is_convolution=sum(part.is_convolution for part in parts) == 1)
-    return Layer(convolutions, is_convolution=is_convolution)
+    return Layer(convolutions, is_convolution=bool(convolutions))
 
 
 def _misfit(conv: nn.Conv2d) -> str:
@@ -98,10 +106,7 @@ def _is_norm_or_activation(module: nn.Module | None) -> bool:
 
 
 def _applies_in_order(module: nn.Sequential) -> bool:
-    if type(module).forward is nn.Sequential.forward:
-        return True
-    walk = read_walk(module, None, len(module))
-    return walk.in_order is True and not walk.breaks
+    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
 
 def _children(module: nn.Module | None) -> list[nn.Module]:
@@ -115,19 +120,56 @@ def _owns_tensors(module: nn.Module | None) -> bool:
     return module is None or any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
 
 
-def _changes_shape(module: nn.Module, conv: nn.Conv2d) -> str:
-    """What a forward of the model's own does to the shape of a small input, "" where it keeps it."""
-    if type(module).forward is nn.Conv2d.forward:
-        return ""
-    modes = {m: m.training for m in module.modules()}
-    x = conv.weight.new_zeros(1, conv.in_channels, 5, 7)
-    try:
-        with torch.no_grad():
-            y = module.eval()(x)
-    except Exception as error:  # code of any kind runs here; whatever it raises, its layer stays
-        return f"its forward cannot be tried on {tuple(x.shape)} ({type(error).__name__}: {error})"
-    finally:
-        for m, training in modes.items():
-            m.training = training
-    shape = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
-    return "" if shape == tuple(x.shape) else f"its forward takes {tuple(x.shape)} to {shape}"
+def _does_more(module: nn.Module) -> str:
+    """What the source of module's forward does beyond applying its children to one value in turn, or ""."""
+    if "forward" in vars(module):
+        return f"{a_kind(module)} with a forward put on it: name it with `where`"
+    forwards = [f for name, f in own_functions(type(module)) if name == "forward"]
+    if not forwards and type(module).forward is nn.Module.forward:
+        return f"{a_kind(module)} without a forward"
+    for function in forwards:
+        tree = parse(function)
+        more = "its forward has no source" if tree is None else _first_doubt(tree.body[0], module)
+        if more:
+            return f"{a_kind(module)} that may be more than a convolution ({more}): name it with `where`"
+    return ""
+
+
+def _first_doubt(forward: ast.FunctionDef, module: nn.Module) -> str:
+    positional = [arg.arg for arg in forward.args.args]
+    required = positional[1 : len(positional) - len(forward.args.defaults)]
+    if len(required) != 1:
+        return f"forward({', '.join(positional)})"
+    tensors = set(required)
+
+    def touched(node: ast.AST) -> bool:
+        return any(isinstance(leaf, ast.Name) and leaf.id in tensors for leaf in ast.walk(node))
+
+    for _ in range(2):  # twice, for what a loop carries back
+        for node in ast.walk(forward):
+            if isinstance(node, _ASSIGNMENTS) and node.value and touched(node.value):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                tensors |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    tensors.discard("self")
+    for node in ast.walk(forward):
+        if isinstance(node, ast.Call):
+            known = _is_known(node.func, module, touched) or not touched(node)
+        else:
+            known = not (isinstance(node, _ARITHMETIC) and touched(node))
+        if not known:
+            return f"`{ast.unparse(node)[:80]}`"
+    return ""
+
+
+def _is_known(function: ast.AST, module: nn.Module, touched: Callable[[ast.AST], bool]) -> bool:
+    """function is a child of module, torch's convolution or activation, super().forward or a question of shape."""
+    if not isinstance(function, ast.Attribute):
+        return False
+    of = ast.unparse(function.value)
+    if of == "self":
+        return not inspect.isroutine(inspect.getattr_static(type(module), function.attr, None))
+    if of == "super()":
+        return function.attr == "forward"
+    if touched(function.value):
+        return function.attr in _QUESTIONS
+    return function.attr in _FUNCTIONS and of.split(".")[0] in ("F", "torch", "nn")

@@ -1,11 +1,11 @@
-"""integrations.walks: which loops pass one value through a list's elements in order, read from their source."""
+"""integrations.loops: which loops pass one value through a list's elements in order, read from their source."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ifr_fast.integrations.walks import read_walk
+from ifr_fast.integrations.loops import read_use
 
 
 class Owner(nn.Module):
@@ -20,19 +20,6 @@ class Owner(nn.Module):
 class Plain(Owner):
     def forward(self, x):
         for conv in self.convs:
-            x = conv(x)
-        return x
-
-
-class Parenthesised(Owner):
-    """mmdet's SOLOHead; and a second loop that calls nothing."""
-
-    def init_weights(self):
-        for conv in self.convs:
-            nn.init.zeros_(conv.weight)
-
-    def forward(self, x):
-        for conv in (self.convs):  # fmt: skip
             x = conv(x)
         return x
 
@@ -88,40 +75,9 @@ class Zipped(Owner):
         return x, y
 
 
-class PerLevel(Owner):
-    """mmdet's retinanet: the same tower over every level."""
-
-    def forward(self, feats):
-        return [self.forward_single(x) for x in feats]
-
-    def forward_single(self, x):
-        for conv in self.convs:
-            x = conv(x)
-        return x
-
-
 class OneForEachLevel(Owner):
     def forward(self, x):
         return [self.convs[i](x[i]) for i in range(4)]
-
-
-class Overridden(OneForEachLevel):
-    def forward(self, x):
-        for conv in self.convs:
-            x = conv(x)
-        return x
-
-
-class Extended(Plain):
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
-class ExtendedForEachLevel(OneForEachLevel):
-    def forward(self, x):
-        for conv in self.convs:
-            x = conv(x)
-        return super().forward(x)
 
 
 class PickedByIndex(Owner):
@@ -190,6 +146,13 @@ class LeavesEarly(Owner):
         return x
 
 
+class LeftOver(Owner):
+    def forward(self, x):
+        for conv in self.convs:
+            x = conv(x)
+        return conv(x)
+
+
 class OtherNorms(Owner):
     def forward(self, x):
         for conv, norm in zip(self.convs, self.others):  # noqa: B905
@@ -211,15 +174,6 @@ class Residual(Owner):
         for conv in self.convs:
             x = x + conv(x)
         return x
-
-
-class AlsoElsewhere(Owner):
-    def forward(self, x):
-        first, others = x, []
-        for conv in self.convs:
-            x = conv(x)
-            others.append(conv(first))
-        return torch.stack([x, *others])
 
 
 class ChangedAfter(Owner):
@@ -248,27 +202,163 @@ class Unused(Owner):
         return x
 
 
-IN_ORDER = [Plain, Parenthesised, OutsideReLU, FunctionalReLU, Enumerated, Length, Number, Zipped, PerLevel]
-IN_ORDER += [Overridden, Extended]
-OTHERWISE = [OneForEachLevel, ExtendedForEachLevel, PickedByIndex, Branches, ZippedWithLevels, Collected]
-OTHERWISE += [AllButOne, LastByItself, Counted, LeavesEarly, OtherNorms, OutsideGELU, Residual, AlsoElsewhere]
-OTHERWISE += [ChangedAfter]
+class HandedOn(Plain):
+    def levels(self, xs):
+        return run(self.convs, xs)
+
+
+def run(convs, xs):
+    return [conv(x) for conv, x in zip(convs, xs)]  # noqa: B905
+
+
+class ByGetattr(Plain):
+    def tap(self, x):
+        return getattr(self, "convs")[0](x)  # noqa: B009
+
+
+class TappedByBase(OneForEachLevel):
+    """The base's forward may be called: every method counts."""
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = conv(x)
+        return x
+
+
+class Setup(Plain):
+    """What only the construction reaches runs before any input."""
+
+    def __init__(self):
+        super().__init__()
+        self._fill()
+
+    def _fill(self):
+        self.convs[0].weight.data.zero_()
+        self._fill_rest()
+
+    def _fill_rest(self):
+        [conv.weight.data.zero_() for conv in self.convs[1:]]
+
+    def init_weights(self):
+        nn.init.zeros_(self.convs[-1].bias)
+
+
+class Asked(Plain):
+    def describe(self):
+        return None if self.convs is None else len(self.convs)
+
+
+class ZippedShort(Owner):
+    def __init__(self):
+        super().__init__()
+        self.others = self.others[:2]
+
+    def forward(self, x):
+        for conv, other in zip(self.convs, self.others):  # noqa: B007, B905
+            x = conv(x)
+        return x
+
+
+class Renumbered(Owner):
+    def forward(self, x):
+        for i, conv in enumerate(self.convs, 1):
+            if i == 2:
+                x = F.max_pool2d(x, 2)
+            x = conv(x)
+        return x
+
+
+IN_ORDER = [Plain, OutsideReLU, FunctionalReLU, Enumerated, Length, Number, Zipped, Setup, Asked]
+OTHERWISE = [OneForEachLevel, PickedByIndex, Branches, ZippedWithLevels, Collected, LastByItself, Counted, LeavesEarly]
+OTHERWISE += [LeftOver, OtherNorms, OutsideGELU, Residual, ChangedAfter, TappedByBase]
+UNKNOWN = [PassedOn, Unused, AllButOne, HandedOn, ByGetattr]
 
 
 @pytest.mark.parametrize(
     ("kind", "in_order"),
-    [(kind, True) for kind in IN_ORDER]
-    + [(kind, False) for kind in OTHERWISE]
-    + [(kind, None) for kind in (PassedOn, Unused)],
+    [(kind, True) for kind in IN_ORDER] + [(kind, False) for kind in OTHERWISE] + [(kind, None) for kind in UNKNOWN],
 )
-def test_walk(kind, in_order):
-    walk = read_walk(kind(), "convs", 4)
-    assert walk.in_order is in_order, walk.evidence
-    assert not walk.breaks
+def test_use(kind, in_order):
+    use = read_use(kind(), "convs")
+    assert use.in_order is in_order, use.reason
+    assert not use.breaks
+    assert bool(use.reason) is (in_order is not True)
 
 
-def test_evidence_names_the_method_and_the_loop():
-    assert read_walk(Branches(), "convs", 4).evidence == "Branches.forward: `(conv(x) for conv in self.convs)`"
+@pytest.mark.parametrize("kind", [ZippedShort, Renumbered])
+def test_near_misses_are_not_taken_for_in_order(kind):
+    assert not read_use(kind(), "convs").in_order
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (
+            Branches,
+            "its elements are not applied one after the other: Branches.forward: `(conv(x) for conv in self.convs)`",
+        ),
+        (HandedOn, "an unknown use, name it with `where`: HandedOn.levels: `run(self.convs, xs)`"),
+        (Unused, "no source shows how its elements are applied: name it with `where`"),
+    ],
+)
+def test_reason_names_the_method_and_the_line(kind, reason):
+    assert read_use(kind(), "convs").reason.startswith(reason)
+
+
+class Calls(nn.Module):
+    """torchvision's RoIHeads, RetinaNetHead."""
+
+    def __init__(self):
+        super().__init__()
+        self.seq = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)))
+
+    def has_seq(self):
+        return self.seq is not None
+
+    def forward(self, x):
+        return self.seq(x)
+
+
+class Above(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.net, self.other = part, Calls()
+
+
+class TapsALocal(Above):
+    def forward(self, x):
+        net = self.net
+        return net.seq[0](x)
+
+
+class TapsAnother(Above):
+    def forward(self, x):
+        return self.net(x) + self.other.seq[0](x)
+
+
+@pytest.mark.parametrize(("kind", "in_order"), [(TapsALocal, None), (TapsAnother, True)])
+def test_what_is_above_the_owner_counts(kind, in_order):
+    assert read_use(Calls(), "seq").in_order
+    assert read_use(kind(Calls()), "net.seq").in_order is in_order
+
+
+class Indexed(Calls):
+    def forward(self, x):
+        for i in range(4):
+            x = self.seq[i](x)
+        return x
+
+
+def test_an_indexed_sequential_is_not_taken_for_in_order():
+    """The names of a Sequential's replaced layers go."""
+    assert not read_use(Indexed(), "seq").in_order
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, nn.ModuleList])
+def test_inside_another_container_the_outer_use_decides(kind):
+    for owner, in_order in ((Plain(), kind is nn.Sequential or None), (OneForEachLevel(), None)):
+        owner.convs = nn.ModuleList(kind([nn.ReLU()]) if kind is nn.ModuleList else kind(nn.ReLU()) for _ in range(4))
+        assert read_use(owner, "convs.1").in_order is in_order
 
 
 class ResizedAt(Owner):
@@ -295,9 +385,9 @@ class ResizedAtTwo(Owner):
 
 @pytest.mark.parametrize(("kind", "breaks"), [(ResizedAt, {2}), (ResizedAtTwo, {1, 3})])
 def test_breaks(kind, breaks):
-    walk = read_walk(kind(), "convs", 4)
-    assert walk.in_order
-    assert walk.breaks == breaks
+    use = read_use(kind(), "convs")
+    assert use.in_order
+    assert use.breaks == breaks
 
 
 class Unreadable(Owner):
@@ -305,24 +395,7 @@ class Unreadable(Owner):
 
 
 def test_without_source_nothing_is_known():
-    assert read_walk(Unreadable(), "convs", 4).in_order is None
-
-
-class Levels(Owner):
-    """mmdet's RetinaSepBNHead."""
-
-    def forward(self, feats):
-        out = []
-        for level, x in enumerate(feats):
-            for conv in self.convs[level]:
-                x = conv(x)
-            out.append(x)
-        return out
-
-
-@pytest.mark.parametrize(("depth", "in_order"), [(0, False), (1, True)])
-def test_lists_inside_a_list(depth, in_order):
-    assert read_walk(Levels(), "convs", 4, depth).in_order is in_order
+    assert read_use(Unreadable(), "convs").in_order is None
 
 
 class Named(nn.Sequential):
@@ -337,12 +410,6 @@ class Named(nn.Sequential):
         return {"mask": self.layers(x)}
 
 
-class Super(nn.Sequential):
-    def forward(self, x):
-        x = super().forward(x)
-        return x.flatten(1)
-
-
 class Dense(nn.Sequential):
     def forward(self, x):
         for layer in self:
@@ -355,18 +422,24 @@ class ByName(nn.Sequential):
         return self.first(self.second(x))
 
 
-class Cycling(nn.ModuleList):
-    """detectron2's CycleBatchNormList."""
-
+class Children(nn.Sequential):
     def forward(self, x):
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+class AlsoTapped(nn.Sequential):
+    def first_output(self, x):
         return self[0](x)
 
 
 @pytest.mark.parametrize(
-    ("kind", "in_order"), [(Named, True), (Super, True), (Dense, False), (ByName, False), (Cycling, False)]
+    ("kind", "in_order"),
+    [(nn.Sequential, True), (Named, True), (Dense, False), (ByName, None), (Children, None), (AlsoTapped, False)],
 )
 def test_a_container_that_walks_itself(kind, in_order):
     container = kind()
     container.add_module("first", nn.Conv2d(4, 4, 3))
     container.add_module("second", nn.Conv2d(4, 4, 3))
-    assert read_walk(container, None, 2).in_order is in_order
+    assert read_use(container, "").in_order is in_order

@@ -1,0 +1,51 @@
+"""The source of the methods of a class, as syntax trees."""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from types import FunctionType
+
+# Called by mmengine and torch to fill parameters, before any input is seen.
+_SETUP = {"__init__", "init_weights", "reset_parameters"}
+
+
+def own_functions(cls: type) -> Iterator[tuple[str, FunctionType]]:
+    """Names and functions of the methods and properties of cls and its bases, torch's own left out."""
+    for base in cls.__mro__:
+        if base.__module__.split(".")[0] != "torch":
+            for name, value in vars(base).items():
+                function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+                if isinstance(function, FunctionType):
+                    yield name, function
+
+
+@functools.lru_cache(maxsize=4096)
+def parse(function: FunctionType) -> ast.Module | None:
+    """The syntax tree of a function's source, None where there is none."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # typed at a prompt, made by exec, compiled without its source
+        return None
+
+
+def methods_that_run(cls: type) -> list[tuple[str, ast.Module | None]]:
+    """Qualified names and syntax trees (None without source) of cls's methods, those only its construction reaches
+    left out."""
+    methods = [(name, function, parse(function)) for name, function in own_functions(cls)]
+    named = {name for name, _, _ in methods}
+    mentions = [(name, _attributes(tree) & named) for name, _, tree in methods]
+    setup, before = named & _SETUP, set()
+    while setup != before:
+        before = setup
+        setup = setup.union(*(mentioned for name, mentioned in mentions if name in setup)) - {"forward"}
+    before = set()
+    while setup != before:
+        before = setup
+        setup = _SETUP | setup.difference(*(mentioned for name, mentioned in mentions if name not in setup))
+    return [(function.__qualname__, tree) for name, function, tree in methods if name not in setup]
+
+
+def _attributes(tree: ast.AST | None) -> set[str]:
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} if tree else set()
