@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import check_int, choice
 from .kernels import is_channels_last
 from .residual import Block
-from .rules import Broyden, Rule, check_solver
+from .rules import Broyden, Rule, Unroll, check_solver
 from .solve import solve
 
 Vjp = Callable[[Tensor], Tensor]
@@ -147,6 +147,12 @@ class Phantom(Adjoint):
 @dataclass(frozen=True)
 class Unrolled(Adjoint):
     """Plain backpropagation through every step of the solve; memory grows with the steps."""
+
+
+def check_shine(solver: Rule | Unroll, adjoint: Adjoint | None) -> None:
+    """ValueError where adjoint is Shine and solver leaves no inverse Jacobian for it."""
+    if isinstance(adjoint, Shine) and not isinstance(solver, (Broyden, Unroll)):
+        raise ValueError(f"adjoint=Shine() reuses Broyden's inverse Jacobian; solver={solver!r} has none")
 
 
 def _unsolved(grad: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from .adjoint import Adjoint, Implicit, Memory, Phantom, Shine, Unrolled
+from .adjoint import Adjoint, Implicit, Memory, Phantom, Shine, Unrolled, check_shine
 from .config import build
 from .kernels import memory_format
 from .kernels.plain import wide
@@ -40,8 +40,7 @@ def fixed_point(
     solver, adjoint = build(solver, (Rule, Unroll), "solver"), build(adjoint, Adjoint, "adjoint")
     if z0.dim() < 1 or not z0.is_floating_point():
         raise ValueError(f"z0 has shape {tuple(z0.shape)} and dtype {z0.dtype}: expected (N, …) and a floating dtype")
-    if isinstance(adjoint, Shine) and not isinstance(solver, (Broyden, Unroll)):
-        raise ValueError(f"adjoint=Shine() reuses Broyden's inverse Jacobian; solver={solver!r} has none")
+    check_shine(solver, adjoint)
     z0 = z0.detach()
     if isinstance(solver, Unroll):
         z = z0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import equilibrium  # noqa: F401  (implements the ops)
-from .adjoint import Adjoint, Implicit, Shine, Unrolled
+from .adjoint import Adjoint, Implicit, Shine, Unrolled, check_shine
 from .block import EPS, ResidualBlock
 from .config import build, check_int, encode
 from .rules import Broyden, Rule, Unroll
@@ -75,8 +75,9 @@ class IFRHead(nn.Module):
 
     @solver.setter
     def solver(self, value: Rule | Unroll | str | Mapping[str, Any]) -> None:
-        self._solver = build(value, (Rule, Unroll), "solver")
-        self._check_shine()
+        solver = build(value, (Rule, Unroll), "solver")
+        check_shine(solver, getattr(self, "_adjoint", None))
+        self._solver = solver
         # Ops take strings; made here, so that a forward pass, compiled or not, makes none.
         self._calls = {}
         if isinstance(self._solver, Rule):
@@ -89,14 +90,10 @@ class IFRHead(nn.Module):
 
     @adjoint.setter
     def adjoint(self, value: Adjoint | str | Mapping[str, Any]) -> None:
-        self._adjoint = build(value, Adjoint, "adjoint")
-        self._check_shine()
+        adjoint = build(value, Adjoint, "adjoint")
+        check_shine(self._solver, adjoint)
+        self._adjoint = adjoint
         self._adjoint_text = encode(self._adjoint)
-
-    def _check_shine(self) -> None:
-        solver, adjoint = getattr(self, "_solver", None), getattr(self, "_adjoint", None)
-        if isinstance(adjoint, Shine) and solver is not None and not isinstance(solver, (Broyden, Unroll)):
-            raise ValueError(f"adjoint=Shine() reuses Broyden's inverse Jacobian; solver={solver!r} has none")
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → the equilibrium, of the same shape, dtype and memory format. Differentiable once."""

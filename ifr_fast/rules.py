@@ -1,7 +1,7 @@
 """From a Gram matrix to the next step: Broyden, Anderson, Picard; and the explicit Unroll.
 
 Starting from J₀⁻¹ = -I, every step of these methods lies in the span of the residuals g₀ … g_k. A rule therefore sees
-only their inner products, a K×K matrix a sample, and yields the step's coefficients (design: "the solver").
+only their inner products, a K×K matrix a sample, and yields the step's coefficients.
 """
 
 from __future__ import annotations

@@ -368,3 +368,8 @@ def test_solver_and_adjoint_may_be_assigned(make_head):
     assert head.last_solution.trace.shape[0] == 6
     assert head.adjoint == Unrolled()
     assert head.adjoint != Implicit()
+    head.solver = Broyden()
+    head.adjoint = "shine"
+    with pytest.raises(ValueError, match="Shine"):
+        head.solver = Picard()
+    assert head.solver == Broyden()  # a refused assignment changes nothing
