@@ -106,9 +106,18 @@ def profile(call: Call, device: torch.device) -> Profile:
 
 
 def _highest(events: list[dict]) -> int:
+    """The largest running sum; releases of what was there before (an old tensor collected meanwhile) do not count."""
     held = highest = 0
+    live = set()
     for event in sorted(events, key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            live.add(address)
+        elif address not in live:
+            continue
+        else:
+            live.remove(address)
+        held += size
         highest = max(highest, held)
     return highest
 
