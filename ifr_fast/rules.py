@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import check_int, check_rtol, choice
-from .kernels import plain
+from .kernels import plain, ridge
 
 # Tensors of the iterate's size that one evaluation of the block and the step around it hold: the injection, z, the best
 # iterate, F, R and the convolutions' results.
@@ -148,11 +148,6 @@ class Anderson(Rule):
         return _DifferentiableAnderson(self.m)
 
 
-def _ridge(dtype: torch.dtype) -> float:
-    """Relative Tikhonov term of the normal equations: the accuracy of the inner products."""
-    return torch.finfo(dtype).eps
-
-
 class _DifferentiableAnderson(DifferentiableRule):
     def __init__(self, m: int) -> None:
         self.m = m
@@ -160,7 +155,7 @@ class _DifferentiableAnderson(DifferentiableRule):
     def __call__(self, gram: Tensor, k: int) -> Tensor:
         if k == 0:
             self.steps = gram.new_zeros(len(gram), 0, gram.shape[1])
-        step = plain.anderson_coefficients(gram, self.steps, k, self.m, _ridge(gram.dtype))
+        step = plain.anderson_coefficients(gram, self.steps, k, self.m, ridge(gram.dtype))
         self.steps = torch.cat([self.steps, step.unsqueeze(1)], 1)
         return step
 

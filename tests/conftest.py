@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from coco_shapes import write_dataset
 
 from ifr_fast import IFRHead
 
@@ -16,6 +17,21 @@ def seed():
     print(f"IFR_FAST_SEED={value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Losses to the last digit depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A small dataset in COCO's format."""
+    return write_dataset(tmp_path_factory.mktemp("shapes"))
 
 
 @pytest.fixture

@@ -9,25 +9,14 @@ import accuracy
 import coco
 import numpy as np
 import pytest
-import torch
-from coco_shapes import losses, run_accuracy, shared, write_dataset
+from coco_shapes import losses, run_accuracy, shared
 from detector import REFINEMENTS
 from PIL import Image
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("shapes"))
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools"),
+]
 
 
 @pytest.mark.parametrize("refine", REFINEMENTS)

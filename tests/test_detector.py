@@ -5,13 +5,7 @@ import torch
 from detector import ADJOINTS, REFINEMENTS, build_backbone, build_refinement
 from efficientnet_lite import SameConv2d
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_parameters_of_every_refinement():

@@ -14,21 +14,11 @@ import torch
 import training
 from coco_shapes import TINY, edit, losses, run_accuracy, write_dataset
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools"),
+]
 BENCHMARKS = Path(accuracy.__file__).parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("shapes"))
 
 
 def test_processes_share_each_batch():

@@ -23,14 +23,14 @@ double dot(const S *g, const H *row, int64_t count) {
   return sum;
 }
 
-// Asks for a piece of the next four rows: rows are far apart, and the processor's own prefetching starts anew in each.
+// Asks for a piece of the four rows after these four: rows are far apart, and the processor's own prefetching starts anew in each.
 template <typename H>
-void fetch(const H *row, int64_t stride, int64_t begin, int64_t end) {
+void fetch(const H *row, int64_t stride, int64_t count) {
   constexpr int64_t LINE = 64 / sizeof(H);
   const uintptr_t address = reinterpret_cast<uintptr_t>(row);  // may lie past the end: no pointer arithmetic
   for (int r = 0; r < 4; ++r)
-    for (int64_t e = begin; e < end; e += LINE)
-      __builtin_prefetch(reinterpret_cast<const void *>(address + (r * stride + e) * sizeof(H)));
+    for (int64_t e = 0; e < count; e += LINE)
+      __builtin_prefetch(reinterpret_cast<const void *>(address + ((4 + r) * stride + e) * sizeof(H)));
 }
 
 // Four rows at a time: as many loads in flight, and g is read once.
@@ -38,7 +38,7 @@ template <typename S, typename H>
 void four_dots(const S *g, const H *row, int64_t stride, int64_t count, double *sums) {
   const H *row1 = row + stride, *row2 = row1 + stride, *row3 = row2 + stride;
   double sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
-  fetch(row3 + stride, stride, 0, count);
+  fetch(row, stride, count);
 #pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
   for (int64_t e = 0; e < count; ++e) {
     const double v = double(g[e]);
@@ -251,7 +251,7 @@ struct Solver {
     for (; j + 4 <= a.row + 1; j += 4) {
       const H *r0 = rows + j * a.size, *r1 = r0 + a.size, *r2 = r1 + a.size, *r3 = r2 + a.size;
       const S d0 = S(step[j]), d1 = S(step[j + 1]), d2 = S(step[j + 2]), d3 = S(step[j + 3]);
-      fetch(r0 + 4 * a.size, a.size, 0, count);
+      fetch(r0, a.size, count);
 #pragma omp simd
       for (int64_t e = 0; e < count; ++e)
         z[e] += (d0 * load(r0[e]) + d1 * load(r1[e])) + (d2 * load(r2[e]) + d3 * load(r3[e]));

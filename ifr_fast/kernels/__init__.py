@@ -13,6 +13,11 @@ from torch import Tensor
 RUNNING = 1  # the status of a sample that still runs; if that is its last, solve.Status calls it MAX_ITER
 
 
+def ridge(dtype: torch.dtype) -> float:
+    """Relative Tikhonov term of Anderson's normal equations: the accuracy of inner products of dtype."""
+    return torch.finfo(dtype).eps
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Is x (N, C, H, W) dense in channels_last, and not in the contiguous layout too?"""
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

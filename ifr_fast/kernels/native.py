@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from . import State, is_channels_last, plain
+from . import State, is_channels_last, plain, ridge
 from .plain import Norm, wide
 
 __all__ = ["convolution", "norm_relu", "norm_relu_vjp", "norm_tail", "norm_tail_vjp", "step", "wide"]
@@ -122,7 +122,7 @@ def step(
         *_at(f, z, state.value, state.history, state.gram, state.p, state.q, state.step, state.norms),
         *_at(state.status, state.iterations, state.improved, state.residual, state.trace[evaluation]),
         state.trace[evaluation - 1].data_ptr() if evaluation else 0,
-        state.n, state.size, state.rows, row, evaluation, window, rtol, divergence, torch.finfo(state.gram.dtype).eps,
+        state.n, state.size, state.rows, row, evaluation, window, rtol, divergence, ridge(state.gram.dtype),
         torch.get_num_threads(),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import RUNNING, State, is_channels_last
+from . import RUNNING, State, is_channels_last, ridge
 
 Norm = tuple[Tensor, Tensor]
 
@@ -110,7 +110,7 @@ def step(
         if method == "broyden":
             broyden(state, row)
         elif method == "anderson":
-            anderson(state, row, window, torch.finfo(state.gram.dtype).eps)
+            anderson(state, row, window, ridge(state.gram.dtype))
         else:
             picard(state, row)
     combine(state, z, count=row + 1, advance=not last)
