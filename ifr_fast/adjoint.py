@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from .config import check_int, choice
-from .kernels import is_channels_last
+from .kernels import State, is_channels_last
 from .residual import Block
 from .rules import Broyden, Rule, Unroll, check_solver
 from .solve import solve
 
-Vjp = Callable[[Tensor], Tensor]
+# The map of Eq. 8, (w, ∂L/∂H, the solve's state) → wᵀ ∂F/∂H + ∂L/∂H, as solve takes it.
+AdjointMap = Callable[[Tensor, Tensor, State], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Adjoint:
         return Broyden()
 
     def cotangent(
-        self, vjp: Vjp, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
+        self, adjoint_map: AdjointMap, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
     ) -> tuple[Tensor, Tensor]:
         """w, like grad (n, …), and its equation's relative residual per sample (n,), inf where it is not solved."""
         raise NotImplementedError
@@ -66,7 +67,7 @@ class Implicit(Adjoint):
         return Broyden(self.max_iter, self.rtol, self.history_dtype, self.workspace)
 
     def cotangent(
-        self, vjp: Vjp, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
+        self, adjoint_map: AdjointMap, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
     ) -> tuple[Tensor, Tensor]:
         # The equation is linear: with every sample's gradient scaled to 1, squares neither underflow nor overflow. One
         # that is not finite passes unsolved, for loss scaling to see; of zero the solution is zero.
@@ -75,7 +76,14 @@ class Implicit(Adjoint):
         scaled = torch.where(solvable, grad / scale, 0)
         # At w⁰ = 0 the map's value is the right-hand side itself: one product with the Jacobian saved.
         rule = self.rule.resolve(compute)
-        state = solve(lambda w: vjp(w) + scaled, torch.zeros_like(grad), rule, kernels, f_z0=scaled)
+        state = solve(
+            lambda w, state: adjoint_map(w, scaled, state),
+            torch.zeros_like(grad),
+            rule,
+            kernels,
+            f_z0=scaled,
+            from_zero=True,
+        )
         return torch.where(solvable, state.value * scale, grad), state.residual
 
 
@@ -85,7 +93,7 @@ class JacobianFree(Adjoint):
     """w = ∂L/∂H: one product with the Jacobian in all (Fung et al., 2022)."""
 
     def cotangent(
-        self, vjp: Vjp, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
+        self, adjoint_map: AdjointMap, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
     ) -> tuple[Tensor, Tensor]:
         return grad, _unsolved(grad)
 
@@ -99,7 +107,7 @@ class Shine(Adjoint):
     """
 
     def cotangent(
-        self, vjp: Vjp, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
+        self, adjoint_map: AdjointMap, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
     ) -> tuple[Tensor, Tensor]:
         # (I - ∂F/∂H)ᵀ w = grad and J⁻¹ = -I + U Vᵀ of J = ∂F/∂H - I: w = grad - V Uᵀ grad, U = G Pᵀ, V = G Qᵀ.
         # Coefficients of rows that were never filled are zero, but what stands there may not be finite.

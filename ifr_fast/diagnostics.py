@@ -12,6 +12,7 @@ from . import backend as backends
 from .adjoint import Implicit
 from .block import EPS
 from .config import encode
+from .equilibrium import staged
 from .head import IFRHead
 from .residual import Block
 from .rules import Rule
@@ -26,14 +27,15 @@ def spectral_radius(head: IFRHead, x: Tensor, *, iterations: int = 100) -> Tenso
     """
     if iterations < 2:
         raise ValueError(f"iterations={iterations!r}: expected at least 2")
-    with torch.no_grad():
+    with torch.no_grad(), torch.cuda.device_of(x):
         z = head.solve(x)
         dtype = head.block.compute_dtype(x)
         kernels = backends.kernels(head.block.backend, x.device.type, dtype)
         wide = kernels.wide(dtype)
-        block = Block(x.to(wide), head.block.tensors(), head.block.form, head.block.groups, EPS, kernels, dtype)
-        linearised = block.linearise(z.to(wide))
-        w = torch.randn_like(z, dtype=wide)
+        x, z = (staged(t, wide, kernels) for t in (x, z))
+        block = Block(x, head.block.tensors(), head.block.form, head.block.groups, EPS, kernels, dtype)
+        linearised = block.linearise(z)
+        w = torch.randn_like(z)
         log_growth = w.new_zeros(len(w))
         for i in range(iterations):
             norm = w.flatten(1).norm(dim=1).clamp_min(1e-30)
@@ -59,7 +61,7 @@ def adjoint_residual(head: IFRHead, x: Tensor, grad: Tensor) -> Tensor:
         empty = [x.new_empty(len(x), 0)] * 3
         return torch.ops.ifr_fast.solve_backward(
             grad, z, x, params, empty, head.block.form, head.block.groups, EPS, dtype, encode(head.adjoint),
-            head.block.backend,
+            head.block.backend, False,
         )[2]  # fmt: skip
 
 

@@ -1,18 +1,20 @@
 """The registered ops `solve` and `solve_backward`: one residual block's equilibrium, and its gradients, for a batch.
 
-Samples go through in chunks that fit the solver's workspace, so memory does not grow with their number. On a CPU a
-chunk is worked on in channels_last, which oneDNN convolves faster, and leaves in the caller's layout.
+Samples go through in chunks that fit the solver's workspace, so memory does not grow with their number. A chunk is
+worked on in channels_last, which oneDNN and tensor cores convolve faster, and leaves in the caller's layout.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import backend as backends
+from . import graphs as recordings
 from .adjoint import Memory, Phantom
 from .config import decode
 from .kernels import memory_format
@@ -31,15 +33,27 @@ def _chunks(rule: Rule, x: Tensor, params: list[Tensor], linearised: int = 0) ->
     return (slice(start, start + step) for start in range(0, len(x), step))
 
 
-def _staged(x: Tensor, dtype: torch.dtype) -> Tensor:
+def staged(x: Tensor, dtype: torch.dtype, kernels: ModuleType) -> Tensor:
     """A chunk, dense in the layout in which it is solved."""
-    format = torch.channels_last if x.device.type == "cpu" else memory_format(x)
+    channels_last = x.device.type == "cpu" or kernels.CHANNELS_LAST_ONLY
+    format = torch.channels_last if channels_last else memory_format(x)
     # .to() takes a strided slice of a channels_last tensor for one that is laid out so already.
     return x.to(dtype, memory_format=format).contiguous(memory_format=format)
 
 
 @torch.library.impl("ifr_fast::solve", "default")
-def _solve(x, params, form, groups, eps, solver, steps, dtype, history_dtype, adjoint, backend, keep):
+def _solve(x, params, form, groups, eps, solver, steps, dtype, history_dtype, adjoint, backend, graphs, keep):
+    def run(batch: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return _solve_batch(*batch, params, form, groups, eps, solver, steps, dtype, history_dtype, backend, keep)
+
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        if graphs and recordings.usable(x):
+            options = "solve", form, groups, eps, solver, dtype, backend, keep
+            return recordings.run(run, options, [x], params, dims=(0, 0, 0, 1, 0, 0, 0, 0))
+        return run([x], params)
+
+
+def _solve_batch(x, params, form, groups, eps, solver, steps, dtype, history_dtype, backend, keep):
     rule = decode(solver)
     kernels = backends.kernels(backend, x.device.type, dtype)
     results = solve_results(x, steps, dtype, history_dtype, keep)
@@ -48,9 +62,11 @@ def _solve(x, params, form, groups, eps, solver, steps, dtype, history_dtype, ad
     def solve_chunk(chunk: slice) -> Block:
         """Into the results; a function, so that a chunk's history is freed before the next one's is allocated."""
         value, residual, iterations, trace, status, history, p, q = results
-        injection = _staged(x[chunk], wide(dtype))
+        # oneDNN and the C++ kernels want one dtype; a GPU reads X as it is, in half of the bytes.
+        injection = staged(x[chunk], wide(dtype) if x.device.type == "cpu" else x.dtype, kernels)
         here = block.at(injection) if block else Block(injection, params, form, groups, eps, kernels, dtype)
-        state = solve(here, torch.zeros_like(injection), rule, kernels)
+        z = torch.zeros_like(injection, dtype=wide(dtype))
+        state = solve(here, z, rule, kernels, from_zero=True)
         value[chunk], residual[chunk], iterations[chunk] = state.value, state.residual, state.iterations
         trace[:, chunk], status[chunk] = state.trace, state.status
         if keep:
@@ -60,14 +76,32 @@ def _solve(x, params, form, groups, eps, solver, steps, dtype, history_dtype, ad
             p[chunk], q[chunk] = state.p, state.q
         return here
 
-    with torch.autocast(x.device.type, enabled=False):
-        for chunk in _chunks(rule, x, params):
-            block = solve_chunk(chunk)
+    for chunk in _chunks(rule, x, params):
+        block = solve_chunk(chunk)
     return results
 
 
 @torch.library.impl("ifr_fast::solve_backward", "default")
-def _solve_backward(grad, value, x, params, memory, form, groups, eps, dtype, adjoint, backend):
+def _solve_backward(grad, value, x, params, memory, form, groups, eps, dtype, adjoint, backend, graphs):
+    def run(batch: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+        grad, value, x, *memory = batch
+        grad_x, grad_params, residual = _solve_backward_batch(
+            grad, value, x, params, memory, form, groups, eps, dtype, adjoint, backend
+        )
+        return [grad_x, residual, *grad_params]
+
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        batch = [grad, value, x, *memory]
+        if graphs and recordings.usable(x):
+            options = "solve_backward", form, groups, eps, dtype, adjoint, backend
+            results = recordings.run(run, options, batch, params, dims=(0, 0, *[None] * len(params)))
+        else:
+            results = run(batch, params)
+    grad_x, residual, *grad_params = results
+    return grad_x, grad_params, residual
+
+
+def _solve_backward_batch(grad, value, x, params, memory, form, groups, eps, dtype, adjoint, backend):
     adjoint = decode(adjoint)
     kernels = backends.kernels(backend, x.device.type, dtype)
     grad_x, residual = torch.empty_like(x), x.new_empty(len(x), dtype=wide(dtype))
@@ -75,7 +109,7 @@ def _solve_backward(grad, value, x, params, memory, form, groups, eps, dtype, ad
     block = None
 
     def solve_chunk(chunk: slice) -> Block:
-        injection, z, g = (_staged(t[chunk], wide(dtype)) for t in (x, value, grad))
+        injection, z, g = (staged(t[chunk], wide(dtype), kernels) for t in (x, value, grad))
         here = block.at(injection) if block else Block(injection, params, form, groups, eps, kernels, dtype)
         if isinstance(adjoint, Phantom):
             grad_x[chunk], grads = adjoint.backward(here, z, g)
@@ -83,15 +117,14 @@ def _solve_backward(grad, value, x, params, memory, form, groups, eps, dtype, ad
         else:
             linearised = here.linearise(z)
             w, residual[chunk] = adjoint.cotangent(
-                linearised.vjp, g, dtype, kernels, Memory(*(t[chunk] for t in memory))
+                linearised.affine, g, dtype, kernels, Memory(*(t[chunk] for t in memory))
             )
             grad_x[chunk], grads = linearised.vjp_params(w)
         for total, part in zip(grad_params, grads, strict=True):
             total += part
         return here
 
-    with torch.autocast(x.device.type, enabled=False):
-        linearised = adjoint.steps if isinstance(adjoint, Phantom) else 1
-        for chunk in _chunks(adjoint.rule.resolve(dtype), x, params, linearised):
-            block = solve_chunk(chunk)
+    linearised = adjoint.steps if isinstance(adjoint, Phantom) else 1
+    for chunk in _chunks(adjoint.rule.resolve(dtype), x, params, linearised):
+        block = solve_chunk(chunk)
     return grad_x, [g.to(p.dtype) for g, p in zip(grad_params, params, strict=True)], residual

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import backend as backends
 from .adjoint import Adjoint, Implicit, Memory, Phantom, Shine, Unrolled, check_shine
 from .config import build
-from .kernels import memory_format
+from .kernels import State, memory_format
 from .kernels.plain import wide
 from .rules import Broyden, Rule, Unroll
 from .solve import Solution, differentiable_solve, solution, solve
@@ -60,8 +60,8 @@ def fixed_point(
         solved = differentiable_solve(widened, start, rule)
         return solved.value.to(z0.dtype), solved.detach()
     kernels = backends.kernels(backend, z0.device.type, iterate)
-    with torch.no_grad():
-        state = solve(widened, start.clone(), rule, kernels)
+    with torch.no_grad(), torch.cuda.device_of(z0):
+        state = solve(lambda z, _: widened(z), start.clone(), rule, kernels)
     solved = solution(state)
     if not torch.is_grad_enabled():
         return solved.value.to(z0.dtype), solved
@@ -76,13 +76,13 @@ def fixed_point(
     memory = Memory(state.history, state.p, state.q) if isinstance(adjoint, Shine) else None
 
     def cotangent(grad: Tensor) -> Tensor:
-        def vjp(w: Tensor) -> Tensor:
+        def adjoint_map(w: Tensor, constant: Tensor, state: State) -> Tensor:
             with torch.enable_grad():
                 product = torch.autograd.grad(end, leaf, w, retain_graph=True, allow_unused=True)[0]
-            return torch.zeros_like(w) if product is None else product
+            return constant if product is None else product + constant
 
         grad = grad.contiguous(memory_format=memory_format(solved.value))
-        return adjoint.cotangent(vjp, grad, z0.dtype, kernels, memory)[0]
+        return adjoint.cotangent(adjoint_map, grad, z0.dtype, kernels, memory)[0]
 
     return _Attach.apply(end, solved.value, cotangent).to(z0.dtype), solved
 
@@ -97,7 +97,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        with torch.no_grad():
+        with torch.no_grad(), torch.cuda.device_of(grad):
             w = ctx.cotangent(grad.detach())
         return _Once.apply(w.requires_grad_()) if torch.is_grad_enabled() else w, None, None
 

@@ -33,7 +33,10 @@ class IFRHead(nn.Module):
             `warmup_unroll` times in place of solving (the authors' remedy for an untrained block that does not
             contract). The count is part of the state dict where warmup_steps > 0; activation
             checkpointing around the head counts its recomputation too.
-        backend: "auto", "reference", "native"; see backends().
+        backend: "auto", "reference", "native", "triton", "cuda"; see backends().
+        cuda_graphs: on a GPU, record the solve and its backward pass as CUDA graphs and replay them: for small batches,
+            where launching takes longer than computing. Batches are padded to one of eight sizes an octave; recordings
+            keep their workspace (rules.Rule) until ifr_fast.graphs.clear().
 
     Attributes: block, the ResidualBlock; last_solution, the Solution of the last forward pass (None after an
         Unroll); its value may share memory with the output.
@@ -54,6 +57,7 @@ class IFRHead(nn.Module):
         warmup_steps: int = 0,
         warmup_unroll: int = 4,
         backend: str = "auto",
+        cuda_graphs: bool = False,
     ) -> None:
         check_int("IFRHead", "warmup_steps", warmup_steps, 0)
         check_int("IFRHead", "warmup_unroll", warmup_unroll, 1)
@@ -62,7 +66,7 @@ class IFRHead(nn.Module):
             channels, form=form, groups=groups, mid_channels=mid_channels, weight_norm=weight_norm, post_gain=post_gain,
             backend=backend,
         )  # fmt: skip
-        self.warmup_steps, self.warmup_unroll = warmup_steps, warmup_unroll
+        self.warmup_steps, self.warmup_unroll, self.cuda_graphs = warmup_steps, warmup_unroll, cuda_graphs
         self.warmup = _Warmup()
         if warmup_steps:
             self.register_buffer("warmup_count", torch.zeros((), dtype=torch.int64))
@@ -113,7 +117,7 @@ class IFRHead(nn.Module):
         keep = isinstance(self.adjoint, Shine) and torch.is_grad_enabled()
         value, residual, iterations, trace, status, *_ = torch.ops.ifr_fast.solve(
             x, params, self.block.form, self.block.groups, EPS, solver, max_iter, dtype, history_dtype,
-            self._adjoint_text, self.block.backend, keep,
+            self._adjoint_text, self.block.backend, self.cuda_graphs, keep,
         )  # fmt: skip
         self.last_solution = Solution(value, residual, iterations, trace, status).detach()
         # The op's own result is kept for the backward pass; the caller may change this one, as nn.ReLU(inplace=True).

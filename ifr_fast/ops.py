@@ -8,11 +8,13 @@ that the fakes need not read them.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import backend as backends
+from .kernels import is_channels_last, plain
 from .kernels.plain import wide
 
 torch.library.define(
@@ -36,19 +38,22 @@ torch.library.define(
 torch.library.define(
     "ifr_fast::solve",
     "(Tensor x, Tensor[] params, str form, int groups, float eps, str solver, int steps, ScalarType dtype,"
-    " ScalarType history_dtype, str adjoint, str backend, bool keep)"
+    " ScalarType history_dtype, str adjoint, str backend, bool graphs, bool keep)"
     " -> (Tensor value, Tensor residual, Tensor iterations, Tensor trace, Tensor status,"
     " Tensor history, Tensor p, Tensor q)",
 )
 torch.library.define(
     "ifr_fast::solve_backward",
     "(Tensor grad, Tensor value, Tensor x, Tensor[] params, Tensor[] memory, str form, int groups, float eps,"
-    " ScalarType dtype, str adjoint, str backend) -> (Tensor grad_x, Tensor[] grad_params, Tensor residual)",
+    " ScalarType dtype, str adjoint, str backend, bool graphs)"
+    " -> (Tensor grad_x, Tensor[] grad_params, Tensor residual)",
 )
 
 
-def _kernels(backend: str, y: Tensor):
-    return backends.kernels(backend, y.device.type, y.dtype)
+def _kernels(backend: str, y: Tensor) -> ModuleType:
+    kernels = backends.kernels(backend, y.device.type, y.dtype)
+    # A layout that the caller did not choose would be a copy that the caller did not ask for.
+    return plain if kernels.CHANNELS_LAST_ONLY and not is_channels_last(y) else kernels
 
 
 def _pairs(norms: list[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
@@ -57,7 +62,8 @@ def _pairs(norms: list[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
 
 @torch.library.impl("ifr_fast::norm_relu", "default")
 def _(y, weight, bias, groups, eps, backend):
-    return _kernels(backend, y).norm_relu(y, (weight, bias), groups, eps)
+    with torch.cuda.device_of(y):
+        return _kernels(backend, y).norm_relu(y, (weight, bias), groups, eps)
 
 
 @torch.library.register_fake("ifr_fast::norm_relu")
@@ -68,8 +74,9 @@ def _(y, weight, bias, groups, eps, backend):
 
 @torch.library.impl("ifr_fast::norm_relu_vjp", "default")
 def _(grad, y, weight, bias, mean, rstd, groups, eps, backend):
-    kernels = _kernels(backend, y)
-    grad_y, grads = kernels.norm_relu_vjp(grad, y, (weight, bias), mean, rstd, groups, eps, params=True)
+    with torch.cuda.device_of(y):
+        kernels = _kernels(backend, y)
+        grad_y, grads = kernels.norm_relu_vjp(grad, y, (weight, bias), mean, rstd, groups, eps, params=True)
     return grad_y, *grads
 
 
@@ -80,7 +87,8 @@ def _(grad, y, weight, bias, mean, rstd, groups, eps, backend):
 
 @torch.library.impl("ifr_fast::norm_tail", "default")
 def _(y, r, norms, groups, eps, backend):
-    return _kernels(backend, y).norm_tail(y, r, *_pairs(norms), groups, eps)
+    with torch.cuda.device_of(y):
+        return _kernels(backend, y).norm_tail(y, r, *_pairs(norms), groups, eps)
 
 
 @torch.library.register_fake("ifr_fast::norm_tail")
@@ -91,9 +99,10 @@ def _(y, r, norms, groups, eps, backend):
 
 @torch.library.impl("ifr_fast::norm_tail_vjp", "default")
 def _(grad, y, r, norms, statistics, groups, eps, backend):
-    grad_y, grad_r, grads = _kernels(backend, y).norm_tail_vjp(
-        grad, y, r, *_pairs(norms), statistics, groups, eps, params=True
-    )
+    with torch.cuda.device_of(y):
+        grad_y, grad_r, grads = _kernels(backend, y).norm_tail_vjp(
+            grad, y, r, *_pairs(norms), statistics, groups, eps, params=True
+        )
     # An op's results may not share memory with its arguments or each other.
     grad_r = grad.new_empty(0) if grad_r is None else grad_r.clone() if grad_r is grad else grad_r
     return grad_y, grad_r, grads
@@ -153,18 +162,18 @@ def solve_results(
 
 
 @torch.library.register_fake("ifr_fast::solve")
-def _(x, params, form, groups, eps, solver, steps, dtype, history_dtype, adjoint, backend, keep):
+def _(x, params, form, groups, eps, solver, steps, dtype, history_dtype, adjoint, backend, graphs, keep):
     return solve_results(x, steps, dtype, history_dtype, keep)
 
 
 @torch.library.register_fake("ifr_fast::solve_backward")
-def _(grad, value, x, params, memory, form, groups, eps, dtype, adjoint, backend):
+def _(grad, value, x, params, memory, form, groups, eps, dtype, adjoint, backend, graphs):
     return torch.empty_like(x), [torch.empty_like(p) for p in params], x.new_empty(x.shape[0], dtype=wide(dtype))
 
 
 def _solve_context(ctx, inputs, output):
-    x, params, form, groups, eps, _, _, dtype, _, adjoint, backend, _ = inputs
-    ctx.options = form, groups, eps, dtype, adjoint, backend
+    x, params, form, groups, eps, _, _, dtype, _, adjoint, backend, graphs, _ = inputs
+    ctx.options = form, groups, eps, dtype, adjoint, backend, graphs
     ctx.count = len(params)
     ctx.save_for_backward(output[0], x, *params, *output[5:])
     ctx.set_materialize_grads(False)
@@ -173,10 +182,10 @@ def _solve_context(ctx, inputs, output):
 def _solve_backward(ctx, grad, *_):
     value, x, *rest = ctx.saved_tensors
     if grad is None:
-        return None, [None] * ctx.count, *[None] * 10
+        return None, [None] * ctx.count, *[None] * 11
     params, memory = rest[: ctx.count], rest[ctx.count :]
     grad_x, grad_params, _ = torch.ops.ifr_fast.solve_backward(grad, value, x, params, memory, *ctx.options)
-    return grad_x, grad_params, *[None] * 10
+    return grad_x, grad_params, *[None] * 11
 
 
 torch.library.register_autograd("ifr_fast::solve", _solve_backward, setup_context=_solve_context)

@@ -5,7 +5,7 @@ Used inside a solve, where autograd is off: the vjps are written out. `block.Res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
 from types import ModuleType
@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .kernels import memory_format
+from .kernels import State, memory_format, plain
+from .kernels.plain import Convolution
 
 FORMS = ("released", "paper", "plain")
 
@@ -44,11 +45,11 @@ class Block:
         self.norm1, self.norm2 = _norm(gn1_weight, gn1_bias, affine), _norm(gn2_weight, gn2_bias, affine)
         self.norm3 = None if form == "paper" else _norm(*gn3, affine)
 
-    def _convolution(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    def _convolution(self, weight: Tensor) -> Convolution:
         return self.kernels.convolution(weight.to(self.dtype, memory_format=self.format), self.x)
 
     @cached_property
-    def transposed(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    def transposed(self) -> tuple[Convolution, Convolution]:
         """The gradients of both convolutions in their inputs: convolutions by the turned, transposed kernels."""
         weights = (w.transpose(0, 1).flip(2, 3) for w in (self.weight1, self.weight2))
         return tuple(self._convolution(w) for w in weights)
@@ -59,22 +60,26 @@ class Block:
         other.x = x
         return other
 
-    def __call__(self, z: Tensor) -> Tensor:
-        return self._forward(z, keep=False)[0]
+    def __call__(self, z: Tensor, state: State | None = None) -> Tensor:
+        """F(z) for the solver's step, whose state may hold z + X already."""
+        y, r, partial, _ = self._until_tail(z, state, keep=False)
+        return self.kernels.tail(y, r, self.norm2, self.norm3, self.groups, self.eps, partial=partial, state=state)
 
     def linearise(self, z: Tensor) -> Linearised:
         return Linearised(self, z)
 
-    def _forward(self, z: Tensor, *, keep: bool) -> tuple[Tensor, tuple]:
-        """F(z), and with `keep` what its linearisation needs."""
-        k, groups, eps = self.kernels, self.groups, self.eps
-        r = (z + self.x).to(self.dtype)
-        y1 = self.conv1(r)
-        h, *statistics1 = k.norm_relu(y1, self.norm1, groups, eps, consume=not keep)
-        y2 = self.conv2(h)
-        residual = None if self.form == "plain" else r
-        out, statistics2 = k.norm_tail(y2, residual, self.norm2, self.norm3, groups, eps, consume=not keep)
-        return out, (r, y1, statistics1, h, y2, residual, statistics2)
+    def _until_tail(
+        self, z: Tensor, state: State | None, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple]:
+        """What F's tail takes, and with `keep` what the linearisation of the rest needs."""
+        k = self.kernels
+        r = k.shift(z, self.x, self.dtype, state)
+        y1, partial1 = self.conv1(r, state)
+        h, *statistics = k.norm_relu(
+            y1, self.norm1, self.groups, self.eps, consume=not keep, partial=partial1, state=state
+        )
+        y2, partial2 = self.conv2(h, state)
+        return y2, None if self.form == "plain" else r, partial2, (r, y1, statistics, h)
 
 
 class Linearised:
@@ -82,31 +87,42 @@ class Linearised:
 
     def __init__(self, block: Block, z: Tensor) -> None:
         self.block = block
-        self.value, self.saved = block._forward(z, keep=True)
+        y, r, partial, head = block._until_tail(z, None, keep=True)
+        self.value, statistics = block.kernels.norm_tail(
+            y, r, block.norm2, block.norm3, block.groups, block.eps, partial=partial
+        )
+        self.saved = head, (y, r, statistics)
 
     def vjp(self, w: Tensor) -> Tensor:
-        """wᵀ ∂F/∂z = wᵀ ∂F/∂X, like z."""
-        return self._vjp(w, params=False)[0]
+        """wᵀ ∂F/∂z = wᵀ ∂F/∂X, like w."""
+        return plain.total(*self._vjp(w, None, params=False)[0]).to(w.dtype)
+
+    def affine(self, w: Tensor, constant: Tensor, state: State) -> Tensor:
+        """wᵀ ∂F/∂z + constant, for the solver's step."""
+        return self.block.kernels.total(*self._vjp(w, state, params=False)[0], constant)
 
     def vjp_params(self, w: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """wᵀ ∂F/∂X, and wᵀ ∂F/∂θ for every parameter θ in order."""
-        return self._vjp(w, params=True)
+        """wᵀ ∂F/∂X, like w, and wᵀ ∂F/∂θ for every parameter θ in order."""
+        addends, grads = self._vjp(w, None, params=True)
+        return plain.total(*addends).to(w.dtype), grads
 
-    def _vjp(self, w: Tensor, *, params: bool) -> tuple[Tensor, list[Tensor]]:
+    def _vjp(self, w: Tensor, state: State | None, *, params: bool) -> tuple[list[Tensor], list[Tensor]]:
         b, k = self.block, self.block.kernels
-        r, y1, statistics1, h, y2, residual, statistics2 = self.saved
+        (r, y1, statistics1, h), (y2, residual, statistics2) = self.saved
         grad_y2, grad_r, grads2 = k.norm_tail_vjp(
-            w, y2, residual, b.norm2, b.norm3, statistics2, b.groups, b.eps, params=params
+            w, y2, residual, b.norm2, b.norm3, statistics2, b.groups, b.eps, params=params, state=state
         )
         conv1_t, conv2_t = b.transposed
-        grad_h = conv2_t(grad_y2)
-        grad_y1, grads1 = k.norm_relu_vjp(grad_h, y1, b.norm1, *statistics1, b.groups, b.eps, params=params)
-        grad_z = conv1_t(grad_y1)
-        grad_z = grad_z.to(w.dtype) if grad_r is None else grad_r + grad_z
+        grad_h, _ = conv2_t(grad_y2, state)
+        grad_y1, grads1 = k.norm_relu_vjp(
+            grad_h, y1, b.norm1, *statistics1, b.groups, b.eps, params=params, state=state
+        )
+        grad_z, _ = conv1_t(grad_y1, state)
+        addends = [grad_z] if grad_r is None else [grad_r, grad_z]
         if not params:
-            return grad_z, []
+            return addends, []
         conv1, conv2 = _weight_grad(r, grad_y1, b.weight1), _weight_grad(h, grad_y2, b.weight2)
-        return grad_z, [conv1, *grads1, conv2, *grads2]
+        return addends, [conv1, *grads1, conv2, *grads2]
 
 
 def _norm(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,10 @@ import pytest
 import torch
 from coco_shapes import write_dataset
 
+# Read when triton is first imported. On a GPU the same tests run the compiled kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from ifr_fast import IFRHead
 
 
@@ -17,6 +21,27 @@ def seed():
     print(f"IFR_FAST_SEED={value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where the Triton kernels run: on a GPU, or under Triton's interpreter on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that torch hands out uninitialised holds NaN: what a kernel leaves unwritten shows."""
+
+    def fill(make):
+        def filled(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(torch.nan) if out.is_floating_point() else out
+
+        return filled
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, fill(getattr(torch, name)))
 
 
 @pytest.fixture(scope="module")

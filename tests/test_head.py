@@ -99,7 +99,7 @@ def test_empty_batch(solver, make_head):
         (lambda: IFRHead(64, adjoint="guess"), "adjoint='guess'"),
         (lambda: IFRHead(64, solver=Picard(), adjoint="shine"), "Shine"),
         (lambda: IFRHead(64, backend="tpu"), "backend='tpu'"),
-        (lambda: IFRHead(64, backend="triton"), "backend='triton' is not available: "),
+        (lambda: IFRHead(64, backend="metal"), "backend='metal': expected one of"),
         (lambda: IFRHead(64, warmup_steps=-1), "warmup_steps=-1"),
         (lambda: IFRHead(64)(torch.randn(2, 32, 4, 4)), r"shape \(2, 32, 4, 4\): expected \(N, 64, H, W\)"),
         (lambda: IFRHead(64)(torch.randn(2, 64, 0, 4)), r"shape \(2, 64, 0, 4\)"),

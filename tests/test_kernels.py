@@ -131,7 +131,9 @@ def test_solver_kernels(rule, dtype, history, n, channels, size, last):
     z0 = z0.contiguous(memory_format=torch.channels_last) if last else z0
     rate = torch.linspace(0.1, 0.8, n, dtype=dtype).view(-1, 1, 1, 1)
     shift = torch.randn_like(z0)
-    native_state, plain_state = (solve(lambda z: rate * z.sin() + shift, z0.clone(), rule, k) for k in (native, plain))
+    native_state, plain_state = (
+        solve(lambda z, _: rate * z.sin() + shift, z0.clone(), rule, k) for k in (native, plain)
+    )
     # Residuals fall to rounding, where nothing agrees: compare down to a floor.
     scale, floor = (1e-3, 2e-3) if history else (1e-4, 1e-5) if dtype == torch.float32 else (1e-7, 1e-12)
     torch.testing.assert_close(native_state.trace, plain_state.trace, rtol=10 * scale, atol=floor)

@@ -58,7 +58,7 @@ def test_solve(adjoint, form, backend, make_head):
     rule, keep = Broyden(3, rtol=0.0).resolve(torch.float32), isinstance(adjoint, Shine)
     x = activation(torch.float32, torch.contiguous_format)
     params = [p.detach().requires_grad_() for p in head.block.tensors()]
-    args = (form, 2, EPS, encode(rule), 3, torch.float32, rule.history_dtype, encode(adjoint), backend, keep)
+    args = (form, 2, EPS, encode(rule), 3, torch.float32, rule.history_dtype, encode(adjoint), backend, False, keep)
     torch.library.opcheck(torch.ops.ifr_fast.solve, (x, params, *args))
     x, params = x.detach(), [p.detach() for p in params]
     value, *_, history, p, q = torch.ops.ifr_fast.solve(x, params, *args)
@@ -74,5 +74,6 @@ def test_solve(adjoint, form, backend, make_head):
         torch.float32,
         encode(adjoint),
         backend,
+        False,
     )
     torch.library.opcheck(torch.ops.ifr_fast.solve_backward, backward)

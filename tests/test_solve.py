@@ -54,7 +54,8 @@ def test_iterates_are_the_specifications(rule, dtype, form, kernels, make_head):
         if exact[steps][0].abs().max() > 1e4:
             break
         expected, trace = best_of(exact[: steps + 1])
-        state = solve(f, torch.zeros_like(x, dtype=dtype), type(rule)(max_iter=steps, rtol=0.0).resolve(dtype), kernels)
+        settings = type(rule)(max_iter=steps, rtol=0.0).resolve(dtype)
+        state = solve(lambda z, _: f(z), torch.zeros_like(x, dtype=dtype), settings, kernels)
         error, own = (
             (value - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp_min(1)
             for value in (state.value, best_of(rounded[: steps + 1])[0])
@@ -73,7 +74,7 @@ def test_bfloat16_history_keeps_the_residual_trace(kernels, make_head):
     params = [p.detach() for p in head.block.tensors()]
     wide, narrow = (
         solve(
-            lambda z: reference.residual_block(z, x, params, groups=8),
+            lambda z, _: reference.residual_block(z, x, params, groups=8),
             torch.zeros_like(x),
             Broyden(15, rtol=0.0, history_dtype=dtype).resolve(torch.float32),
             kernels,
@@ -102,7 +103,7 @@ def test_a_batch_is_its_samples_one_by_one(rule, kernels):
     def run(i):
         curve = 0.1 * torch.arange(60.0).view(1, 4, 3, 5).cos()  # no map a solver finishes in one step
         return solve(
-            lambda z: rate[i] * z + curve * z.sin() + x[i], torch.zeros_like(x[i]), rule.resolve(x.dtype), kernels
+            lambda z, _: rate[i] * z + curve * z.sin() + x[i], torch.zeros_like(x[i]), rule.resolve(x.dtype), kernels
         )
 
     batch = run(slice(None))
@@ -139,7 +140,7 @@ def test_returns_the_best_iterate_not_the_last(kernels):
     """Residuals fall, then rise: the map's rate grows once it has been called three times."""
     calls = iter([0.1, 0.1, 0.1, 1.5, 1.5, 1.5, 1.5])
     x = torch.randn(2, 12)
-    state = solve(lambda z: next(calls) * z + x, torch.zeros_like(x), Picard(6, rtol=0.0).resolve(x.dtype), kernels)
+    state = solve(lambda z, _: next(calls) * z + x, torch.zeros_like(x), Picard(6, rtol=0.0).resolve(x.dtype), kernels)
     assert (state.trace.argmin(0) == 2).all()
     torch.testing.assert_close(state.value, 1.1 * x)
     torch.testing.assert_close(state.residual, state.trace[2])

@@ -5,7 +5,6 @@ A sample's sums are formed in a fixed order, so results depend neither on the nu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -13,10 +12,14 @@ from torch import Tensor
 
 from .. import _native
 from . import State, is_channels_last, plain, ridge
-from .plain import Norm, wide
+from .plain import Convolution, Norm, finish, new_state, shift, total, wide
 
-__all__ = ["convolution", "norm_relu", "norm_relu_vjp", "norm_tail", "norm_tail_vjp", "step", "wide"]
+__all__ = [
+    "convolution", "finish", "new_state", "norm_relu", "norm_relu_vjp", "norm_tail", "norm_tail_vjp", "shift", "step",
+    "tail", "total", "wide",
+]  # fmt: skip
 
+CHANNELS_LAST_ONLY = False
 DTYPES = {
     torch.float32: _native.DType.f32,
     torch.float64: _native.DType.f64,
@@ -35,17 +38,28 @@ def _packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def convolution(weight: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
+def convolution(weight: Tensor, x: Tensor) -> Convolution:
     # oneDNN rearranges the weights in every call, at the cost of a RoI's convolution; packed beforehand it need not.
     if not _packs(weight.dtype):
         return plain.convolution(weight, x)
     unit, shape = [1, 1], [x.shape[0], weight.shape[1], *x.shape[2:]]
     packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), unit, unit, unit, 1, shape)
-    return lambda x: torch.ops.mkldnn._convolution_pointwise(x, packed, None, unit, unit, unit, 1, "none", [], "")
+
+    def convolve(x: Tensor, state: State | None = None) -> tuple[Tensor, None]:
+        return torch.ops.mkldnn._convolution_pointwise(x, packed, None, unit, unit, unit, 1, "none", [], ""), None
+
+    return convolve
 
 
 def norm_relu(
-    y: Tensor, norm: Norm, groups: int, eps: float, *, consume: bool = False
+    y: Tensor,
+    norm: Norm,
+    groups: int,
+    eps: float,
+    *,
+    consume: bool = False,
+    partial: Tensor | None = None,
+    state: State | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, shape = _activation(y, groups, eps)
     mean, rstd = _statistics(y, groups, 2)
@@ -55,7 +69,16 @@ def norm_relu(
 
 
 def norm_relu_vjp(
-    grad: Tensor, y: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, groups: int, eps: float, *, params: bool
+    grad: Tensor,
+    y: Tensor,
+    norm: Norm,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    params: bool,
+    state: State | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     y, shape = _activation(y, groups, eps)
     grad, grad_y = _like(grad, y, y.dtype), torch.empty_like(y)
@@ -65,7 +88,16 @@ def norm_relu_vjp(
 
 
 def norm_tail(
-    y: Tensor, r: Tensor | None, first: Norm, second: Norm | None, groups: int, eps: float, *, consume: bool = False
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    groups: int,
+    eps: float,
+    *,
+    consume: bool = False,
+    partial: Tensor | None = None,
+    state: State | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     y, shape = _activation(y, groups, eps)
     r = None if r is None else _like(r, y, y.dtype)
@@ -90,6 +122,7 @@ def norm_tail_vjp(
     eps: float,
     *,
     params: bool,
+    state: State | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     y, shape = _activation(y, groups, eps)
     r = None if r is None else _like(r, y, y.dtype)
@@ -102,6 +135,20 @@ def norm_tail_vjp(
         *_at(*statistics, fill=4), *_at(grad_y, grad_r), *_at(*grads, fill=4),
     )  # fmt: skip
     return grad_y, None if r is None else grad_r, [g.sum(0).to(statistics[0].dtype) for g in grads]
+
+
+def tail(
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    groups: int,
+    eps: float,
+    *,
+    partial: Tensor | None = None,
+    state: State | None = None,
+) -> Tensor:
+    return norm_tail(y, r, first, second, groups, eps, consume=True)[0]
 
 
 def step(

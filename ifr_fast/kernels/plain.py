@@ -2,12 +2,14 @@
 
 Activations are (N, C, H, W) in either memory format; affine parameters (C,) and statistics (N, groups) are float32, or
 float64 with float64 activations. A norm is the pair (weight, bias).
+
+Two arguments help GPU kernels and are of no use here. state: samples that have stopped may be skipped, what stands for
+them in the result is undefined. partial: the GroupNorm sums of y that its convolution made on the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from torch import Tensor
 from . import RUNNING, State, is_channels_last, ridge
 
 Norm = tuple[Tensor, Tensor]
+Convolution = Callable[[Tensor, "State | None"], tuple[Tensor, "Tensor | None"]]
+
+CHANNELS_LAST_ONLY = False  # do the kernels read no other layout?
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -22,13 +27,26 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def convolution(weight: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """The 3×3 convolution of padding 1 by `weight`, ready for many tensors of x's size (N, ·, H, W)."""
-    return partial(torch.conv2d, weight=weight, padding=1)
+def convolution(weight: Tensor, x: Tensor) -> Convolution:
+    """The 3×3 convolution of padding 1 by `weight`, ready for many tensors of x's size (N, ·, H, W). Called with a
+    tensor and a state it gives y, and the partial sums of its GroupNorm where it makes them."""
+    return lambda x, state=None: (torch.conv2d(x, weight, padding=1), None)
+
+
+def shift(z: Tensor, x: Tensor, dtype: torch.dtype, state: State | None) -> Tensor:
+    """z + x in dtype: what F's first convolution reads."""
+    return (z + x).to(dtype)
 
 
 def norm_relu(
-    y: Tensor, norm: Norm, groups: int, eps: float, *, consume: bool = False
+    y: Tensor,
+    norm: Norm,
+    groups: int,
+    eps: float,
+    *,
+    consume: bool = False,
+    partial: Tensor | None = None,
+    state: State | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """relu(gn(y)), of y's dtype, and the statistics mean, rstd. consume: the result may take y's memory."""
     out, mean, rstd = _group_norm(y.to(wide(y.dtype)), norm, groups, eps)
@@ -36,7 +54,16 @@ def norm_relu(
 
 
 def norm_relu_vjp(
-    grad: Tensor, y: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, groups: int, eps: float, *, params: bool
+    grad: Tensor,
+    y: Tensor,
+    norm: Norm,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    params: bool,
+    state: State | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradient of y, and with params those of weight and bias, given that of norm_relu's output."""
     wide_y = y.to(wide(y.dtype))
@@ -46,7 +73,16 @@ def norm_relu_vjp(
 
 
 def norm_tail(
-    y: Tensor, r: Tensor | None, first: Norm, second: Norm | None, groups: int, eps: float, *, consume: bool = False
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    groups: int,
+    eps: float,
+    *,
+    consume: bool = False,
+    partial: Tensor | None = None,
+    state: State | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The end of the block, in the wide dtype, and its statistics: u = gn_first(y) + r (no r: gn_first(y)), then
     gn_second(relu(u)) where there is a second norm. consume: the result may take y's memory."""
@@ -70,6 +106,7 @@ def norm_tail_vjp(
     eps: float,
     *,
     params: bool,
+    state: State | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Gradients of y (its dtype) and r (wide dtype; None without r), and with params those of the norms' weights and
     biases, given that of norm_tail's output."""
@@ -84,6 +121,31 @@ def norm_tail_vjp(
         grad = torch.where(positive, grad, 0)
     grad_y, *first_grads = _group_norm_vjp(grad, wide_y, first, *statistics[:2], groups, params)
     return grad_y.to(y.dtype), None if r is None else grad, [*first_grads, *grads]
+
+
+def tail(
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    groups: int,
+    eps: float,
+    *,
+    partial: Tensor | None = None,
+    state: State | None = None,
+) -> Tensor:
+    """norm_tail's result, for `step` alone: a backend may leave its computation to the step."""
+    return norm_tail(y, r, first, second, groups, eps, consume=True)[0]
+
+
+def total(*addends: Tensor) -> Tensor:
+    """The sum, for `step` alone: a backend may leave it to the step."""
+    return sum(addends[1:], addends[0])
+
+
+def new_state(z: Tensor, *, rows: int, evaluations: int, history_dtype: torch.dtype, from_zero: bool) -> State:
+    """from_zero: z is zero everywhere."""
+    return State(z, rows=rows, evaluations=evaluations, history_dtype=history_dtype)
 
 
 def step(
@@ -115,6 +177,10 @@ def step(
             picard(state, row)
     combine(state, z, count=row + 1, advance=not last)
     return running
+
+
+def finish(state: State, z: Tensor) -> None:
+    """Sees to state.value after the last step; here every step does."""
 
 
 def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> None:

@@ -1,0 +1,93 @@
+"""What both GPU backends share: the solver's state on a device, and results that a step finishes.
+
+A step on a GPU is bound by memory, so nothing is written to be read again: the iterate is rebuilt from the history by
+its coefficients, the best one is remembered as coefficients, and F's last operation runs inside the step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import RUNNING
+from .plain import Norm
+
+
+class Tail(NamedTuple):
+    """norm_tail's arguments: F's end, left to the step."""
+
+    y: Tensor
+    r: Tensor | None
+    first: Norm
+    second: Norm | None
+    groups: int
+    eps: float
+    partial: Tensor | None
+
+
+class Total(NamedTuple):
+    """A sum of one to three tensors of the iterate's shape and layout, left to the step."""
+
+    addends: tuple[Tensor, ...]
+
+
+class DeviceState:
+    """A solve's state for n samples of `size` unknowns each; names as kernels.State's.
+
+    start: z⁰ in the iterate's own memory layout, None for zero. total, best (n, rows): coefficients of the iterate and
+    of the best one, z = start + Σ_j total_j g_j. improved (n,): the sample's last evaluation was its best; left alone
+    once it has stopped. injection, r: X, and z + X in F's dtype for the next evaluation (None until `shift` sets them).
+    norm_partials (n, parts, 2), gram_partials (n, splits, rows): sums that the rule's kernel finishes. value: set by
+    `finish`; Picard, whose history is one row, keeps the best iterate there.
+    """
+
+    def __init__(
+        self, z: Tensor, *, rows: int, evaluations: int, history_dtype: torch.dtype, from_zero: bool = False
+    ) -> None:
+        n, device = z.shape[0], z.device
+        self.n, self.rows, self.size = n, rows, math.prod(z.shape[1:])
+        self.history = torch.empty(n, rows, self.size, dtype=history_dtype, device=device)
+        self.gram, self.p, self.q = torch.zeros(3, n, rows, rows, device=device)
+        self.step, self.total, self.best = torch.zeros(3, n, rows, device=device)
+        self.norms = torch.zeros(n, 3, device=device)
+        self.residual = torch.full((n,), torch.inf, device=device)
+        self.trace = torch.empty(evaluations, n, device=device)
+        self.status = torch.full((n,), RUNNING, dtype=torch.int64, device=device)
+        self.iterations = torch.zeros(n, dtype=torch.int64, device=device)
+        self.improved = torch.zeros(n, dtype=torch.bool, device=device)
+        self.start = None if from_zero else z.clone()
+        self.value = z.clone() if rows < evaluations - 1 else z
+        self.injection: Tensor | None = None
+        self.r: Tensor | None = None
+        self.norm_partials: Tensor | None = None
+        self.gram_partials: Tensor | None = None
+
+
+def shift(z: Tensor, x: Tensor, dtype: torch.dtype, state: DeviceState | None) -> Tensor:
+    """z + x in dtype, what F's first convolution reads; with a state it comes from the last step."""
+    if state is None:
+        return (z + x).to(dtype)
+    if state.r is None:
+        state.injection, state.r = x, (z + x).to(dtype)
+    return state.r
+
+
+def tail(
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    groups: int,
+    eps: float,
+    *,
+    partial: Tensor | None = None,
+    state: DeviceState | None = None,
+) -> Tail:
+    return Tail(y, r, first, second, groups, eps, partial)
+
+
+def total(*addends: Tensor) -> Total:
+    return Total(addends)
