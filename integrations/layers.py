@@ -48,13 +48,14 @@ def read_layer(module: nn.Module | None, trusted: bool = False) -> Layer:
     kind = a_kind(module)
     parts = [read_layer(child, trusted) for child in _children(module)]
     convolutions = sum(max(len(part.convolutions), part.is_convolution) for part in parts)
-    if convolutions != 1 or isinstance(module, nn.Sequential) or _owns_tensors(module):
-        return Layer(ends=kind, is_convolution=re.search("Conv|DCN", kind) is not None)
     layer = _several(parts)
+    unlike_a_wrapper = isinstance(module, nn.Sequential) or _owns_tensors(module) or not _has_forward(module)
+    if not parts or convolutions > 1 or unlike_a_wrapper or (layer.ends and not convolutions):
+        return Layer(ends=kind, is_convolution=re.search("Conv|DCN", kind) is not None)
     if layer.ends:
         return Layer(ends=f"{kind}: {layer.ends}", is_convolution=True)
-    more = "" if trusted else _does_more(module)
-    return Layer(ends=more, is_convolution=True) if more else layer
+    more = "" if trusted and convolutions else _does_more(module)
+    return Layer(ends=more, is_convolution=layer.is_convolution) if more else layer
 
 
 def a_kind(module: nn.Module | None) -> str:
@@ -120,18 +121,20 @@ def _owns_tensors(module: nn.Module | None) -> bool:
     return module is None or any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
 
 
+def _has_forward(module: nn.Module) -> bool:
+    return "forward" in vars(module) or type(module).forward is not nn.Module.forward
+
+
 def _does_more(module: nn.Module) -> str:
     """What the source of module's forward does beyond applying its children to one value in turn, or ""."""
     if "forward" in vars(module):
         return f"{a_kind(module)} with a forward put on it: name it with `where`"
-    forwards = [f for name, f in own_functions(type(module)) if name == "forward"]
-    if not forwards and type(module).forward is nn.Module.forward:
-        return f"{a_kind(module)} without a forward"
-    for function in forwards:
+    for function in (f for name, f in own_functions(type(module)) if name == "forward"):
         tree = parse(function)
         more = "its forward has no source" if tree is None else _first_doubt(tree.body[0], module)
         if more:
-            return f"{a_kind(module)} that may be more than a convolution ({more}): name it with `where`"
+            what = "convolution" if any(isinstance(m, nn.Conv2d) for m in module.modules()) else "norm"
+            return f"{a_kind(module)} that may be more than a {what} ({more}): name it with `where`"
     return ""
 
 
@@ -163,10 +166,15 @@ def _first_doubt(forward: ast.FunctionDef, module: nn.Module) -> str:
 
 def _is_known(function: ast.AST, module: nn.Module, touched: Callable[[ast.AST], bool]) -> bool:
     """function is a child of module, torch's convolution or activation, super().forward or a question of shape."""
+    if isinstance(function, ast.Subscript):
+        return ast.unparse(function.value) == "self" and isinstance(module, nn.ModuleList)
     if not isinstance(function, ast.Attribute):
         return False
     of = ast.unparse(function.value)
     if of == "self":
+        given = vars(module).get(function.attr)  # detectron2's Conv2d(activation=F.relu)
+        if given is not None:
+            return getattr(given, "__name__", "") in _FUNCTIONS
         return not inspect.isroutine(inspect.getattr_static(type(module), function.attr, None))
     if of == "super()":
         return function.attr == "forward"

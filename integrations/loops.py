@@ -18,6 +18,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
 _LEAVES = (ast.Break, ast.Continue, ast.Return, ast.Yield, ast.YieldFrom)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_NOT_SHOWN = "no source shows how its elements are applied: name it with `where`"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Use:
 def read_use(model: nn.Module, path: str) -> Use:
     """How `model` applies the children of its container at `path` ("" for the model itself)."""
     names = path.split(".") if path else []
-    above = [model.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
+    above = _modules_to(model, names)
     outer = len(names)  # where the outermost of the containers around it is
     while outer and isinstance(above[outer - 1], _CONTAINERS):
         outer -= 1
@@ -53,10 +54,9 @@ def read_use(model: nn.Module, path: str) -> Use:
     own = [by_itself[-1], held] if len(inside) == 1 else [by_itself[-1]]
     for reader in (*own, *by_itself, held):
         if reader.otherwise and reader in own:
-            return Use(False, reason=f"its elements are not applied one after the other: {reader.otherwise}")
+            return _other_use(reader.otherwise)
         if reader.doubt or reader.otherwise:
-            doubt = reader.doubt or reader.otherwise
-            return Use(None, reason=f"an unknown use, name it with `where`: {doubt}")
+            return _unknown_use(reader.doubt or reader.otherwise)
     applied = held.applied or not held.has_source
     for module, reader in zip(inside, by_itself, strict=True):
         if type(module).forward not in (nn.Sequential.forward, nn.Module.forward):
@@ -64,8 +64,52 @@ def read_use(model: nn.Module, path: str) -> Use:
         elif module is inside[-1] and not isinstance(module, nn.Sequential):
             applied = held.applied and held in own
     if not applied:
-        return Use(None, reason="no source shows how its elements are applied: name it with `where`")
+        return Use(None, reason=_NOT_SHOWN)
     return Use(True, frozenset().union(*(reader.breaks for reader in own)))
+
+
+def read_list_use(model: nn.Module, path: str, attribute: str) -> Use:
+    """How `model` applies those children of its module at `path` that this holds in the plain list `attribute`, too.
+
+    detectron2's heads of 0.1 and those written after them add each layer by its name and walk a list.
+    """
+    above = _modules_to(model, path.split(".") if path else [])
+    holder = above[-1]
+    layers = vars(holder)[attribute]
+    named = {name: child for name, child in holder._modules.items() if child in layers}
+    by_list, by_name = _Reader(layers, attribute), _Reader(holder, None, set(named))
+    alone = {name: _Reader(child, name) for name, child in named.items()}
+    for module in reversed(above):
+        for reader in (by_list, by_name, *alone.values()):
+            reader.read(module)
+    calls = [f"{name} is called by itself" for name, reader in alone.items() if reader.applied]
+    if by_list.otherwise or calls:
+        return _other_use(by_list.otherwise or calls[0])
+    doubt = by_list.doubt or by_name.doubt or by_name.otherwise
+    if doubt:
+        return _unknown_use(doubt)
+    return Use(True, frozenset(by_list.breaks)) if by_list.applied else Use(None, reason=_NOT_SHOWN)
+
+
+def may_be_read(model: nn.Module, path: str, attribute: str) -> bool:
+    """Whether a method of the module at `path`, or of one above it, may use what it holds as `attribute`."""
+    above = _modules_to(model, path.split(".") if path else [])
+    reader = _Reader(vars(above[-1])[attribute], attribute)
+    for module in above:
+        reader.read(module)
+    return reader.applied or bool(reader.doubt or reader.otherwise)
+
+
+def _modules_to(model: nn.Module, names: list[str]) -> list[nn.Module]:
+    return [model.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
+
+
+def _other_use(said: str) -> Use:
+    return Use(False, reason=f"its elements are not applied one after the other: {said}")
+
+
+def _unknown_use(said: str) -> Use:
+    return Use(None, reason=f"an unknown use, name it with `where`: {said}")
 
 
 def _is_name(node: ast.AST | None, name: str | None = None) -> bool:
@@ -73,10 +117,14 @@ def _is_name(node: ast.AST | None, name: str | None = None) -> bool:
 
 
 class _Reader:
-    """Gathers what methods say of one container: as `….<attribute>`, or in its own methods (None) as `self`."""
+    """Gathers what methods say of one container: as `….<attribute>`, or (None) as `self` and of its children's names.
 
-    def __init__(self, container: nn.Module, attribute: str | None):
+    names: which children's; all, unless given.
+    """
+
+    def __init__(self, container: nn.Module | list[nn.Module], attribute: str | None, names: set[str] | None = None):
         self.container, self.attribute = container, attribute
+        self.names = container._modules if attribute is None and names is None else names
         self.has_source = self.applied = False
         self.doubt = self.otherwise = ""
         self.breaks: set[int] = set()
@@ -98,20 +146,25 @@ class _Reader:
 
     def _mentions(self, node: ast.AST) -> bool:
         if self.attribute is None:
-            if isinstance(node, ast.Attribute) and _is_name(node.value, "self"):
-                return node.attr in self.container._modules or node.attr in _CHILDREN
-            return _is_name(node, "self") and not isinstance(self.parents[node], ast.Attribute)
+            is_own = self.holder is self.container
+            if isinstance(node, ast.Attribute) and (of := self._resolve(node.value)) is self.container:
+                return node.attr in self.names or node.attr in _CHILDREN
+            if isinstance(node, ast.Attribute):
+                return node.attr in self.names and of is None and not is_own
+            return is_own and _is_name(node, "self") and not isinstance(self.parents[node], ast.Attribute)
         if isinstance(node, ast.Call) and _is_name(node.func, "getattr"):
             return any(isinstance(a, ast.Constant) and a.value == self.attribute for a in node.args)
         is_attribute = isinstance(node, ast.Attribute) and node.attr == self.attribute
-        return is_attribute and self._resolve(node) in (None, self.container)
+        return is_attribute and any(self._resolve(node) is it for it in (None, self.container))
 
-    def _resolve(self, node: ast.AST) -> nn.Module | None:
-        """The module that `self.a.b` is, None where that does not show."""
+    def _resolve(self, node: ast.AST) -> object:
+        """The module or list that `self.a.b` is, None where that does not show."""
         if _is_name(node, "self"):
             return self.holder
         of = self._resolve(node.value) if isinstance(node, ast.Attribute) else None
-        return of._modules.get(node.attr) if of is not None else None
+        if not isinstance(of, nn.Module):
+            return None
+        return of._modules.get(node.attr, vars(of).get(node.attr))
 
     def _is_list(self, node: ast.AST) -> bool:
         if self.attribute is None:
@@ -212,7 +265,7 @@ class _Reader:
         other = self._resolve(node)
         return (
             self._keeps_places()
-            and isinstance(other, (nn.ModuleList, nn.Sequential))
+            and isinstance(other, (nn.ModuleList, nn.Sequential, list))
             and len(other) == len(self.container)
         )
 

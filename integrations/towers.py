@@ -16,7 +16,7 @@ from torch import nn
 from ifr_fast import IFRHead
 
 from .layers import Layer, a_kind, read_layer
-from .loops import read_use
+from .loops import may_be_read, read_list_use, read_use
 
 Where = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -70,20 +70,22 @@ class Report(list[Replacement]):
 def replace_towers(model: nn.Module, where: Where | None = None, **ifr_kwargs) -> Report:
     """Replaces every conv tower of `model`, in place, by `IFRHead(channels, **ifr_kwargs)`.
 
-    model: any nn.Module. Towers are looked for in nn.Sequential, nn.ModuleList and their subclasses, over flat
-      layers, nested Sequentials, wrappers of one convolution (mmcv's ConvModule) and convolutions that apply their
-      own norm and activation (detectron2's Conv2d). A convolution that changes the number of channels stays, with
-      its norm and activation. Strided, dilated, grouped, deformable and other than 3×3 ones stay too, and end a
-      tower, as dropout, pooling or resizing does.
+    model: any nn.Module. Towers are looked for in nn.Sequential, nn.ModuleList and their subclasses, and in plain
+      lists of a module's own children (BMask R-CNN), over flat layers, nested Sequentials, wrappers of one
+      convolution (mmcv's ConvModule) and convolutions that apply their own norm and activation (detectron2's
+      Conv2d). A convolution that changes the number of channels stays, with its norm and activation. Strided,
+      dilated, grouped, deformable and other than 3×3 ones stay too, and end a tower, as dropout, pooling or resizing
+      does.
     where: which towers. None: all of them that save parameters (three convolutions or more), those of a VGG-like
       backbone included. A glob or a list of globs ("*.cls_convs", "roi_heads"), matched against the new IFRHead's
       path and all its ancestors'; each must lead to a replacement. Or a callable (path, container) -> bool.
     ifr_kwargs: passed to IFRHead.
 
     Returns a list of Replacement whose attribute `skipped` is a list of Skipped. The IFRHead takes the name of the
-    tower's first layer. In a Sequential the tower's other names go; in a ModuleList they hold nn.Identity, so that
-    `len(convs)`, `convs[i]` and `zip(convs, others)` stay right. All other names, hence checkpoint keys, stay. A
-    tower whose container hangs at several places stays shared; one that shares parameters otherwise is left alone.
+    tower's first layer. In a Sequential the tower's other names go; elsewhere they hold nn.Identity, so that
+    `len(convs)`, `convs[i]` and `zip(convs, others)` stay right. A plain list of the layers follows suit. All other
+    names, hence checkpoint keys, stay. A tower whose container hangs at several places stays shared; one that shares
+    parameters otherwise is left alone.
 
     The IFRHead gets its tower's device, dtype, memory format and train/eval mode. Its parameters are new and require
     gradients even where the tower's were frozen. Call this before the optimizer is built and before the model is
@@ -93,8 +95,8 @@ def replace_towers(model: nn.Module, where: Where | None = None, **ifr_kwargs) -
     `for conv in self.convs: x = conv(x)` (also with enumerate, zip, range), in every place that mentions it. Any
     other use, a wrapper whose forward may do more than apply its children, and a run of two convolutions are left
     alone unless `where` is given: naming them is your word that they are a tower. What the source shows to be no
-    chain, `self.convs[level](…)` or a tap inside the loop, is never replaced. No other code is read: that none holds
-    the layers outside the module tree is assumed.
+    chain, `self.convs[level](…)` or a tap inside the loop, is never replaced, nor are layers that a method reads
+    from a second list. No other code is read: that none holds the layers is assumed.
 
     Raises ValueError, before anything is changed: where `model` is no nn.Module, `where` is of another type or leads
       to no replacement (the message says what was found), or IFRHead refuses a tower that `where` names.
@@ -116,7 +118,8 @@ def replace_towers(model: nn.Module, where: Where | None = None, **ifr_kwargs) -
     for glob in globs or [None]:
         if not any(glob is None or _matches(path, glob) for path in paths):
             raise ValueError(_nothing_replaced(model, where if glob is None else glob, skipped))
-    return Report([_install(tower, head) for tower, head in heads], skipped)
+    beside = _beside_the_tree(model)
+    return Report([_install(tower, head, beside) for tower, head in heads], skipped)
 
 
 def _globs(where: Where | None) -> list[str]:
@@ -140,9 +143,10 @@ def _join(path: str, name: str) -> str:
 
 @dataclass
 class _Tower:
-    """Consecutive children of one container."""
+    """Consecutive children of one container, or of a module that holds them in a plain list, its `attribute`."""
 
     container: nn.Module
+    attribute: str | None
     paths: list[str]  # of the container; several where one object hangs at several places
     names: list[str]
     convolutions: tuple[nn.Conv2d, ...]
@@ -163,28 +167,48 @@ def _find(model: nn.Module, where: Where | None) -> tuple[list[_Tower], list[Ski
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             owners[id(tensor)].append(path)
     done = {m for head in paths if isinstance(head, IFRHead) for m in head.modules()}
+    beside = _beside_the_tree(model)
+    rows = [(container, attribute) for container in paths for attribute in _rows(container)]
     towers, skipped = [], []
-    for container in paths:
-        if container in done or not isinstance(container, (nn.Sequential, nn.ModuleList)):
+    for container, attribute in rows:
+        if container in done:
             continue
-        found, left = _read_container(model, container, paths[container], where)
+        found, left = _read_row(model, container, attribute, paths[container], where)
         skipped += left
         for tower in found:
             done.update(tower.modules())
-            reason = _unfit(tower, owners)
+            reason = _unfit(tower, owners) or _read_elsewhere(model, tower, beside)
             if reason:
                 skipped.append(Skipped(tower.path, reason))
             elif len(tower.convolutions) == 2 and where is None:
                 skipped.append(Skipped(tower.path, "two convolutions, as many as an IFRHead has: name it with `where`"))
+            elif other := next((other for other in towers if set(tower.modules()) & set(other.modules())), None):
+                skipped.append(Skipped(tower.path, f"its layers are those of the tower at {other.path}, too"))
             else:
                 towers.append(tower)
     return towers, skipped
 
 
-def _read_container(
-    model: nn.Module, container: nn.Module, paths: list[str], where: Where | None
+def _rows(module: nn.Module) -> list[str | None]:
+    """Where module holds layers in a row: as a container (None), or in which plain lists of its own children."""
+    if isinstance(module, (nn.Sequential, nn.ModuleList)):
+        return [None]
+    own = {id(child) for child in module.children()}
+    return [
+        attribute
+        for attribute, held in vars(module).items()
+        if isinstance(held, list) and len({id(layer) for layer in held} & own) == len(held) > 1
+    ]
+
+
+def _read_row(
+    model: nn.Module, container: nn.Module, attribute: str | None, paths: list[str], where: Where | None
 ) -> tuple[list[_Tower], list[Skipped]]:
     """The towers among the container's children that `where` selects, and what of the rest looked like one."""
+    children = container._modules
+    if attribute is not None:
+        names = {child: name for name, child in container._modules.items()}
+        children = {names[layer]: layer for layer in vars(container)[attribute]}
     globs = _globs(where)
 
     def selected(name: str) -> bool:
@@ -192,21 +216,22 @@ def _read_container(
             return any(_matches(_join(path, name), glob) for path in paths for glob in globs)
         return where is None or any(where(path, container) for path in paths)
 
-    chosen = [name for name in container._modules if selected(name)]
+    chosen = [name for name in children if selected(name)]
     trusted = where is not None
-    layers = {name: read_layer(child, trusted) for name, child in container._modules.items()} if chosen else {}
+    layers = {name: read_layer(child, trusted) for name, child in children.items()} if chosen else {}
     if sum(layer.is_convolution for layer in layers.values()) < 2:
         return [], []
-    uses = [read_use(model, path) for path in paths]
+    uses = [read_use(model, p) if attribute is None else read_list_use(model, p, attribute) for p in paths]
     use = min(uses, key=lambda use: (False, None, True).index(use.in_order))
     breaks = frozenset().union(*(use.breaks for use in uses))
     towers = [
-        _Tower(container, paths, names, convolutions)
+        _Tower(container, attribute, paths, names, convolutions)
         for names, convolutions in _split(layers, use.in_order is True, breaks)
         if names[0] in chosen and len(convolutions) > 1
     ]
     if use.in_order is False or (use.in_order is None and not trusted):
-        return [], [Skipped(paths[0], use.reason)] if towers else []
+        path = paths[0] if attribute is None else _join(paths[0], attribute)
+        return [], [Skipped(path, use.reason)] if towers else []
     misfits = [name for name in chosen if layers[name].ends and layers[name].is_convolution]
     return towers, [Skipped(_join(paths[0], name), layers[name].ends) for name in misfits]
 
@@ -252,6 +277,33 @@ def _unfit(tower: _Tower, owners: dict[int, list[str]]) -> str:
     return ""
 
 
+def _beside_the_tree(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Path, module and attribute of every list, tuple and dict of modules that is no part of the module tree."""
+    return [
+        (path, module, attribute)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for attribute, held in vars(module).items()
+        if attribute != "_modules" and _modules_in(held)
+    ]
+
+
+def _modules_in(held: object) -> list[nn.Module]:
+    elements = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else ()
+    return [element for element in elements if isinstance(element, nn.Module)]
+
+
+def _read_elsewhere(model: nn.Module, tower: _Tower, beside: list[tuple[str, nn.Module, str]]) -> str:
+    """Which list beside the module tree the tower's layers may be read from, too, or ""."""
+    layers = set(tower.modules())
+    for path, module, attribute in beside:
+        inside = [set(held.modules()) for held in _modules_in(vars(module)[attribute])]
+        holds_layers = any(tower.container not in held and held & layers for held in inside)
+        is_own = (module, attribute) == (tower.container, tower.attribute)
+        if holds_layers and not is_own and may_be_read(model, path, attribute):
+            return f"its layers may be read from {_join(path, attribute)}, too"
+    return ""
+
+
 def _nothing_replaced(model: nn.Module, where: object, skipped: list[Skipped]) -> str:
     kind = type(model).__name__
     if where is None:
@@ -276,7 +328,7 @@ def _build_head(tower: _Tower, ifr_kwargs: dict) -> IFRHead:
     return head.train(first.training)
 
 
-def _install(tower: _Tower, head: IFRHead) -> Replacement:
+def _install(tower: _Tower, head: IFRHead, beside: list[tuple[str, nn.Module, str]]) -> Replacement:
     before = {p: p.numel() for m in tower.modules() for p in m.parameters()}
     report = Replacement(
         path=tower.path,
@@ -286,11 +338,18 @@ def _install(tower: _Tower, head: IFRHead) -> Replacement:
         parameters_before=sum(before.values()),
         parameters_after=sum(p.numel() for p in head.parameters()),
     )
-    first, *others = tower.names
-    setattr(tower.container, first, head)
-    for name in others:
-        if isinstance(tower.container, nn.ModuleList):
-            setattr(tower.container, name, nn.Identity())
-        else:
+    old = [tower.container._modules[name] for name in tower.names]
+    new = {id(old[0]): head}
+    setattr(tower.container, tower.names[0], head)
+    for name, layer in zip(tower.names[1:], old[1:], strict=True):
+        if isinstance(tower.container, nn.Sequential):
             delattr(tower.container, name)
+        else:
+            setattr(tower.container, name, nn.Identity())
+            new[id(layer)] = tower.container._modules[name]
+    gone = {id(layer) for layer in old} - new.keys()
+    for _, module, attribute in beside:
+        held = vars(module)[attribute]
+        if isinstance(held, list):
+            held[:] = [new.get(id(element), element) for element in held if id(element) not in gone]
     return report
