@@ -1,23 +1,28 @@
 """Which kernels serve which call, and why, in words that a user can read.
 
-reference: PyTorch's own operators, any device. native: the compiled CPU kernels. triton, cuda: not in this version.
+reference: PyTorch's own operators, any device. native: the compiled CPU kernels. triton: NVIDIA GPUs (and, for tests,
+any machine under Triton's interpreter). cuda: the extension's CUDA kernels in place of Triton's.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
+import os
 from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from .kernels import plain
-
 logger = logging.getLogger("ifr_fast")
 
+# What "auto" takes of those that can serve, first to last.
+AUTO = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
 NAMES = ("auto", "reference", "native", "triton", "cuda")
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (8, 0)  # compute capability
 
 
 class Backend(NamedTuple):
@@ -31,15 +36,57 @@ class Backend(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def _native() -> tuple[ModuleType | None, str]:
+def _binary() -> tuple[ModuleType | None, str]:
+    """The compiled extension, or why there is none."""
     try:
-        module = importlib.import_module(".kernels.native", __package__)
-        binary = importlib.import_module("._native", __package__)
+        return importlib.import_module("._native", __package__), ""
     except ImportError as error:
         advice = "pip install . with a C++17 compiler, and run outside of the source tree, or pip install -e ."
         return None, f"the compiled extension does not import from {__package__} ({error}); {advice}"
+
+
+def _native() -> Backend:
+    binary, problem = _binary()
+    if binary is None:
+        return Backend(False, problem)
     threads = "OpenMP" if binary.openmp else "one thread, the compiler has no OpenMP"
-    return module, f"CPU tensors in float32, float64, bfloat16 ({binary.isa()} kernels, {threads})"
+    return Backend(True, f"CPU tensors in float32, float64, bfloat16 ({binary.isa()} kernels, {threads})")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=1)
+def _gpu() -> Backend:
+    """The GPUs that this process sees."""
+    if not torch.cuda.is_available():
+        return Backend(False, "torch sees no NVIDIA GPU here")
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if torch.version.cuda is None or capability < OLDEST:
+            name = torch.cuda.get_device_name(index)
+            return Backend(False, f"{name} has compute capability {capability}: {OLDEST} is the oldest served")
+    return Backend(True, f"CUDA tensors in float32, bfloat16, float16 ({torch.cuda.get_device_name()})")
+
+
+def _triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend(False, "triton is not installed; pip install triton (torch's builds for Linux bring it)")
+    if _interpreted():
+        return Backend(True, "under Triton's interpreter (TRITON_INTERPRET=1): for tests, thousands of times slower")
+    return _gpu()
+
+
+def _cuda() -> Backend:
+    binary, problem = _binary()
+    if binary is None:
+        return Backend(False, problem)
+    if not binary.cuda_archs:
+        advice = "pip install . where nvcc is found (README, Install)"
+        return Backend(False, f"the extension was built without CUDA kernels; {advice}")
+    gpu = _gpu()
+    return gpu._replace(reason=f"{gpu.reason}; built for {binary.cuda_archs}") if gpu.available else gpu
 
 
 def backends() -> dict[str, Backend]:
@@ -48,13 +95,11 @@ def backends() -> dict[str, Backend]:
     >>> for name, backend in ifr_fast.backends().items():
     ...     print(name, backend)
     """
-    module, reason = _native()
-    gpu = "this version has no GPU kernels; CUDA tensors are served by 'reference', in PyTorch's own operators"
     return {
         "reference": Backend(True, "PyTorch's own operators on any device, in any floating dtype"),
-        "native": Backend(module is not None, reason),
-        "triton": Backend(False, gpu),
-        "cuda": Backend(False, gpu),
+        "native": _native(),
+        "triton": _triton(),
+        "cuda": _cuda(),
     }
 
 
@@ -67,16 +112,28 @@ def check(name: str) -> str:
     return name
 
 
+def _serves(name: str, device: str, dtype: torch.dtype) -> bool:
+    """Does an available backend serve tensors like these?"""
+    if name == "reference":
+        return True
+    if name == "native":
+        return device == "cpu" and dtype in (torch.float32, torch.float64, torch.bfloat16)
+    here = _gpu().available if device == "cuda" else name == "triton" and device == "cpu" and _interpreted()
+    return here and dtype in GPU_DTYPES
+
+
 @lru_cache(maxsize=64)
 def kernels(name: str, device: str, dtype: torch.dtype) -> ModuleType:
     """The module that serves tensors of `dtype` on devices of type `device`. ValueError where `name` cannot."""
     check(name)
-    module, reason = _native()
-    serves = module is not None and device == "cpu" and dtype in module.DTYPES
-    if name == "native" and not serves:
-        raise ValueError(f"backend='native' serves {reason}; got {dtype} on {device}")
-    chosen = "native" if name in ("auto", "native") and serves else "reference"
-    logger.info("%s on %s (backend=%r): %s kernels, %s", dtype, device, name, chosen, backends()[chosen].reason)
-    if module is None and device == "cpu":
-        logger.warning("running without the compiled kernels, several times slower: %s", reason)
-    return module if chosen == "native" else plain
+    found = backends()
+    if name != "auto" and not _serves(name, device, dtype):
+        raise ValueError(f"backend={name!r} serves {found[name].reason}; got {dtype} on {device}")
+    candidates = AUTO.get(device, ("reference",)) if name == "auto" else (name,)
+    chosen = next(c for c in candidates if found[c].available and _serves(c, device, dtype))
+    logger.info("%s on %s (backend=%r): %s kernels, %s", dtype, device, name, chosen, found[chosen].reason)
+    if name == "auto" and not found[candidates[0]].available:
+        logger.warning(
+            "running without the %s kernels, several times slower: %s", candidates[0], found[candidates[0]].reason
+        )
+    return importlib.import_module(f".kernels.{'plain' if chosen == 'reference' else chosen}", __package__)

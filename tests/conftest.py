@@ -6,9 +6,8 @@ import warnings
 
 import pytest
 import torch
-from coco_shapes import write_dataset
 
-# Read when triton is first imported. On a GPU the same tests run the compiled kernels.
+# Read when triton is first imported, as torchvision does. On a GPU the same tests run the compiled kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -56,6 +55,8 @@ def one_thread():
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """A small dataset in COCO's format."""
+    from coco_shapes import write_dataset  # here: it needs pycocotools, which the GPU's tests do without
+
     return write_dataset(tmp_path_factory.mktemp("shapes"))
 
 

@@ -25,7 +25,7 @@ def test_backends_explain_themselves():
     [
         ("auto", "cpu", torch.float32, "native"),
         ("auto", "cpu", torch.float16, "plain"),
-        ("auto", "cuda", torch.float32, "plain"),
+        ("auto", "cuda", torch.float64, "plain"),
         ("reference", "cpu", torch.float32, "plain"),
         ("native", "cpu", torch.bfloat16, "native"),
     ],
@@ -37,6 +37,15 @@ def test_choice(name, device, dtype, module):
 def test_what_native_cannot_serve_is_refused():
     with pytest.raises(ValueError, match="backend='native' serves CPU tensors"):
         backend.kernels("native", "cuda", torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_missing_gpu_is_named(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for name in ("triton", "cuda"):
+        with pytest.raises(ValueError, match=f"backend='{name}' is not available: .*(GPU|CUDA)"):
+            ifr_fast.IFRHead(8, groups=2, backend=name)
+    assert backend.kernels("auto", "cuda", torch.float32).__name__ == "ifr_fast.kernels.plain"
 
 
 def test_choice_is_logged_once(caplog):

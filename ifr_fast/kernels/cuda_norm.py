@@ -1,0 +1,240 @@
+"""The CUDA kernels of the GroupNorm chains (csrc/cuda/norm*.cu): `plain`'s functions, addresses passed on.
+
+NHWC activations in float32, bfloat16 or float16. How a sample is cut into tiles depends on its shape and the GPU alone,
+never on the batch, and sums are formed in a fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .device import DeviceState, Tail
+from .plain import Norm
+
+DTYPES = {
+    torch.float32: _native.cuda.DType.f32,
+    torch.bfloat16: _native.cuda.DType.bf16,
+    torch.float16: _native.cuda.DType.f16,
+}
+TILE = 8192  # the elements that a block of threads is meant to hold
+MOST_WHOLE = 32768  # the most, where these are all positions of whole groups
+MOST_THREADS = 256  # in a block: as csrc/cuda/norm.cuh
+
+
+def norm_relu(
+    y: Tensor,
+    norm: Norm,
+    groups: int,
+    eps: float,
+    *,
+    consume: bool = False,
+    partial: Tensor | None = None,
+    state: DeviceState | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = _nhwc(y, y.dtype)
+    plan = _plan(y, groups, eps, staged=y.element_size())
+    workspace = _workspace(plan, y)
+    mean, rstd = _statistics(y, groups, 2)
+    out = y if consume else torch.empty_like(y)
+    _native.cuda.norm_relu(
+        DTYPES[y.dtype], plan, *_at(y, *norm, mean, rstd, out), *_sums(partial), *_at(workspace, _status(state)),
+        _stream(y.device),
+    )  # fmt: skip
+    return out, mean, rstd
+
+
+def norm_relu_vjp(
+    grad: Tensor,
+    y: Tensor,
+    norm: Norm,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    params: bool,
+    state: DeviceState | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    y = _nhwc(y, y.dtype)
+    grad, grad_y = _nhwc(grad, y.dtype), torch.empty_like(y)
+    plan = _plan(y, groups, eps, staged=2 * y.element_size())
+    workspace = _workspace(plan, y)
+    grads = _affine_grads(y, 2 if params else 0)
+    _native.cuda.norm_relu_vjp(
+        DTYPES[y.dtype], plan, *_at(grad, y, *norm, mean, rstd, grad_y), *_at(*grads, fill=2),
+        *_at(workspace, _status(None if params else state)), _stream(y.device),
+    )  # fmt: skip
+    return grad_y, [g.sum(0) for g in grads]
+
+
+def norm_tail(
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    groups: int,
+    eps: float,
+    *,
+    consume: bool = False,
+    partial: Tensor | None = None,
+    state: DeviceState | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    y = _nhwc(y, y.dtype)
+    out = y if consume and y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
+    ending = [*_at(out, fill=3), DTYPES[torch.float32], 0, 0]
+    return out, _tail(y, r, first, second, groups, eps, partial, state, ending)
+
+
+def residual_tail(state: DeviceState, tail: Tail, z: Tensor, *, row: int) -> None:
+    """g = F(z) - z, where `tail` is F's end, of the running samples: stored as the history's row `row` (row < 0: not
+    stored), with partial sums of g² and F(z)² in state.norm_partials. z (n, C, H, W): float32 NHWC."""
+    y = _nhwc(tail.y, tail.y.dtype)
+    plan = _plan(y, tail.groups, tail.eps, staged=_tail_bytes(y, tail.r))
+    if state.norm_partials is None or state.norm_partials.shape[1] != plan.blocks:
+        state.norm_partials = torch.empty(state.n, plan.blocks, 2, device=z.device)
+    history = None if row < 0 else state.history[:, row]
+    ending = [*_at(None, z, history), DTYPES[state.history.dtype], state.history.stride(0), *_at(state.norm_partials)]
+    _tail(y, *tail[1:], state, ending)
+
+
+def norm_tail_vjp(
+    grad: Tensor,
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    statistics: list[Tensor],
+    groups: int,
+    eps: float,
+    *,
+    params: bool,
+    state: DeviceState | None = None,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    y, grad = _nhwc(y, y.dtype), _nhwc(grad, torch.float32)
+    two = second is not None
+    r = None if r is None else _nhwc(r, y.dtype)
+    staged = grad.element_size() + (_tail_bytes(y, r) if two else y.element_size())
+    plan = _plan(y, groups, eps, staged=staged)
+    workspace = _workspace(plan, y)
+    grad_y, grad_r = torch.empty_like(y), torch.empty_like(grad) if two else grad
+    grads = _affine_grads(y, (4 if two else 2) if params else 0)
+    _native.cuda.norm_tail_vjp(
+        DTYPES[y.dtype], plan, *_at(grad, y, r, *first), *_at(*(second or ()), fill=2), *_at(*statistics, fill=4),
+        *_at(grad_y, grad_r if two else None), *_at(*grads, fill=4),
+        *_at(workspace, _status(None if params else state)), _stream(y.device),
+    )  # fmt: skip
+    return grad_y, None if r is None else grad_r, [g.sum(0) for g in grads]
+
+
+def _tail(
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    groups: int,
+    eps: float,
+    partial: Tensor | None,
+    state: DeviceState | None,
+    ending: list,
+) -> list[Tensor]:
+    """Runs norm_tail's kernel, told by `ending` where the result goes, and returns the statistics."""
+    r = None if r is None else _nhwc(r, y.dtype)
+    plan = _plan(y, groups, eps, staged=_tail_bytes(y, r))
+    workspace = _workspace(plan, y)
+    statistics = _statistics(y, groups, 2 if second is None else 4)
+    _native.cuda.norm_tail(
+        DTYPES[y.dtype], plan, *_at(y, r, *first), *_at(*(second or ()), fill=2), *_at(*statistics, fill=4), *ending,
+        *_sums(partial), *_at(workspace, _status(state)), _stream(y.device),
+    )  # fmt: skip
+    return statistics
+
+
+def tiling(
+    channels: int, positions: int, groups: int, itemsize: int, staged: int, shared: int
+) -> tuple[int, int, int, bool]:
+    """How a sample is cut: the channels and positions of a tile, a block's threads, and whether a tile is whole, that
+    is, has all positions of its groups. staged: bytes an element that a block keeps; shared: bytes that it can have."""
+    per_group, word = channels // groups, 16 // itemsize
+    unit = math.lcm(per_group, word) if channels % word == 0 else per_group
+
+    def threads(width: int, length: int) -> int:
+        return min(MOST_THREADS, max(128, math.ceil(width * length / 4096) * 128))
+
+    def fits(width: int) -> bool:
+        # Rows of less than 32 bytes waste half of every access.
+        wide = width * itemsize >= 32 or width == channels
+        scratch = 64 * threads(width, positions) + 32 * width
+        return wide and width * positions <= MOST_WHOLE and width * positions * staged + scratch <= shared
+
+    most = min(channels, MOST_THREADS)
+    widths = [w for w in range(unit, most + 1, unit) if channels % w == 0 and fits(w)]
+    if widths:
+        width = max((w for w in widths if w * positions <= TILE), default=widths[0])
+        return width, positions, threads(width, positions), True
+    width = min(channels, 64)
+    slices = math.ceil(positions / max(1, min(TILE, 6 * TILE // staged) // width))
+    length = math.ceil(positions / slices)
+    return width, length, threads(width, length), False
+
+
+@cache
+def _cut(
+    n: int, channels: int, positions: int, groups: int, eps: float, itemsize: int, staged: int, shared: int
+) -> _native.cuda.NormPlan:
+    cut = tiling(channels, positions, groups, itemsize, staged, shared)
+    return _native.cuda.NormPlan(n, channels, positions, groups, eps, *cut)
+
+
+def _plan(y: Tensor, groups: int, eps: float, *, staged: int) -> _native.cuda.NormPlan:
+    n, channels, height, width = y.shape
+    return _cut(n, channels, height * width, groups, eps, y.element_size(), staged, _shared_memory(y.device))
+
+
+def _workspace(plan: _native.cuda.NormPlan, y: Tensor) -> Tensor | None:
+    return torch.empty(plan.workspace, device=y.device) if plan.workspace else None
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _tail_bytes(y: Tensor, r: Tensor | None) -> int:
+    return y.element_size() * (1 if r is None else 2)
+
+
+def _nhwc(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the layout that the kernels read: a convolution or autograd may hand over another one."""
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _statistics(y: Tensor, groups: int, count: int) -> list[Tensor]:
+    return list(torch.empty(count, y.shape[0], groups, device=y.device))
+
+
+def _affine_grads(y: Tensor, count: int) -> list[Tensor]:
+    """Sums of every sample apart; the batch's are these in order."""
+    return list(torch.empty(count, *y.shape[:2], device=y.device))
+
+
+def _sums(partial: Tensor | None) -> list[int]:
+    return [0, 0] if partial is None else [partial.data_ptr(), partial.shape[1]]
+
+
+def _status(state: DeviceState | None) -> Tensor | None:
+    return None if state is None else state.status
+
+
+def _at(*tensors: Tensor | None, fill: int = 0) -> list[int]:
+    """Addresses, padded with null ones to `fill`."""
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    return addresses + [0] * (fill - len(addresses))

@@ -1,0 +1,376 @@
+"""The vjps of norm.py's functions on NHWC activations; `plain` is their specification.
+
+With x̂ = (x - mean) / σ and g the gradient of a GroupNorm's output, that of x is (g·w - ⟨g·w⟩ - x̂ ⟨g·w·x̂⟩) / σ, means
+over the group. As in norm.py, small maps take the whole path (sums and result from registers), larger ones are split:
+partial sums, their addition, and a second reading. Affine gradients are summed over positions here, over samples by
+torch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..device import DeviceState
+from ..plain import Norm
+from .tiles import (
+    RUNNING,
+    Budget,
+    affine,
+    group_sums,
+    groups_at,
+    nhwc,
+    normalised,
+    relu,
+    split_tile,
+    spread,
+    tile_at,
+    whole_tile,
+)
+
+# Of the whole path's tiles; within them no register is spilled.
+NORM = Budget(elements=16384, warps=16, registers=4)
+TAIL = Budget(elements=8192, warps=16, registers=8)
+TAIL_PARAMS = TAIL._replace(registers=9)
+
+
+def norm_relu_vjp(
+    grad: Tensor,
+    y: Tensor,
+    norm: Norm,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    params: bool,
+    state: DeviceState | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """plain.norm_relu_vjp. params asks for sums over all samples: none is skipped then."""
+    return _norm_vjp(nhwc(grad), nhwc(y), norm, mean, rstd, groups, params, _status(state, params), relu=True)
+
+
+def norm_tail_vjp(
+    grad: Tensor,
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    statistics: list[Tensor],
+    groups: int,
+    eps: float,
+    *,
+    params: bool,
+    state: DeviceState | None = None,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """plain.norm_tail_vjp. params: as norm_relu_vjp's."""
+    grad, y, r, status = nhwc(grad), nhwc(y), None if r is None else nhwc(r), _status(state, params)
+    if second is None:
+        grad_y, grads = _norm_vjp(grad, y, first, *statistics, groups, params, status, relu=False)
+        return grad_y, None if r is None else grad, grads
+    n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
+    tile = whole_tile(positions, channels, groups, y.itemsize, TAIL_PARAMS if params else TAIL)
+    if tile is None:
+        return _split_tail_vjp(grad, y, r, first, second, statistics, groups, params, status)
+    grad_y, grad_r = torch.empty_like(y), None if r is None else torch.empty_like(grad)
+    grads = torch.empty((n, 4, channels), dtype=torch.float32, device=y.device) if params else None
+    norm_tail_vjp_whole[(n * tile.blocks,)](
+        grad, y, r, *first, *second, *statistics, grad_y, grad_r, grads, status, positions,
+        **tile.constants(channels, groups),
+    )  # fmt: skip
+    return grad_y, grad_r, _over_samples(grads)
+
+
+def _norm_vjp(
+    grad: Tensor,
+    y: Tensor,
+    norm: Norm,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    params: bool,
+    status: Tensor | None,
+    *,
+    relu: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
+    grad_y = torch.empty_like(y)
+    tile = whole_tile(positions, channels, groups, y.itemsize, NORM)
+    whole = tile is not None
+    tile = tile or split_tile(positions, channels, groups)
+    constants = tile.constants(channels, groups) | {"RELU": relu}
+    parts = n if whole else n * tile.blocks
+    grads = torch.empty((parts, 2, channels), dtype=torch.float32, device=y.device) if params else None
+    inputs = (grad, y, *norm, mean, rstd)
+    if whole:
+        norm_vjp_whole[(n * tile.blocks,)](*inputs, grad_y, grads, status, positions, **constants)
+        return grad_y, _over_samples(grads)
+    partials = torch.empty((n, tile.blocks, groups, 2), dtype=torch.float32, device=y.device)
+    norm_vjp_sums[(n * tile.blocks,)](*inputs, partials, grads, status, positions, tile.blocks, **constants)
+    sums = _add(partials, status)
+    norm_vjp_apply[(n * tile.blocks,)](*inputs, sums, grad_y, status, positions, tile.blocks, **constants)
+    return grad_y, _over_samples(grads)
+
+
+def _split_tail_vjp(
+    grad: Tensor,
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm,
+    statistics: list[Tensor],
+    groups: int,
+    params: bool,
+    status: Tensor | None,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
+    tile = split_tile(positions, channels, groups, TAIL.registers)
+    grid, constants = (n * tile.blocks,), tile.constants(channels, groups)
+    grad_y, grad_u = torch.empty_like(y), torch.empty_like(grad)
+    partials = torch.empty((n, tile.blocks, groups, 2), dtype=torch.float32, device=y.device)
+    grads = torch.empty((n * tile.blocks, 4, channels), dtype=torch.float32, device=y.device) if params else None
+    inputs, sizes = (grad, y, r, *first, *second, *statistics), (status, positions, tile.blocks)
+    post_vjp_sums[grid](*inputs, partials, grads, *sizes, **constants)
+    sums = _add(partials, status)
+    post_vjp_apply[grid](*inputs, sums, grad_u, partials, grads, *sizes, **constants)
+    sums = _add(partials, status)
+    norm_vjp_apply[grid](grad_u, y, *first, *statistics[:2], sums, grad_y, *sizes, **constants, RELU=False)
+    return grad_y, None if r is None else grad_u, _over_samples(grads)
+
+
+def _status(state: DeviceState | None, params: bool) -> Tensor | None:
+    return None if state is None or params else state.status
+
+
+def _over_samples(grads: Tensor | None) -> list[Tensor]:
+    return [] if grads is None else list(grads.sum(0))
+
+
+def _add(partials: Tensor, status: Tensor | None) -> Tensor:
+    n, parts, groups, _ = partials.shape
+    sums = torch.empty((n, groups, 2), dtype=torch.float32, device=partials.device)
+    add_sums[(n * groups,)](partials, sums, status, parts, GROUPS=groups, BLOCK_N=1024, num_warps=4)
+    return sums
+
+
+@triton.jit(do_not_specialize=["positions"])
+def norm_vjp_whole(
+    grad, y, weight, bias, mean, rstd, grad_y, grads, status, positions,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+    RELU: tl.constexpr,
+):  # fmt: skip
+    """Of gn(y), or with RELU relu(gn(y)). grads (n, 2, channels): the weight's and the bias's."""
+    BLOCKS: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
+    n, group = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS * BLOCK_G
+    if status is not None and tl.load(status + n) != RUNNING:
+        return
+    offset, mask, channel, real = tile_at(0, group, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
+    base = n * positions * CHANNELS
+    g = tl.load(grad + base + offset, mask, other=0.0).to(tl.float32)
+    x = tl.load(y + base + offset, mask, other=0.0).to(tl.float32)
+    center, scale = _load_groups(mean, rstd, n, group, GROUPS, BLOCK_G)
+    x = normalised(x, center, scale)
+    if RELU:
+        g = tl.where(affine(x, weight, bias, channel, real) > 0, g, 0.0)
+    if grads is not None:
+        _store_channel_sums(g, x, grads + n * (2 * CHANNELS), channel, real, CHANNELS)
+    g *= tl.load(weight + channel, real, other=0.0)
+    count = positions * (CHANNELS // GROUPS)
+    g = _project(g, x, scale, group_sums(g), group_sums(g * x), count)
+    tl.store(grad_y + base + offset, g.to(grad_y.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["positions"])
+def norm_tail_vjp_whole(
+    grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, grad_y, grad_r, grads, status, positions,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """grads (n, 4, channels): those of both weights and biases."""
+    BLOCKS: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
+    n, group = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS * BLOCK_G
+    if status is not None and tl.load(status + n) != RUNNING:
+        return
+    offset, mask, channel, real = tile_at(0, group, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
+    base = n * positions * CHANNELS
+    count = positions * (CHANNELS // GROUPS)
+    center, scale = _load_groups(mean, rstd, n, group, GROUPS, BLOCK_G)
+    center2, scale2 = _load_groups(mean2, rstd2, n, group, GROUPS, BLOCK_G)
+    g = tl.load(grad + base + offset, mask, other=0.0)
+    x, u = _before_post(y, r, weight, bias, center, scale, base + offset, mask, channel, real)
+    v = normalised(relu(u), center2, scale2)
+    if grads is not None:
+        _store_channel_sums(g, v, grads + n * (4 * CHANNELS) + 2 * CHANNELS, channel, real, CHANNELS)
+    g *= tl.load(weight2 + channel, real, other=0.0)
+    g = _project(g, v, scale2, group_sums(g), group_sums(g * v), count)
+    g = tl.where((u > 0) & mask, g, 0.0)
+    if grad_r is not None:
+        tl.store(grad_r + base + offset, g, mask)
+    if grads is not None:
+        _store_channel_sums(g, x, grads + n * (4 * CHANNELS), channel, real, CHANNELS)
+    g *= tl.load(weight + channel, real, other=0.0)
+    g = _project(g, x, scale, group_sums(g), group_sums(g * x), count)
+    tl.store(grad_y + base + offset, g.to(grad_y.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["positions", "splits"])
+def norm_vjp_sums(
+    grad, y, weight, bias, mean, rstd, partials, grads, status, positions, splits,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+    RELU: tl.constexpr,
+):  # fmt: skip
+    """Sums of g·w and g·w·x̂ over a run of positions. partials (n, splits, groups, 2); grads (n · splits, 2, C)."""
+    n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
+    if status is not None and tl.load(status + n) != RUNNING:
+        return
+    offset, mask, channel, real = tile_at(position, 0, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
+    base = n * positions * CHANNELS
+    g = tl.load(grad + base + offset, mask, other=0.0).to(tl.float32)
+    x = tl.load(y + base + offset, mask, other=0.0).to(tl.float32)
+    center, scale = _load_groups(mean, rstd, n, 0, GROUPS, BLOCK_G)
+    x = normalised(x, center, scale)
+    if RELU:
+        g = tl.where(affine(x, weight, bias, channel, real) > 0, g, 0.0)
+    slot = tl.program_id(0).to(tl.int64)
+    if grads is not None:
+        _store_channel_sums(g, x, grads + slot * (2 * CHANNELS), channel, real, CHANNELS)
+    g *= tl.load(weight + channel, real, other=0.0)
+    _store_group_sums(g, x, partials, slot, GROUPS, BLOCK_G)
+
+
+@triton.jit(do_not_specialize=["positions", "splits"])
+def norm_vjp_apply(
+    grad, y, weight, bias, mean, rstd, sums, grad_y, status, positions, splits,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+    RELU: tl.constexpr,
+):  # fmt: skip
+    n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
+    if status is not None and tl.load(status + n) != RUNNING:
+        return
+    offset, mask, channel, real = tile_at(position, 0, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
+    base = n * positions * CHANNELS
+    g = tl.load(grad + base + offset, mask, other=0.0).to(tl.float32)
+    x = tl.load(y + base + offset, mask, other=0.0).to(tl.float32)
+    center, scale = _load_groups(mean, rstd, n, 0, GROUPS, BLOCK_G)
+    average, slope = _load_sums(sums, n, GROUPS, BLOCK_G)
+    x = normalised(x, center, scale)
+    if RELU:
+        g = tl.where(affine(x, weight, bias, channel, real) > 0, g, 0.0)
+    g *= tl.load(weight + channel, real, other=0.0)
+    g = _project(g, x, scale, average, slope, positions * (CHANNELS // GROUPS))
+    tl.store(grad_y + base + offset, g.to(grad_y.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["positions", "splits"])
+def post_vjp_sums(
+    grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, partials, grads, status, positions, splits,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """As norm_vjp_sums, for the tail's second norm. grads (n · splits, 4, channels): its last two."""
+    n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
+    if status is not None and tl.load(status + n) != RUNNING:
+        return
+    offset, mask, channel, real = tile_at(position, 0, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
+    base = n * positions * CHANNELS
+    g = tl.load(grad + base + offset, mask, other=0.0)
+    center, scale = _load_groups(mean, rstd, n, 0, GROUPS, BLOCK_G)
+    _, u = _before_post(y, r, weight, bias, center, scale, base + offset, mask, channel, real)
+    center, scale = _load_groups(mean2, rstd2, n, 0, GROUPS, BLOCK_G)
+    v = normalised(relu(u), center, scale)
+    slot = tl.program_id(0).to(tl.int64)
+    if grads is not None:
+        _store_channel_sums(g, v, grads + slot * (4 * CHANNELS) + 2 * CHANNELS, channel, real, CHANNELS)
+    g *= tl.load(weight2 + channel, real, other=0.0)
+    _store_group_sums(g, v, partials, slot, GROUPS, BLOCK_G)
+
+
+@triton.jit(do_not_specialize=["positions", "splits"])
+def post_vjp_apply(
+    grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, sums, grad_u, partials, grads, status,
+    positions, splits,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The gradient of u = gn_first(y) + r, and the sums that the first norm's vjp needs; grads as post_vjp_sums's: its
+    first two."""
+    n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
+    if status is not None and tl.load(status + n) != RUNNING:
+        return
+    offset, mask, channel, real = tile_at(position, 0, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
+    base = n * positions * CHANNELS
+    g = tl.load(grad + base + offset, mask, other=0.0)
+    center, scale = _load_groups(mean, rstd, n, 0, GROUPS, BLOCK_G)
+    x, u = _before_post(y, r, weight, bias, center, scale, base + offset, mask, channel, real)
+    center, scale = _load_groups(mean2, rstd2, n, 0, GROUPS, BLOCK_G)
+    average, slope = _load_sums(sums, n, GROUPS, BLOCK_G)
+    g *= tl.load(weight2 + channel, real, other=0.0)
+    g = _project(g, normalised(relu(u), center, scale), scale, average, slope, positions * (CHANNELS // GROUPS))
+    g = tl.where((u > 0) & mask, g, 0.0)
+    tl.store(grad_u + base + offset, g, mask)
+    slot = tl.program_id(0).to(tl.int64)
+    if grads is not None:
+        _store_channel_sums(g, x, grads + slot * (4 * CHANNELS), channel, real, CHANNELS)
+    g *= tl.load(weight + channel, real, other=0.0)
+    _store_group_sums(g, x, partials, slot, GROUPS, BLOCK_G)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_sums(partials, sums, status, parts, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(n, parts, groups, 2) → (n, groups, 2)."""
+    n, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+    if status is not None and tl.load(status + n) != RUNNING:
+        return
+    part = tl.arange(0, BLOCK_N)
+    first, second = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    start = 0
+    while start < parts:
+        at = partials + ((n * parts + start + part) * GROUPS + group) * 2
+        first += tl.load(at, start + part < parts, other=0.0)
+        second += tl.load(at + 1, start + part < parts, other=0.0)
+        start += BLOCK_N
+    at = sums + (n * GROUPS + group) * 2
+    tl.store(at, tl.sum(first, axis=0))
+    tl.store(at + 1, tl.sum(second, axis=0))
+
+
+@triton.jit
+def _before_post(y, r, weight, bias, mean, rstd, at, mask, channel, real):
+    """x̂ of the tail's first norm, and u = gn_first(y) + r, what ReLU and the second norm are applied to."""
+    x_hat = normalised(tl.load(y + at, mask, other=0.0).to(tl.float32), mean, rstd)
+    if r is not None:
+        shortcut = tl.load(r + at, mask, other=0.0).to(tl.float32)
+        return x_hat, affine(x_hat, weight, bias, channel, real) + shortcut
+    else:
+        return x_hat, affine(x_hat, weight, bias, channel, real)
+
+
+@triton.jit
+def _project(g, x_hat, rstd, total, weighted, count):
+    """The vjp of a norm's centring and scaling, given the sums of g and g·x̂."""
+    return (g - spread(total / count) - x_hat * spread(weighted / count)) * spread(rstd)
+
+
+@triton.jit
+def _load_groups(a, b, n, group, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
+    at, there = groups_at(n, group, GROUPS, BLOCK_G)
+    return tl.load(a + at, there, other=0.0), tl.load(b + at, there, other=0.0)
+
+
+@triton.jit
+def _load_sums(sums, n, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
+    at, there = groups_at(n, 0, GROUPS, BLOCK_G)
+    return tl.load(sums + at * 2, there, other=0.0), tl.load(sums + at * 2 + 1, there, other=0.0)
+
+
+@triton.jit
+def _store_group_sums(g, x_hat, partials, slot, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
+    at, there = groups_at(slot, 0, GROUPS, BLOCK_G)
+    tl.store(partials + at * 2, group_sums(g), there)
+    tl.store(partials + at * 2 + 1, group_sums(g * x_hat), there)
+
+
+@triton.jit
+def _store_channel_sums(g, x_hat, grads, channel, real, CHANNELS: tl.constexpr):
+    """A norm's affine gradients from these positions: the weight's [channels], then the bias's."""
+    tl.store(grads + channel, tl.sum(g * x_hat, axis=1, keep_dims=True), real)
+    tl.store(grads + CHANNELS + channel, tl.sum(g, axis=1, keep_dims=True), real)

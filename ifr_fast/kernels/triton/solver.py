@@ -1,0 +1,301 @@
+"""The solver's step: residual, gram_row (not for Picard), rule, combine, a launch each; and `finish`.
+
+The step is bound by memory: gram_row and combine sweep the history once each, in blocks of a sample's elements (its
+unknowns in memory order). Launch configurations depend on a sample's size and on its rows, never on the number of
+samples, so that sums are formed in the same order whatever the batch mates.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import ridge
+from ..device import DeviceState, Tail, Total
+from .norm import residual_tail
+from .rule import rule_kernel, rule_tile
+from .tiles import RUNNING
+
+BLOCK = 1024  # elements of a block
+MAX_PARTS = 256  # of a sample, in sums that the rule's kernel finishes
+
+
+def blocks_per_part(size: int) -> int:
+    """How many blocks a program sums: one, unless a sample would have too many parts. A power of two."""
+    return triton.next_power_of_2(triton.cdiv(size, BLOCK * MAX_PARTS))
+
+
+def alignment(size: int) -> int:
+    """What divides a row's first element: 8 allows loads of 16 bytes."""
+    return 8 if size % 8 == 0 else 1
+
+
+class Sweep(NamedTuple):
+    """Launch configuration of a sweep over rows: elements of a block; rows that a thread loads together, a power of
+    two, so that a solve needs few variants of a kernel; and registers for all those loads to be in flight at once,
+    which ptxas, left to itself, trades for occupancy, or spills."""
+
+    BLOCK: int
+    GROUP: int
+    num_warps: int
+    maxnreg: int
+
+
+def gram_sweep(count: int, itemsize: int, align: int, blocks: int) -> Sweep:
+    """32 bytes a row and thread where rows are aligned: half the shuffles and sums of 16."""
+    registers = 128 if align > 1 and blocks == 1 else 224  # a loop over blocks is unrolled
+    return Sweep(BLOCK, min(triton.next_power_of_2(count), 8), itemsize if align > 1 else 4, registers)
+
+
+def combine_sweep(count: int, itemsize: int, align: int) -> Sweep:
+    """Half a block, so that one RoI's 50176 elements keep 98 programs busy, and 256 bytes a thread at a time."""
+    return Sweep(BLOCK // 2, min(triton.next_power_of_2(count), 32 // itemsize), 2, 128 if align > 1 else 224)
+
+
+def step(
+    state: DeviceState,
+    f: Tensor | Tail | Total,
+    z: Tensor,
+    *,
+    method: str,
+    window: int,
+    evaluation: int,
+    last: bool,
+    rtol: float,
+    divergence: float,
+) -> None:
+    """plain.step without its result. f: (N, …) fp32 laid out as z, or a pending result."""
+    row = -1 if last else evaluation % state.rows
+    if isinstance(f, Tail):
+        residual_tail(state, f, z, row)
+    else:
+        residual(state, f, z, row)
+    if not last and method != "picard":
+        gram_row(state, row, window)
+    rule(state, row, method=method, window=window, evaluation=evaluation, rtol=rtol, divergence=divergence)
+    if not last:
+        combine(state, z, row)
+
+
+def residual(state: DeviceState, f: Tensor | Total, z: Tensor, row: int) -> None:
+    """g = f - z into the history's row `row` (< 0: nowhere), and the parts of ‖g‖² and ‖f‖² into norm_partials."""
+    addends = f.addends if isinstance(f, Total) else (f,)
+    addends = [_laid_out(a, z) for a in addends] + [None] * (3 - len(addends))
+    blocks = blocks_per_part(state.size)
+    parts = triton.cdiv(state.size, blocks * BLOCK)
+    if state.norm_partials is None or state.norm_partials.shape[1] != parts:
+        state.norm_partials = torch.empty(state.n, parts, 2, device=z.device)
+    residual_kernel[(state.n * parts,)](
+        *addends, z, state.history, state.norm_partials, state.status, state.size, state.rows, row,
+        ALIGN=alignment(state.size), BLOCK=BLOCK, BLOCKS=blocks, num_warps=4,
+    )  # fmt: skip
+
+
+def gram_row(state: DeviceState, row: int, window: int) -> None:
+    """The parts of the stored residual's inner products with the window's rows, into gram_partials."""
+    first, history = max(0, row - window + 1), state.history
+    blocks, align = blocks_per_part(state.size), alignment(state.size)
+    splits = triton.cdiv(state.size, blocks * BLOCK)
+    if state.gram_partials is None:
+        state.gram_partials = torch.empty(state.n, splits, state.rows, device=history.device)
+    sweep = gram_sweep(row - first + 1, history.itemsize, align, blocks)
+    groups = triton.cdiv(row - first + 1, sweep.GROUP)
+    gram_row_kernel[(state.n * splits * groups,)](
+        history, state.gram_partials, state.status, state.size, state.rows, row, first,
+        ALIGN=align, BLOCKS=blocks, **sweep._asdict(),
+    )  # fmt: skip
+
+
+def rule(
+    state: DeviceState,
+    row: int,
+    *,
+    method: str,
+    window: int,
+    evaluation: int,
+    rtol: float,
+    divergence: float,
+) -> None:
+    """Finishes the sums, judges the running samples (plain.assess) and chooses their steps; row < 0: judges only."""
+    splits = 0 if state.gram_partials is None else state.gram_partials.shape[1]
+    tile = rule_tile(method, state.rows, window)
+    rule_kernel[(state.n,)](
+        state.norm_partials, state.gram_partials, state.gram, state.p, state.q, state.step, state.total, state.best,
+        state.norms, state.residual, state.trace, state.status, state.iterations, state.improved,
+        state.n, state.rows, state.norm_partials.shape[1], splits, evaluation, row, window, rtol, divergence,
+        ridge(state.gram.dtype), METHOD=method, **tile._asdict(),
+    )  # fmt: skip
+
+
+def combine(state: DeviceState, z: Tensor, row: int) -> None:
+    """z of the running samples by its coefficients over rows 0 … row, and z + X for the next evaluation."""
+    if state.value is not z:
+        blocks = triton.cdiv(state.size, BLOCK)
+        advance_kernel[(state.n * blocks,)](
+            z, state.value, state.history, state.status, state.improved, state.injection, state.r, state.size,
+            ALIGN=alignment(state.size), BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    else:
+        _combine(state, z, row + 1, state.total, state.status, state.injection, state.r, best=False)
+
+
+def finish(state: DeviceState, z: Tensor) -> None:
+    """state.value, the best iterate; z takes it where the history's coefficients give it."""
+    if state.value is not z:
+        state.value = torch.where(state.improved.view(-1, *[1] * (z.dim() - 1)), z, state.value)
+    else:
+        _combine(state, z, state.rows, state.best, state.improved, None, None, best=True)
+
+
+def _combine(
+    state: DeviceState,
+    z: Tensor,
+    count: int,
+    coefficients: Tensor,
+    flags: Tensor,
+    injection: Tensor | None,
+    r: Tensor | None,
+    *,
+    best: bool,
+) -> None:
+    align = alignment(state.size)
+    sweep = combine_sweep(count, state.history.itemsize, align)
+    groups = triton.next_power_of_2(triton.cdiv(count, sweep.GROUP))
+    combine_kernel[(state.n * triton.cdiv(state.size, sweep.BLOCK),)](
+        z, state.start, state.history, coefficients, flags, injection, r, state.size, state.rows, count,
+        ALIGN=align, GROUPS=groups, BEST=best, **sweep._asdict(),
+    )  # fmt: skip
+
+
+def _laid_out(tensor: Tensor, z: Tensor) -> Tensor:
+    """tensor with z's memory layout: a convolution or autograd may hand over another one."""
+    if tensor.stride() == z.stride():
+        return tensor
+    return torch.empty_like(z, dtype=tensor.dtype).copy_(tensor)
+
+
+@triton.jit(do_not_specialize=["size", "rows", "row"])
+def residual_kernel(a, b, c, z, history, partials, status, size, rows, row,
+                    ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+    """A program a part of a sample. partials (n, parts, 2): its ‖g‖² and ‖f‖², of f = a + b + c before rounding."""
+    size = size // ALIGN * ALIGN  # says what divides it
+    parts = tl.cdiv(size, BLOCK * BLOCKS)
+    sample = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    if tl.load(status + sample) != RUNNING:
+        return
+    g2 = tl.zeros([BLOCK], tl.float32)
+    f2 = tl.zeros([BLOCK], tl.float32)
+    for i in range(BLOCKS):
+        at = (part * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < size
+        here = sample * size + at
+        f = tl.load(a + here, inside, other=0.0).to(tl.float32)
+        if b is not None:
+            f += tl.load(b + here, inside, other=0.0).to(tl.float32)
+        if c is not None:
+            f += tl.load(c + here, inside, other=0.0).to(tl.float32)
+        g = f - tl.load(z + here, inside, other=0.0)
+        if row >= 0:
+            tl.store(history + (sample * rows + row) * size + at, g.to(history.dtype.element_ty), inside)
+        g2 += g * g
+        f2 += f * f
+    tl.store(partials + (sample * parts + part) * 2, tl.sum(g2, 0))
+    tl.store(partials + (sample * parts + part) * 2 + 1, tl.sum(f2, 0))
+
+
+@triton.jit(do_not_specialize=["size", "rows", "row", "first"])
+def gram_row_kernel(history, partials, status, size, rows, row, first,
+                    ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """A program a split of a sample and a group of rows. partials (n, splits, rows): columns first … row."""
+    VECTOR: tl.constexpr = 8
+    size = size // ALIGN * ALIGN  # says what divides it
+    splits = tl.cdiv(size, BLOCK * BLOCKS)
+    groups = tl.cdiv(row - first + 1, GROUP)
+    program = tl.program_id(0) // groups
+    sample = (program // splits).to(tl.int64)
+    split = program % splits
+    if tl.load(status + sample) != RUNNING:
+        return
+    j = first + tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
+    history += sample * rows * size
+    # What a thread loads as one vector is added up at once: few registers, and threads meet only at the end.
+    total = tl.zeros([GROUP, BLOCK // VECTOR], tl.float32)
+    for i in range(BLOCKS):
+        at = (split * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < size
+        g = tl.load(history + row.to(tl.int64) * size + at, inside, other=0.0)
+        there = (j <= row)[:, None] & inside[None, :]
+        tile = tl.load(history + j.to(tl.int64)[:, None] * size + at[None, :], there, other=0.0)
+        product = tile.to(tl.float32) * g.to(tl.float32)[None, :]
+        total += tl.sum(tl.reshape(product, (GROUP, BLOCK // VECTOR, VECTOR)), 2)
+    tl.store(partials + (sample * splits + split) * rows + j, tl.sum(total, 1), j <= row)
+
+
+@triton.jit(do_not_specialize=["size", "rows", "count"])
+def combine_kernel(z, start, history, coefficients, flags, injection, r, size, rows, count, ALIGN: tl.constexpr,
+                   BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BEST: tl.constexpr):  # fmt: skip
+    """z = start + Σ_{j < count} coefficient_j g_j for running samples (flags: status), a program a block; r = z + X.
+
+    BEST: for samples whose last iterate was not their best (flags: improved), from rows of nonzero coefficients alone:
+    others may never have been written.
+    """
+    size = size // ALIGN * ALIGN  # says what divides it
+    blocks = tl.cdiv(size, BLOCK)
+    # Backwards: what gram_row read last is still in the cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    flag = tl.load(flags + sample)
+    skipped = flag if BEST else flag != RUNNING
+    if skipped:
+        return
+    at = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    here = sample * size + at
+    history += sample * rows * size
+    total = tl.zeros([BLOCK], tl.float32)
+    if start is not None:
+        total += tl.load(start + here, inside, other=0.0)
+    for i in range(GROUPS):
+        j = i * GROUP + tl.arange(0, GROUP)
+        coefficient = tl.load(coefficients + sample * rows + j, j < count, other=0.0)
+        read = (coefficient != 0) if BEST else (j < count)
+        there = read[:, None] & inside[None, :]
+        tile = tl.load(history + j.to(tl.int64)[:, None] * size + at[None, :], there, other=0.0)
+        total += tl.sum(tile.to(tl.float32) * coefficient[:, None], 0)
+    tl.store(z + here, total, inside)
+    if r is not None:
+        _store_shifted(total, injection, r, here, inside)
+
+
+@triton.jit(do_not_specialize=["size"])
+def advance_kernel(z, value, history, status, improved, injection, r, size,
+                   ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """z += g for running samples, a program a block; a z that is its sample's best goes to value first; r = z + X."""
+    size = size // ALIGN * ALIGN  # says what divides it
+    blocks = tl.cdiv(size, BLOCK)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    if tl.load(status + sample) != RUNNING:
+        return
+    at = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    here = sample * size + at
+    old = tl.load(z + here, inside, other=0.0)
+    if tl.load(improved + sample):
+        tl.store(value + here, old, inside)
+    new = old + tl.load(history + here, inside, other=0.0).to(tl.float32)
+    tl.store(z + here, new, inside)
+    if r is not None:
+        _store_shifted(new, injection, r, here, inside)
+
+
+@triton.jit
+def _store_shifted(z, injection, r, here, inside):
+    """z + X, what F's first convolution reads."""
+    x = tl.load(injection + here, inside, other=0.0).to(tl.float32)
+    tl.store(r + here, (z + x).to(r.dtype.element_ty), inside)

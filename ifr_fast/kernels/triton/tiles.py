@@ -1,0 +1,142 @@
+"""Tiles of NHWC activations, [groups, positions, channels of a group], as the norm kernels hold them in registers.
+
+A group's channels are padded to a power of two; where they are one already, loads are contiguous vectors. Nothing here
+depends on the number of samples: a sample's sums are formed in the same order whatever its batch mates.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import RUNNING as _RUNNING
+
+RUNNING = tl.constexpr(_RUNNING)
+
+SPLIT = 8192  # elements of the split path's tiles
+REGISTERS = 65536  # of a multiprocessor
+
+
+class Budget(NamedTuple):
+    """What a kernel's tiles may take: elements, warps, and registers per element that a thread holds."""
+
+    elements: int
+    warps: int
+    registers: int
+
+
+class Tile(NamedTuple):
+    """Launch configuration: the tile's sides (powers of two), how many of them make a sample, warps, and registers."""
+
+    positions: int
+    groups: int
+    size: int
+    blocks: int
+    warps: int
+    registers: int
+
+    def constants(self, channels: int, groups: int) -> dict[str, int]:
+        sides = {"BLOCK_P": self.positions, "BLOCK_G": self.groups, "BLOCK_S": self.size}
+        return {"CHANNELS": channels, "GROUPS": groups, **sides, "num_warps": self.warps, "maxnreg": self.registers}
+
+
+def whole_tile(positions: int, channels: int, groups: int, itemsize: int, budget: Budget) -> Tile | None:
+    """All positions of a block of whole groups: at least 64 bytes a position and 4096 elements where there are as many.
+
+    None where not even one group is within the budget.
+    """
+    size, count = triton.next_power_of_2(channels // groups), triton.next_power_of_2(groups)
+    side = triton.next_power_of_2(positions)
+    if side * size > budget.elements:
+        return None
+    block = 1
+    while block < count and (block * size * itemsize < 64 or side * block * size < 4096):
+        block *= 2
+    while side * block * size > budget.elements:
+        block //= 2
+    return Tile(side, block, size, triton.cdiv(groups, block), *_threads(side * block * size, budget))
+
+
+def split_tile(positions: int, channels: int, groups: int, registers: int = 4) -> Tile:
+    """A run of positions with all their channels. registers: as Budget's."""
+    size, count = triton.next_power_of_2(channels // groups), triton.next_power_of_2(groups)
+    side = min(max(1, SPLIT // (count * size)), triton.next_power_of_2(positions))
+    threads = _threads(side * count * size, Budget(SPLIT, 16, registers))
+    return Tile(side, count, size, triton.cdiv(positions, side), *threads)
+
+
+def _threads(elements: int, budget: Budget) -> tuple[int, int]:
+    """Warps, and the limit of a thread's registers. 16 elements a thread: with more, too few warps fit a multiprocessor
+    to hide its memory's latency. Without a limit ptxas spills registers so that more warps fit."""
+    warps = min(max(elements // 512, 1), budget.warps)
+    threads = 32 * warps
+    return warps, min(REGISTERS // threads, max(64, budget.registers * elements // threads), 255)
+
+
+def nhwc(tensor: Tensor) -> Tensor:
+    """tensor in channels_last memory: a convolution or autograd may hand over another layout."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+@triton.jit
+def tile_at(position, group, positions, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
+            BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+    """The tile that begins at (position, group): offsets in its sample and mask; channels [G, 1, S] and their mask."""
+    SIZE: tl.constexpr = CHANNELS // GROUPS
+    p = position + tl.arange(0, BLOCK_P)[None, :, None]
+    g = group + tl.arange(0, BLOCK_G)[:, None, None]
+    s = tl.arange(0, BLOCK_S)[None, None, :]
+    channel = g * SIZE + s
+    real = (g < GROUPS) & (s < SIZE)
+    return p * CHANNELS + channel, (p < positions) & real, channel, real
+
+
+@triton.jit
+def groups_at(n, group, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Offsets [G] of a sample's groups in its statistics, and their mask."""
+    g = group + tl.arange(0, BLOCK_G)
+    return n * GROUPS + g, g < GROUPS
+
+
+@triton.jit
+def spread(x):
+    """Values of groups [G] beside a tile."""
+    return x[:, None, None]
+
+
+@triton.jit
+def group_sums(x):
+    """[G, P, S] → [G]. One reduction: what a thread holds is added before threads meet."""
+    G: tl.constexpr = x.shape[0]
+    REST: tl.constexpr = x.shape[1] * x.shape[2]
+    return tl.sum(tl.reshape(x, (G, REST)), axis=1)
+
+
+@triton.jit
+def group_moments(x, mask, count):
+    """Mean [G] and sum of squares about it: two passes, for a difference of large sums would cancel."""
+    mean = group_sums(tl.where(mask, x, 0.0)) / count
+    centred = tl.where(mask, x - spread(mean), 0.0)
+    return mean, group_sums(centred * centred)
+
+
+@triton.jit
+def normalised(x, mean, rstd):
+    """(x - mean) / σ, statistics [G]."""
+    return (x - spread(mean)) * spread(rstd)
+
+
+@triton.jit
+def affine(x_hat, weight, bias, channel, real):
+    """The end of a norm. Its parameters are loaded here, late, for they would cost registers all the while."""
+    return x_hat * tl.load(weight + channel, real, other=0.0) + tl.load(bias + channel, real, other=0.0)
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0) that keeps NaN."""
+    return tl.where(x < 0, 0.0, x)
