@@ -42,11 +42,10 @@ ISA_SWITCHES = {
 
 
 class Nvcc(NamedTuple):
-    """The CUDA compiler's command, its toolkit's folders, and the GPU architectures to compile for."""
+    """The CUDA compiler's command, its toolkit's folder, switches to link, and the GPU architectures to compile for."""
 
     command: list[str]
     root: Path
-    includes: list[str]
     libraries: list[str]
     archs: list[str]
 
@@ -112,8 +111,7 @@ def find_nvcc(cxx: list[str], source: Path) -> Nvcc | None:
     if dry_run.returncode != 0 or "TOP" not in found:
         advice = "IFR_FAST_CUDA=0 builds without CUDA kernels."
         raise PlatformError(f"{nvcc} --dryrun failed. {advice}\n{dry_run.stderr}")
-    includes, libraries = (shlex.split(found.get(name, "")) for name in ("INCLUDES", "LIBRARIES"))
-    return Nvcc(command, Path(found["TOP"]).resolve(), includes, libraries, gpu_archs(nvcc))
+    return Nvcc(command, Path(found["TOP"]).resolve(), shlex.split(found.get("LIBRARIES", "")), gpu_archs(nvcc))
 
 
 def gpu_archs(nvcc: str) -> list[str]:
@@ -194,7 +192,7 @@ def write_graph(graph: Graph, output: Path, sources: list[Path]) -> None:
     graph.rule("cxx", [*cxx, *SWITCHES, *HIDDEN, openmp, "-Wall"], os.environ.get("CXXFLAGS", ""))
     switches = [f"-I{python_include}", f"-I{Path(pybind11.get_include()).resolve()}"]
     switches += [f"-DIFR_HAVE_{isa.upper()}" for isa in isas[1:]]
-    switches += ["-DIFR_FAST_WITH_CUDA", *nvcc.includes] if nvcc else []
+    switches += [f'-DIFR_CUDA_ARCHS="{" ".join(nvcc.archs)}"'] if nvcc else []
     graph.compile("cxx", Path("csrc/bindings.cpp"), "python", switches)
     # Generic first: of an inline function of the standard library the linker keeps the first copy it meets,
     # and one compiled for AVX-512 would crash the generic path on an older processor.

@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/kernels.h"
+#ifdef IFR_CUDA_ARCHS
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -50,6 +53,13 @@ PYBIND11_MODULE(_native, m) {
 
   py::enum_<DType>(m, "DType").value("f32", DType::f32).value("f64", DType::f64).value("bf16", DType::bf16);
   m.def("isa", [] { return kernels().isa; });
+#ifdef IFR_CUDA_ARCHS
+  m.attr("cuda_archs") = IFR_CUDA_ARCHS;
+  auto cuda = m.def_submodule("cuda", "The CUDA kernels; called through ifr_fast.kernels.cuda only.");
+  ifr::cuda::bind(cuda);
+#else
+  m.attr("cuda_archs") = "";
+#endif
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

@@ -259,6 +259,7 @@ def test_cuda_sources_are_compiled_and_need_no_driver_to_import(cuda_tree):
     assert {"csrc/cuda/probe.cu", "csrc/cuda/sm90_probe.cu", "csrc/bindings.cpp"} <= sources
     assert re.search(r"CUDA kernels: \d+ file\(s\) for 80 with ", log)
     program = "import _native, ctypes; assert ctypes.CDLL(_native.__file__).probe() == 1"
+    program += "; assert _native.cuda_archs == '80'; assert _native.cuda.splits(5000) == 3"
     run([sys.executable, "-c", program], cuda_tree, PYTHONPATH=str(native_module(cuda_tree).parent))
 
 
@@ -285,6 +286,6 @@ def test_cuda_on_demand_without_sources_is_an_error(tree):
     assert "IFR_FAST_CUDA=1, but csrc/cuda has no .cu file" in message
 
 
-def test_readme_gives_the_command_that_ci_runs():
-    command = (ROOT / ".ci/run").read_text().splitlines()[-1]
-    assert command in (ROOT / "README.md").read_text()
+def test_readme_gives_the_commands_that_ci_runs():
+    _, commands = (ROOT / ".ci/run").read_text().split("\n\n")
+    assert f"```sh\n{commands}```" in (ROOT / "README.md").read_text()

@@ -1,0 +1,207 @@
+// What every CUDA kernel file shares: loads and stores of 16 bytes, warp and block sums, launches.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace ifr::cuda {
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+
+// Two 16-bit numbers to and from a register; the one of the lower address comes first.
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  static __device__ __forceinline__ void unpack(unsigned word, float &first, float &second) {
+    first = __uint_as_float(word << 16);
+    second = __uint_as_float(word & 0xffff0000u);
+  }
+  static __device__ __forceinline__ unsigned pack(float first, float second) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(first)) |
+           unsigned(__bfloat16_as_ushort(__float2bfloat16_rn(second))) << 16;
+  }
+};
+template <>
+struct Pair<__half> {
+  static __device__ __forceinline__ void unpack(unsigned word, float &first, float &second) {
+    first = __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
+    second = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
+  }
+  static __device__ __forceinline__ unsigned pack(float first, float second) {
+    return __half_as_ushort(__float2half_rn(first)) | unsigned(__half_as_ushort(__float2half_rn(second))) << 16;
+  }
+};
+
+// The numbers in 16 bytes of memory.
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4 &word, float *x) {
+  Pair<T>::unpack(word.x, x[0], x[1]);
+  Pair<T>::unpack(word.y, x[2], x[3]);
+  Pair<T>::unpack(word.z, x[4], x[5]);
+  Pair<T>::unpack(word.w, x[6], x[7]);
+}
+template <>
+__device__ __forceinline__ void unpack<float>(const uint4 &word, float *x) {
+  x[0] = __uint_as_float(word.x), x[1] = __uint_as_float(word.y);
+  x[2] = __uint_as_float(word.z), x[3] = __uint_as_float(word.w);
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack(const float *x) {
+  return make_uint4(Pair<T>::pack(x[0], x[1]), Pair<T>::pack(x[2], x[3]), Pair<T>::pack(x[4], x[5]),
+                    Pair<T>::pack(x[6], x[7]));
+}
+template <>
+__device__ __forceinline__ uint4 pack<float>(const float *x) {
+  return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
+}
+
+// V consecutive numbers, as floats: accesses of 16 bytes, which p is aligned to, or V = 1.
+template <int V, typename T>
+__device__ __forceinline__ void load(const T *p, float (&x)[V]) {
+  if constexpr (V == 1) {
+    x[0] = to_float(p[0]);
+  } else {
+    constexpr int PER_WORD = 16 / sizeof(T);
+    static_assert(V % PER_WORD == 0);
+#pragma unroll
+    for (int i = 0; i < V; i += PER_WORD) unpack<T>(*reinterpret_cast<const uint4 *>(p + i), x + i);
+  }
+}
+
+// The same of what nobody writes while the kernel runs: accesses that the compiler never takes apart.
+template <int V, typename T>
+__device__ __forceinline__ void load_constant(const T *p, float (&x)[V]) {
+  if constexpr (V == 1) {
+    x[0] = to_float(p[0]);
+  } else {
+    constexpr int PER_WORD = 16 / sizeof(T);
+    static_assert(V % PER_WORD == 0);
+#pragma unroll
+    for (int i = 0; i < V; i += PER_WORD) unpack<T>(__ldg(reinterpret_cast<const uint4 *>(p + i)), x + i);
+  }
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void store(T *p, const float (&x)[V]) {
+  if constexpr (V == 1) {
+    p[0] = from_float<T>(x[0]);
+  } else {
+    constexpr int PER_WORD = 16 / sizeof(T);
+    static_assert(V % PER_WORD == 0);
+#pragma unroll
+    for (int i = 0; i < V; i += PER_WORD) *reinterpret_cast<uint4 *>(p + i) = pack<T>(x + i);
+  }
+}
+
+// The same for an array whose type is known when the kernel runs; `index` counts its numbers. A branch that all
+// threads take alike costs nothing beside the access, an instantiation per combination of types costs the build.
+template <int V>
+__device__ __forceinline__ void load(const void *p, DType type, int64_t index, float (&x)[V]) {
+  if (type == DType::f32)
+    load<V>(static_cast<const float *>(p) + index, x);
+  else if (type == DType::bf16)
+    load<V>(static_cast<const __nv_bfloat16 *>(p) + index, x);
+  else
+    load<V>(static_cast<const __half *>(p) + index, x);
+}
+
+template <int V>
+__device__ __forceinline__ void store(void *p, DType type, int64_t index, const float (&x)[V]) {
+  if (type == DType::f32)
+    store<V>(static_cast<float *>(p) + index, x);
+  else if (type == DType::bf16)
+    store<V>(static_cast<__nv_bfloat16 *>(p) + index, x);
+  else
+    store<V>(static_cast<__half *>(p) + index, x);
+}
+
+// Every lane gets the sum, formed in one order.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
+  return x;
+}
+
+// The sums over a block of THREADS threads, in every thread. `scratch`: COUNT * THREADS / 32 floats of shared memory, free
+// again after the next __syncthreads.
+template <int THREADS, int COUNT>
+__device__ __forceinline__ void block_sum(float (&x)[COUNT], float *scratch) {
+  constexpr int WARPS = THREADS / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    x[i] = warp_sum(x[i]);
+    if (lane == 0) scratch[i * WARPS + warp] = x[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    x[i] = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) x[i] += scratch[i * WARPS + w];
+  }
+}
+
+// The block's dynamic shared memory.
+template <typename T>
+__device__ __forceinline__ T *dynamic_shared() {
+  extern __shared__ uint4 dynamic_shared_memory[];
+  return reinterpret_cast<T *>(dynamic_shared_memory);
+}
+
+inline void check(cudaError_t status, const char *what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Starts `blocks` blocks of a kernel; none is no error. `shared`: bytes of dynamic shared memory. `cluster`: blocks a
+// cluster. `name` is for the message of the exception where the launch fails.
+template <typename... Parameters, typename... Arguments>
+void launch(const char *name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, int cluster,
+            cudaStream_t stream, Arguments... arguments) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": more than 2^31 - 1 blocks");
+  if (shared > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  const cudaError_t last = cudaGetLastError();  // fetched in any case, or the next user of the device would meet it
+  check(status != cudaSuccess ? status : last, name);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline bool aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace ifr::cuda
