@@ -1,21 +1,23 @@
 """What benchmarks/speed.py compares: the convolution stack, IFR by every solver, the released solver, torchdeq.
 
 All of IFR's rows, the unroll, the released solver and torchdeq evaluate the same block, of the same initial weights.
+`contenders` are compared on every device, `gpu_contenders` on GPUs too.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from measure import Call
 from torch import Tensor, nn
 
-from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Unroll, reference
+from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Unroll, backends, reference
 from ifr_fast.backend import kernels
 from ifr_fast.block import EPS
-from ifr_fast.kernels import memory_format
+from ifr_fast.diagnostics import spectral_radius
+from ifr_fast.equilibrium import staged
 from ifr_fast.residual import Block
 from ifr_fast.rules import Rule
 
@@ -24,6 +26,15 @@ IFR = "IFR Broyden"
 BF16_HISTORY = "IFR Broyden, bf16 history"
 F_ALONE = "F alone, steps + 1 times"
 RELEASED = "as released (Broyden)"
+BF16_STACK = "4 convolutions, channels_last, bf16"
+COMPILED_STACK = "4 convolutions, channels_last, bf16, compiled"
+BF16 = "IFR Broyden, channels_last, bf16"
+GRAPH = "IFR Broyden, channels_last, bf16, graph"
+EARLY = "IFR Broyden, radius 0.6, rtol 1e-2, channels_last, bf16, graph"
+EARLY_GEMM = "IFR Broyden, radius 0.6, rtol 1e-2, implicit GEMM, channels_last, bf16, graph"
+TORCHDEQ_BF16 = "torchdeq Broyden, channels_last, bf16"
+
+REPLAYED = "replays a CUDA graph, whose memory pool is not in extra MiB"
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,9 @@ class Contender:
     forward(x) gives a call that returns y; backward(x, cotangent) one that returns y and the gradients in x and the
     parameters. x: (N, C, H, W) of this dtype and layout. residual(x, y): each sample's relative residual at y, (N,),
     where something is solved; by the specification in float32, whatever the row itself computes in and says.
-    in_sweep: among the few rows for every N. compiled: the first call compiles. unavailable: why there are no calls.
+    in_sweep: among the few rows for every N. compiled: the first call compiles. graph: on a GPU the first call runs
+    eagerly, the second is recorded, later ones replay. note: what a reader of the row must know. unavailable: why there
+    are no calls.
     """
 
     name: str
@@ -45,6 +58,8 @@ class Contender:
     layout: torch.memory_format = torch.contiguous_format
     in_sweep: bool = False
     compiled: bool = False
+    graph: bool = False
+    note: str = ""
     unavailable: str = ""
 
 
@@ -83,33 +98,22 @@ def contenders(setting: Setting) -> list[Contender]:
     params = [t.detach().requires_grad_() for t in broyden.block.tensors()]
     block = partial(reference.residual_block, params=params, groups=setting.groups, eps=EPS)
     wide = setting.stack().to(memory_format=channels_last)
-    narrow = setting.stack().to(dtype=bf16, memory_format=channels_last)
-
-    def ifr(name: str, solver: Rule, options: dict = exact, post_gain: float = 1.0, **fields) -> Contender:
-        head = setting.head(solver=solver, adjoint=Implicit(**options), post_gain=post_gain)
-        return of_module(name, head, residual=partial(block_residual, specified(head)), **fields)
-
+    ifr = partial(by_ifr, setting)
     unroll = setting.head(solver=Unroll(4))
 
     return [
         of_module(BASE, setting.stack(), in_sweep=True),
         of_module("4 convolutions, channels_last", wide, layout=channels_last),
         of_module("4 convolutions, compiled", torch.compile(setting.stack(), dynamic=False), compiled=True),
-        of_module("4 convolutions, channels_last, bf16", narrow, dtype=bf16, layout=channels_last, in_sweep=True),
+        of_module(BF16_STACK, narrow_stack(setting), dtype=bf16, layout=channels_last, in_sweep=True),
         of_module("unroll of 4", unroll, residual=partial(block_residual, specified(unroll))),
-        ifr(IFR, Broyden(**exact), in_sweep=True),
+        ifr(IFR, Broyden(**exact), exact, in_sweep=True),
         Contender(F_ALONE, partial(evaluations, setting, broyden), parameters=count(broyden.parameters())),
         ifr(BF16_HISTORY, Broyden(**stored), stored),
-        ifr("IFR Anderson", Anderson(**exact)),
-        ifr("IFR Picard", Picard(**exact)),
-        ifr("IFR Broyden, post_gain 0.25, rtol 1e-2", Broyden(**loose), loose, post_gain=0.25),
-        ifr(
-            "IFR Broyden, channels_last, bf16",
-            Broyden(**exact),
-            dtype=bf16,
-            layout=channels_last,
-            in_sweep=True,
-        ),
+        ifr("IFR Anderson", Anderson(**exact), exact),
+        ifr("IFR Picard", Picard(**exact), exact),
+        ifr("IFR Broyden, post_gain 0.25, rtol 1e-2", Broyden(**loose), loose, {"post_gain": 0.25}),
+        ifr(BF16, Broyden(**exact), exact, dtype=bf16, layout=channels_last, in_sweep=True),
         Contender(
             RELEASED,
             partial(released, block, steps),
@@ -119,9 +123,117 @@ def contenders(setting: Setting) -> list[Contender]:
             in_sweep=True,
         ),
         # torchdeq counts Broyden's steps but Anderson's evaluations, of which there is one more.
-        by_torchdeq("broyden", steps, block, params),
-        by_torchdeq("anderson", steps + 1, block, params),
+        by_torchdeq("torchdeq Broyden", steps, block, params),
+        by_torchdeq("torchdeq Anderson", steps + 1, block, params),
     ]
+
+
+def gpu_contenders(setting: Setting, features: Tensor) -> list[Contender]:
+    """The rows that only a GPU has. features: X, (N, C, H, W) float32, on which EARLY's block is calibrated."""
+    exact = {"max_iter": setting.steps, "rtol": 0}
+    broyden = Broyden(**exact)
+    narrow = {"dtype": torch.bfloat16, "layout": torch.channels_last}
+    replayed = {"graph": True, "note": REPLAYED}
+    compiled = torch.compile(narrow_stack(setting), dynamic=False)
+
+    def by_backend(backend: str) -> Contender:
+        name = f"IFR Broyden, {backend} kernels, channels_last, bf16, graph"
+        if not backends()[backend].available:
+            return Contender(name, unavailable=backends()[backend].reason)
+        options = {"backend": backend, "cuda_graphs": True}
+        return by_ifr(setting, name, broyden, exact, options, **narrow, **replayed)
+
+    head = setting.head()
+    params = [t.detach().to(torch.bfloat16) for t in head.block.tensors()]
+    params = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in params]
+    params = [t.requires_grad_() for t in params]
+    block = partial(reference.residual_block, params=params, groups=setting.groups, eps=EPS)
+    residual = partial(block_residual, specified(head))
+    graphs = {"cuda_graphs": True}
+    anderson = Anderson(**exact)
+    return [
+        of_module(COMPILED_STACK, compiled, compiled=True, **narrow),
+        by_ifr(setting, GRAPH, broyden, exact, graphs, in_sweep=True, **narrow, **replayed),
+        by_ifr(setting, "IFR Anderson, channels_last, bf16, graph", anderson, exact, graphs, **narrow, **replayed),
+        *map(by_backend, ("triton", "cuda", "reference")),
+        by_ifr(setting, "IFR Broyden, graph", broyden, exact, graphs, **replayed),
+        *stopping_early(setting, features, **narrow),
+        by_torchdeq(TORCHDEQ_BF16, setting.steps, block, params, residual=residual, **narrow),
+    ]
+
+
+def stopping_early(setting: Setting, features: Tensor, **fields) -> list[Contender]:
+    """On cuDNN's convolutions, which compute samples that have stopped, and on the implicit GEMM, which skips them."""
+    try:
+        gain, radii = calibrated(setting, features, radius=0.6)
+    except Exception as error:
+        return [Contender(EARLY, unavailable=f"calibration failed: {type(error).__name__}: {error}")]
+    loose = {"max_iter": setting.steps, "rtol": 1e-2}
+    note = f"GN3's gain {gain:.3g} gives the spectral radius {radii.median():.2f} ({radii.min():.2f}–{radii.max():.2f})"
+    fields |= {"graph": True, "note": f"{note}; {REPLAYED}"}
+    # Recordings are told apart by what a head is asked for: the two rows name their backend differently.
+    rows = {
+        name: by_ifr(
+            setting,
+            name,
+            Broyden(**loose),
+            loose,
+            {"post_gain": gain, "cuda_graphs": True, "backend": backend},
+            **fields,
+        )
+        for name, backend in ((EARLY, "auto"), (EARLY_GEMM, "triton"))
+        if backend == "auto" or backends()[backend].available
+    }
+    if EARLY_GEMM in rows:
+        row = rows[EARLY_GEMM]
+        rows[EARLY_GEMM] = replace(
+            row,
+            forward=lambda x: on_implicit_gemm(row.forward(x)),
+            backward=lambda x, cotangent: on_implicit_gemm(row.backward(x, cotangent)),
+        )
+    return list(rows.values())
+
+
+def on_implicit_gemm(call: Call) -> Call:
+    """The call with its convolutions by the Triton kernel, whatever the package would choose."""
+    from ifr_fast.kernels import triton
+
+    everything = {(major, dtype) for major in range(8, 16) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+    def forced():
+        chosen, triton.IMPLICIT_GEMM = triton.IMPLICIT_GEMM, everything
+        try:
+            return call()
+        finally:
+            triton.IMPLICIT_GEMM = chosen
+
+    return forced
+
+
+def calibrated(setting: Setting, features: Tensor, radius: float) -> tuple[float, Tensor]:
+    """GN3's gain at which the median of the spectral radii of ∂F/∂z at the equilibria for these features is `radius`,
+    by bisection; and the radii of the samples there, (N,)."""
+    head = setting.head(solver=Broyden(max_iter=40, rtol=1e-4))
+    low, high = 0.0, 2.0
+    for _ in range(12):
+        gain = (low + high) / 2
+        with torch.no_grad():
+            head.block.gn3.weight.fill_(gain)
+        radii = spectral_radius(head, features)
+        low, high = (low, gain) if radii.median() > radius else (gain, high)
+    return gain, radii.cpu()
+
+
+def narrow_stack(setting: Setting) -> nn.Module:
+    return setting.stack().to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+
+
+def by_ifr(
+    setting: Setting, name: str, solver: Rule, adjoint: dict, options: dict | None = None, **fields
+) -> Contender:
+    """The row of an IFRHead of these options; adjoint: Implicit's."""
+    head = setting.head(solver=solver, adjoint=Implicit(**adjoint), **(options or {}))
+    return of_module(name, head, residual=partial(block_residual, specified(head)), **fields)
 
 
 def count(tensors) -> int:
@@ -163,17 +275,19 @@ def evaluations(setting: Setting, head: IFRHead, x: Tensor) -> Call:
     """F alone as often as the solve evaluates it, in the chunks and the layout in which the solve works."""
     rule: Rule = head.solver.resolve(x.dtype)
     size = rule.chunk(len(x), x[0].numel(), x.device)
-    layout = torch.channels_last if x.device.type == "cpu" else memory_format(x)
     params = [t.detach() for t in head.block.tensors()]
     served_by = kernels("auto", x.device.type, x.dtype)
-    chunks = [chunk.contiguous(memory_format=layout) for chunk in x.detach().split(size)]
+    chunks = [staged(chunk, x.dtype, served_by) for chunk in x.detach().split(size)]
     blocks = [Block(c, params, head.block.form, setting.groups, EPS, served_by, x.dtype) for c in chunks]
 
     @torch.no_grad()
     def call() -> None:
         for block in blocks:
             for _ in range(setting.steps + 1):
-                block(block.x)
+                if x.is_cuda:  # called alone, the block leaves its end to the solver's step
+                    block.linearise(block.x)
+                else:
+                    block(block.x)
 
     return call
 
@@ -207,9 +321,10 @@ def released_gradients(
     return call
 
 
-def by_torchdeq(solver: str, iterations: int, block: Callable[..., Tensor], params: list[Tensor]) -> Contender:
-    """torchdeq's solver on the same block, its tolerance 0 so that the steps are as many; gradients by its IFT."""
-    name = f"torchdeq {solver.capitalize()}"
+def by_torchdeq(name: str, iterations: int, block: Callable[..., Tensor], params: list[Tensor], **fields) -> Contender:
+    """The solver that the name's second word names, on the same block; its tolerance is 0, so that the steps are as
+    many. Gradients by its IFT."""
+    solver = name.split()[1].strip(",").lower()
     try:
         from torchdeq import get_deq
     except ImportError as error:
@@ -240,4 +355,5 @@ def by_torchdeq(solver: str, iterations: int, block: Callable[..., Tensor], para
 
         return call
 
-    return Contender(name, forward, backward, partial(block_residual, block), count(params))
+    fields = {"residual": partial(block_residual, block), **fields}
+    return Contender(name, forward, backward, parameters=count(params), **fields)

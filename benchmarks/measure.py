@@ -1,4 +1,4 @@
-"""Seconds, peak memory and convolutions of a call, and many calls timed in turns."""
+"""Seconds, peak memory and convolutions of a call, many calls timed in turns, and what a GPU reaches at most."""
 
 import ast
 import gc
@@ -22,6 +22,7 @@ from tqdm import tqdm
 Call = Callable[[], Any]
 
 LEAST, MOST = 3, 30  # runs of a call
+CEILING_RUNS = 5  # of a ceiling's work, back to back
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would report as an error that there is no GPU
 
@@ -178,6 +179,46 @@ class Timed:
     def quartiles(self) -> tuple[float, float]:
         first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return first, third
+
+
+def back_to_back(call: Call, times: int) -> Call:
+    """Many runs as one: on a GPU a short call's launch takes longer than its work."""
+
+    def calls() -> None:
+        for _ in range(times):
+            call()
+
+    return calls
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What the device reaches on large random data: work (FLOP, or bytes read and written) a run of what is timed."""
+
+    timed: Timed
+    work: float
+
+    @property
+    def rate(self) -> float:
+        """Work per second."""
+        return self.work / self.timed.median
+
+
+def ceilings(device: torch.device, *, side: int = 8192, copied: int = 1 << 30) -> dict[str, Ceiling]:
+    """The two rates that bound every kernel: "matmul", a bfloat16 product of `side`³, and "copy", of `copied` bytes."""
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.randn(copied // 4, device=device)
+    target = torch.empty_like(source)
+    found = {}
+    for name, call, work in (
+        ("matmul", partial(torch.mm, a, b, out=product), 2 * side**3),
+        ("copy", partial(target.copy_, source), 2 * source.nbytes),
+    ):
+        call()
+        runs = back_to_back(call, CEILING_RUNS)
+        found[name] = Ceiling(Timed(lambda runs=runs: runs, CEILING_RUNS), work)
+    return found
 
 
 def time_in_turns(timed: Sequence[Timed], device: torch.device, budget: float, *, before_round: Call) -> None:

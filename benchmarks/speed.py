@@ -9,12 +9,16 @@ to the convolutions that the call itself runs, in the shapes, layouts and dtypes
 alone in the same turns. "extra MiB": the peak memory of one call beyond what was there before, results included.
 "residual": the relative residual ‖F(z) - z‖ / ‖F(z)‖ of what the call returned, median and worst of the samples; taken
 of every row in float32 by the specification, ifr_fast/reference.py. Inputs resemble RoI features (smooth, non-negative,
-rms 1) and are drawn anew for every round. Writes speed.json and speed.png.
+rms 1) and are drawn anew for every round. On a GPU there are more rows, among them solves replayed as CUDA graphs, and
+in the same turns a large matrix product and a large copy: what the device reaches at most. Writes speed.json and
+speed.png.
 """
 
 import argparse
 import json
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,9 +26,10 @@ from pathlib import Path
 import measure
 import torch
 import torch.nn.functional as F
-from contenders import Contender, Setting, contenders
+from contenders import Contender, Setting, contenders, gpu_contenders
+from environment import environment
 from measure import Call, Convolution, Timed
-from speed_report import BACKWARD, FORWARD, Row, environment, print_report, report, save_picture
+from speed_report import BACKWARD, FORWARD, Row, print_report, report, save_picture
 from torch import Tensor
 from tqdm import tqdm
 
@@ -122,27 +127,31 @@ def planned(options: argparse.Namespace, everything: list[Contender]) -> Iterato
 
 
 def warm_up(row: Row, inputs: Inputs, device: torch.device) -> None:
-    """Run the row's call once (twice where a first run does more than compute): memory, convolutions, residual."""
+    """Run the row's call once (and before, where first runs do more than compute): memory, convolutions, residual.
+
+    A row that fails is reported so, and the others go on.
+    """
     x, cotangent = inputs.of(row.contender, row.n)
     forward = row.mode == FORWARD
     call = row.contender.forward(x.detach()) if forward else row.contender.backward(x, cotangent)
+    first_runs = 2 if row.contender.graph else int(row.contender.compiled or device.type == "cuda")
     try:
-        if row.contender.compiled or device.type == "cuda":
+        for _ in range(first_runs):
             call()
         profile = measure.profile(call, device)
+        if row.contender.residual is not None:
+            y = profile.result if forward else profile.result[0]
+            row.residual = row.contender.residual(x.detach(), y).float().cpu()
     except torch.OutOfMemoryError as error:
         row.unavailable = f"out of memory: {first_line(error)}"
         return
-    except RuntimeError as error:
-        if not row.contender.compiled:
-            raise
-        row.unavailable = f"torch.compile failed: {first_line(error)}"
+    except Exception as error:
+        kind = "torch.compile failed" if row.contender.compiled else f"failed: {type(error).__name__}"
+        row.unavailable = f"{kind}: {first_line(error)}"
+        print(f"{row.label}:", traceback.format_exc(), file=sys.stderr, flush=True)
         return
     row.timed = Timed(lambda: call)
     row.peak_bytes, row.convolutions = profile.peak_bytes, profile.convolutions
-    if row.contender.residual is not None:
-        y = profile.result if forward else profile.result[0]
-        row.residual = row.contender.residual(x.detach(), y).float().cpu()
 
 
 def first_line(error: Exception) -> str:
@@ -162,13 +171,7 @@ def lone_convolutions(rows: list[Row], device: torch.device) -> dict[Convolution
 
 
 def repeated(convolution: Convolution, device: torch.device, times: int) -> Call:
-    call = convolution.alone(device)
-
-    def calls() -> None:
-        for _ in range(times):
-            call()
-
-    return calls
+    return measure.back_to_back(convolution.alone(device), times)
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -186,7 +189,11 @@ def main(arguments: list[str] | None = None) -> dict:
 
     setting = Setting(options.channels, options.steps, options.seed, device)
     inputs = Inputs(options)
-    rows = list(planned(options, contenders(setting)))
+    everything = contenders(setting)
+    if device.type == "cuda":
+        features = smooth_features(8, options.channels, options.size, inputs.generator)
+        everything += gpu_contenders(setting, features)
+    rows = list(planned(options, everything))
     bar = tqdm(rows, "warming up", dynamic_ncols=True)
     for row in bar:
         bar.set_postfix_str(row.label + (", compiling" if row.contender.compiled else ""), refresh=False)
@@ -194,11 +201,12 @@ def main(arguments: list[str] | None = None) -> dict:
             warm_up(row, inputs, device)
     measured = [row for row in rows if not row.unavailable]
     lone = lone_convolutions(measured, device)
+    ceilings = measure.ceilings(device) if device.type == "cuda" else {}
     left = options.budget - (time.perf_counter() - started)
-    timed = [*(row.timed for row in measured), *lone.values()]
+    timed = [*(row.timed for row in measured), *lone.values(), *(c.timed for c in ceilings.values())]
     measure.time_in_turns(timed, device, left, before_round=inputs.renew)
 
-    found = report(rows, lone, vars(options), facts, time.perf_counter() - started)
+    found = report(rows, lone, ceilings, vars(options), facts, time.perf_counter() - started)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
     save_picture(options.out / "speed.png", found)

@@ -1,23 +1,30 @@
 """Rows, targets and picture of benchmarks/speed.py."""
 
 import math
-import os
-import platform
-import shutil
-import subprocess
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from contenders import BASE, BF16_HISTORY, F_ALONE, IFR, RELEASED, Contender
+from contenders import (
+    BASE,
+    BF16,
+    BF16_HISTORY,
+    BF16_STACK,
+    COMPILED_STACK,
+    EARLY,
+    F_ALONE,
+    GRAPH,
+    IFR,
+    RELEASED,
+    TORCHDEQ_BF16,
+    Contender,
+)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measure import Convolution, Timed
+from measure import Ceiling, Convolution, Timed
 from torch import Tensor
-
-from ifr_fast import backends
 
 FORWARD, BACKWARD = "forward", "forward+backward"
 MIB = 1 << 20
@@ -42,69 +49,31 @@ class Row:
         return f"{self.contender.name}, N = {self.n}, {self.mode}"
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """What the figures depend on: machine, versions, clocks, kernels."""
-    found = {"device": device.type, "cpu": f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
-    found["cpu instructions"] = torch.backends.cpu.get_cpu_capability()
-    found["load before"] = ", ".join(f"{value:.2f}" for value in os.getloadavg())
-    found["torch"] = torch.__version__
-    for package in ("ifr-fast", "torchdeq"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    found["python"] = platform.python_version()
-    found["kernels"] = "; ".join(f"{name}: {b.reason}" for name, b in backends().items() if b.available)
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["cuda"], found["cudnn"] = torch.version.cuda, str(torch.backends.cudnn.version())
-        found["float32 convolutions"] = "TF32" if torch.backends.cudnn.allow_tf32 else "IEEE"
-        found |= nvidia_smi(device)
-    return found
-
-
-def cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def nvidia_smi(device: torch.device) -> dict[str, str]:
-    """The driver and the clocks in force, where nvidia-smi is at hand."""
-    if shutil.which("nvidia-smi") is None:
-        return {"driver": "unknown, there is no nvidia-smi"}
-    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    query = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True)
-    if answer.returncode:
-        return {"driver": f"unknown, nvidia-smi says {answer.stdout.strip() or answer.stderr.strip()}"}
-    return dict(zip(fields, (value.strip() for value in answer.stdout.split(",")), strict=True))
-
-
 def report(
     rows: list[Row],
     lone: dict[Convolution, Timed],
+    ceilings: dict[str, Ceiling],
     settings: dict,
     facts: dict[str, str],
     elapsed: float,
 ) -> dict:
-    """All that speed.json holds. Times in seconds, memory in bytes."""
+    """All that speed.json holds. Times in seconds, memory in bytes, ceilings in FLOP or bytes a second."""
     stacks = {(r.n, r.mode): r.timed.median for r in rows if r.contender.name == BASE and not r.unavailable}
     entries = [describe(row, lone, stacks.get((row.n, row.mode))) for row in rows]
+    rates = {name: ceiling.rate for name, ceiling in ceilings.items()}
     return {
         "settings": {k: v if isinstance(v, int | float | list) else str(v) for k, v in settings.items()},
         "environment": facts,
         "elapsed_seconds": elapsed,
+        "ceilings": rates,
         "rows": entries,
-        "targets": targets(entries) if has_targets(settings) else [],
+        "targets": targets(entries, aims(settings, rates)) if has_targets(settings) else [],
     }
 
 
 def describe(row: Row, lone: dict[Convolution, Timed], stack: float | None) -> dict:
     entry = {"name": row.contender.name, "n": row.n, "mode": row.mode, "in_table": row.in_table}
-    entry["in_sweep"] = row.contender.in_sweep
+    entry["in_sweep"], entry["note"] = row.contender.in_sweep, row.contender.note
     if row.unavailable:
         return {**entry, "unavailable": row.unavailable}
     alone = sum(count * lone[c].median for c, count in row.convolutions.items())
@@ -126,42 +95,97 @@ def describe(row: Row, lone: dict[Convolution, Timed], stack: float | None) -> d
     }
 
 
-# What the targets are for. On a GPU, with other threads or at other sizes the same ratios have other values.
-TARGET_SETTING = {"threads": 2, "table": 16, "channels": 256, "size": 14, "steps": 15}
+# What the targets are for. With other threads or at other sizes the same ratios have other values.
+TARGET_SETTINGS = {
+    "cpu": {"threads": 2, "table": 16, "channels": 256, "size": 14, "steps": 15},
+    "cuda": {"table": 100, "channels": 256, "size": 14, "steps": 15},
+}
 
 
 def has_targets(settings: dict) -> bool:
     """Whether the targets are meant for a run of these options."""
-    chosen = {name: settings[name] for name in TARGET_SETTING}
-    return settings["device"].type == "cpu" and chosen == TARGET_SETTING
+    meant = TARGET_SETTINGS[settings["device"].type]
+    return {name: settings[name] for name in meant} == meant
 
 
-def targets(entries: list[dict]) -> list[dict]:
-    """What this project aims at in the forward pass under TARGET_SETTING. "met" is None where a row is missing."""
-    table = {e["name"]: e for e in entries if e["in_table"] and e["mode"] == FORWARD and "unavailable" not in e}
+class Aim(NamedTuple):
+    """formula, of the rows' entries, is to be ≤ or ≥ (sense) the limit. rows: (name, N, mode)."""
 
-    def latency(a: dict, b: dict) -> float:
-        return a["median"] / b["median"]
+    what: str
+    sense: str
+    limit: float
+    rows: tuple[tuple[str, int, str], ...]
+    formula: Callable[..., float | None]
 
-    aims = (
-        ("IFR Broyden / stack, latency", "≤", 11, (IFR, BASE), latency),
-        ("as released / IFR Broyden, latency", "≥", 2.2, (RELEASED, IFR), latency),
-        ("share of IFR Broyden that is not F", "≤", 0.1, (F_ALONE, IFR), lambda f, ifr: 1 - latency(f, ifr)),
-        (
-            "bf16 history / as released, peak memory",
-            "≤",
-            1 / 3,
-            (BF16_HISTORY, RELEASED),
-            lambda a, b: a["peak_extra_bytes"] / b["peak_extra_bytes"],
-        ),
-    )
+
+def aims(settings: dict, ceilings: dict[str, float]) -> list[Aim]:
+    """What this project aims at on the run's device."""
+    if settings["device"].type == "cpu":
+        return cpu_aims(settings["table"])
+    convolution = 2 * 9 * settings["channels"] ** 2 * settings["size"] ** 2
+    work = 2 * (settings["steps"] + 1) * settings["table"] * convolution
+    return gpu_aims(settings["table"], floor=work / ceilings["matmul"])
+
+
+def cpu_aims(n: int) -> list[Aim]:
+    def rows(*names: str) -> tuple:
+        return tuple((name, n, FORWARD) for name in names)
+
+    return [
+        Aim("IFR Broyden / stack, latency", "≤", 11, rows(IFR, BASE), latency),
+        Aim("as released / IFR Broyden, latency", "≥", 2.2, rows(RELEASED, IFR), latency),
+        Aim("share of IFR Broyden that is not F", "≤", 0.1, rows(F_ALONE, IFR), lambda f, ifr: 1 - latency(f, ifr)),
+        Aim("bf16 history / as released, peak memory", "≤", 1 / 3, rows(BF16_HISTORY, RELEASED), memory),
+    ]
+
+
+def gpu_aims(n: int, floor: float) -> list[Aim]:
+    """floor: seconds that the solve's convolutions of n samples take at the rate of a large bfloat16 product."""
+
+    def rows(*names: str, mode: str = FORWARD) -> tuple:
+        return tuple((name, n, mode) for name in names)
+
+    def overhead(eager: dict, graph: dict) -> float | None:
+        """A replay runs no operators that a profiler sees: its convolutions are those of the same solve run eagerly."""
+        alone = sum(c["count"] * c["alone"] for c in eager["convolutions"])
+        return 1 - alone / graph["median"] if alone else None
+
+    def per_sample(a: dict, b: dict) -> float:
+        return latency(a, b) * b["n"] / a["n"]
+
+    large = tuple((name, 512, BACKWARD) for name in (BF16, BF16_STACK))
+    sizes = (GRAPH, 512, FORWARD), (GRAPH, 128, FORWARD)
+    forth_and_back = rows(RELEASED, GRAPH, mode=BACKWARD)
+    return [
+        Aim("graph / floor of its convolutions, latency", "≤", 1.6, rows(GRAPH), lambda a: a["median"] / floor),
+        Aim("share of graph that is not convolution", "≤", 0.3, rows(BF16, GRAPH), overhead),
+        Aim("as released / graph, latency", "≥", 20, rows(RELEASED, GRAPH), latency),
+        Aim("torchdeq in bf16 / graph, latency", "≥", 8, rows(TORCHDEQ_BF16, GRAPH), latency),
+        Aim("stopping early / stack, latency", "≤", 1.2, rows(EARLY, BASE), latency),
+        Aim("stopping early / compiled bf16 stack, latency", "≤", 3, rows(EARLY, COMPILED_STACK), latency),
+        Aim("as released / graph, latency forward+backward", "≥", 15, forth_and_back, latency),
+        Aim("eager / bf16 stack, peak memory forward+backward, N = 512", "≤", 1, large, memory),
+        Aim("graph, latency per sample, N = 512 / N = 128", "≤", 1, sizes, per_sample),
+    ]
+
+
+def latency(a: dict, b: dict) -> float:
+    return a["median"] / b["median"]
+
+
+def memory(a: dict, b: dict) -> float:
+    return a["peak_extra_bytes"] / b["peak_extra_bytes"]
+
+
+def targets(entries: list[dict], aims: list[Aim]) -> list[dict]:
+    """The aims and what came of them. "met" is None where a row is missing."""
+    table = {(e["name"], e["n"], e["mode"]): e for e in entries if "unavailable" not in e}
     found = []
-    for what, sense, limit, names, formula in aims:
-        value = met = None
-        if all(name in table for name in names):
-            value = formula(*(table[name] for name in names))
-            met = value <= limit if sense == "≤" else value >= limit
-        found.append({"what": what, "bound": f"{sense} {limit:.3g}", "value": value, "met": met})
+    for aim in aims:
+        there = all(row in table for row in aim.rows)
+        value = aim.formula(*(table[row] for row in aim.rows)) if there else None
+        met = None if value is None else value <= aim.limit if aim.sense == "≤" else value >= aim.limit
+        found.append({"what": aim.what, "bound": f"{aim.sense} {aim.limit:.3g}", "value": value, "met": met})
     return found
 
 
@@ -185,6 +209,10 @@ def print_report(found: dict) -> None:
         left = {0, 2, 3} if len(line) < len(HEADER) else {0, 2}
         print("  ".join(f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(line)).rstrip())
     print()
+    for name, note in {e["name"]: e["note"] for e in found["rows"] if e["note"]}.items():
+        print(f"{name}: {note}")
+    for name, rate in found["ceilings"].items():
+        print(f"{name}: {rate / 1e12:.4g} {'TFLOP/s' if name == 'matmul' else 'TB/s'}")
     for target in found["targets"]:
         verdict = {True: "met", False: "missed", None: "not measured"}[target["met"]]
         value = "" if target["value"] is None else f"{target['value']:.3g}, "

@@ -1,5 +1,6 @@
 """benchmarks/speed.py: its measuring, what it compares, a run of seconds."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,21 @@ import pytest
 import speed
 import speed_report
 import torch
-from contenders import BASE, BF16_HISTORY, F_ALONE, IFR, RELEASED, Setting
+from contenders import (
+    BASE,
+    BF16,
+    BF16_HISTORY,
+    BF16_STACK,
+    COMPILED_STACK,
+    EARLY,
+    EARLY_GEMM,
+    F_ALONE,
+    GRAPH,
+    IFR,
+    RELEASED,
+    TORCHDEQ_BF16,
+    Setting,
+)
 from measure import Timed
 from speed_report import BACKWARD, FORWARD
 
@@ -181,7 +196,7 @@ def test_features_are_smooth_and_of_unit_size(seed):
 def test_rows_of_one_round_get_the_same_numbers_and_other_rounds_get_others(seed):
     options = speed.parse(["--device", "cpu", "--channels", "8", "--size", "6", "--seed", str(seed)])
     inputs = speed.Inputs(options)
-    plain, narrow = row(BASE, seed), row("4 convolutions, channels_last, bf16", seed)
+    plain, narrow = row(BASE, seed), row(BF16_STACK, seed)
     x = inputs.of(plain, 2)[0].detach()
     before = x.clone()
     for _ in range(2):
@@ -223,7 +238,7 @@ def test_residuals_are_those_of_the_specification_in_float32(post_gain, seed):
     found = row(name, seed).residual(x, z)
     expected = (value - z).flatten(1).norm(dim=1) / value.flatten(1).norm(dim=1)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6)
-    narrow = row("IFR Broyden, channels_last, bf16", seed).residual(x.bfloat16(), z.bfloat16())
+    narrow = row(BF16, seed).residual(x.bfloat16(), z.bfloat16())
     widened = row(RELEASED, seed).residual(x.bfloat16().float(), z.bfloat16().float())
     assert narrow.dtype == torch.float32
     torch.testing.assert_close(narrow, widened)
@@ -232,13 +247,48 @@ def test_residuals_are_those_of_the_specification_in_float32(post_gain, seed):
 def test_targets_say_what_was_missed():
     quantities = {BASE: (1.0, 1), IFR: (10.0, 50), F_ALONE: (8.0, 1), RELEASED: (25.0, 120), BF16_HISTORY: (10.0, 30)}
     entries = [
-        {"name": name, "in_table": True, "mode": FORWARD, "median": median, "peak_extra_bytes": peak}
+        {"name": name, "n": 16, "mode": FORWARD, "median": median, "peak_extra_bytes": peak}
         for name, (median, peak) in quantities.items()
     ]
-    targets = speed_report.targets(entries)
+    aims = speed_report.cpu_aims(16)
+    targets = speed_report.targets(entries, aims)
     assert [target["value"] for target in targets] == pytest.approx([10, 2.5, 0.2, 0.25])
     assert [target["met"] for target in targets] == [True, True, False, True]
-    assert [target["met"] for target in speed_report.targets(entries[:2])] == [True, None, None, None]
+    assert [target["met"] for target in speed_report.targets(entries[:2], aims)] == [True, None, None, None]
+
+
+def test_a_gpus_targets():
+    """Each ratio is formed the right way round, of the right rows."""
+    milliseconds = {
+        (GRAPH, 100, FORWARD): 2.0,
+        (BF16, 100, FORWARD): 4.0,
+        (RELEASED, 100, FORWARD): 50.0,
+        (EARLY, 100, FORWARD): 1.5,
+        (TORCHDEQ_BF16, 100, FORWARD): 12.0,
+        (BASE, 100, FORWARD): 1.0,
+        (COMPILED_STACK, 100, FORWARD): 0.5,
+        (RELEASED, 100, BACKWARD): 120.0,
+        (GRAPH, 100, BACKWARD): 6.0,
+        (GRAPH, 128, FORWARD): 2.0,
+        (GRAPH, 512, FORWARD): 6.0,
+        (BF16, 512, BACKWARD): 9.0,
+        (BF16_STACK, 512, BACKWARD): 9.0,
+    }
+    convolutions = [{"count": 16, "alone": 5e-5}, {"count": 16, "alone": 4e-5}]
+    entries = [
+        {"name": name, "n": n, "mode": mode, "median": value / 1e3, "convolutions": convolutions, "peak_extra_bytes": 1}
+        for (name, n, mode), value in milliseconds.items()
+    ]
+    entries[-1]["peak_extra_bytes"] = 2
+    settings = {"device": torch.device("cuda"), "table": 100, "channels": 256, "size": 14, "steps": 15}
+    aims = speed_report.aims(settings, {"matmul": 32 * 100 * 0.231211008e9 / 1e-3, "copy": 3e12})
+    targets = speed_report.targets(entries, aims)
+    assert [t["value"] for t in targets] == pytest.approx([2, 0.28, 25, 6, 1.5, 3, 20, 0.5, 0.75])
+    assert [t["met"] for t in targets] == [False, True, True, False, False, True, True, True, True]
+    assert [t["bound"] for t in targets] == ["≤ 1.6", "≤ 0.3", "≥ 20", "≥ 8", "≤ 1.2", "≤ 3", "≥ 15", "≤ 1", "≤ 1"]
+    for entry in entries:
+        entry["convolutions"] = []
+    assert speed_report.targets(entries, aims)[1]["met"] is None
 
 
 def test_targets_are_for_one_setting_alone():
@@ -249,6 +299,69 @@ def test_targets_are_for_one_setting_alone():
     assert has_targets("--n", "1", "--budget", "20", "--seed", "3")
     for other in ("--threads 1", "--table 4", "--channels 128", "--size 7", "--steps 10"):
         assert not has_targets(*other.split()), other
+
+
+@pytest.fixture
+def gpu_rows(monkeypatch, seed):
+    """A GPU's rows on a CPU, by name."""
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    x = features(3, 6, seed)
+    return {c.name: c for c in contenders.gpu_contenders(Setting(8, 3, seed, CPU), x)}
+
+
+def test_a_gpus_rows_compute(gpu_rows, seed):
+    """All of them, forward and backward, in the dtypes and layouts that they ask for."""
+    assert {GRAPH, EARLY, EARLY_GEMM, COMPILED_STACK, TORCHDEQ_BF16} < set(gpu_rows)
+    assert len(gpu_rows) == 10
+    for name, contender in gpu_rows.items():
+        if (name == TORCHDEQ_BF16 and contender.unavailable) or "triton kernels" in name or "cuda kernels" in name:
+            continue
+        assert not contender.unavailable
+        x = features(2, 6, seed).to(contender.dtype, memory_format=contender.layout)
+        y = contender.forward(x)()
+        assert y.shape == x.shape
+        assert contender.residual is None or contender.residual(x, y).isfinite().all()
+        y, grads = contender.backward(x.requires_grad_(), torch.randn_like(x))()
+        assert all(g.isfinite().all() for g in grads)
+
+
+def test_graphs_run_twice_before_they_are_profiled(gpu_rows, seed):
+    options = speed.parse(["--device", "cpu", "--channels", "8", "--size", "6", "--seed", str(seed)])
+    inputs, calls = speed.Inputs(options), []
+    counted = dataclasses.replace(gpu_rows[GRAPH], forward=lambda x: lambda: calls.append(x) or x)
+    speed.warm_up(speed_report.Row(counted, 2, FORWARD, in_table=True), inputs, CPU)
+    assert len(calls) == 3
+    assert "memory pool is not in extra MiB" in counted.note
+
+
+def test_the_block_that_stops_early_has_the_spectral_radius_it_is_named_after(seed):
+    setting = Setting(16, 15, seed, CPU)
+    x = speed.smooth_features(4, 16, 6, torch.Generator().manual_seed(seed))
+    gain, radii = contenders.calibrated(setting, x, radius=0.6)
+    assert radii.median().item() == pytest.approx(0.6, abs=0.05)
+    assert 0 < gain < 2
+
+
+def test_a_failing_row_is_reported(seed, capsys):
+    options = speed.parse(["--device", "cpu", "--channels", "8", "--size", "6"])
+
+    def broken():
+        raise ValueError("of no use\nwhatever")
+
+    failing = speed_report.Row(contenders.Contender("broken", lambda x: broken), 1, FORWARD, in_table=True)
+    speed.warm_up(failing, speed.Inputs(options), CPU)
+    assert failing.unavailable == "failed: ValueError: of no use"
+    assert failing.timed is None
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ceilings_are_rates():
+    found = measure.ceilings(CPU, side=64, copied=1 << 16)
+    for ceiling in found.values():
+        ceiling.timed.seconds.append(measure.seconds(ceiling.timed.prepare(), CPU) / ceiling.timed.runs)
+    assert found["matmul"].work == 2 * 64**3
+    assert found["copy"].work == 2 << 16
+    assert all(1e6 < ceiling.rate < 1e14 for ceiling in found.values())
 
 
 @pytest.fixture(scope="module")

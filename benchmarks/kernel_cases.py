@@ -1,0 +1,315 @@
+"""What benchmarks/kernels.py times: every kernel on random tensors, with the bytes and the FLOP that it needs."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from measure import Call
+from torch import Tensor
+
+from ifr_fast import Broyden, IFRHead, Implicit, backends
+from ifr_fast import backend as implementations
+from ifr_fast.block import EPS
+from ifr_fast.config import encode
+from ifr_fast.residual import Block
+
+ENDLESS = {"rtol": -1.0, "divergence": 1e3}  # no sample stops
+
+
+@dataclass(frozen=True)
+class Size:
+    """n samples (channels, height, width) in GroupNorm's groups."""
+
+    n: int
+    channels: int
+    height: int
+    width: int
+    groups: int
+
+    @property
+    def elements(self) -> int:
+        return self.n * self.channels * self.height * self.width
+
+    @property
+    def convolution(self) -> int:
+        """FLOP of one 3×3 convolution of all samples."""
+        return 2 * 9 * self.channels * self.elements
+
+    def __str__(self) -> str:
+        return f"{self.n}×{self.channels}×{self.height}×{self.width}"
+
+
+ROIS = [Size(n, 256, 14, 14, 32) for n in (100, 512, 8, 1)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel to time. make() gives a call on fresh tensors; traffic in bytes and flop of one; per_solve: launches in
+    a forward solve."""
+
+    family: str
+    make: Callable[[], Call]
+    backend: str
+    variant: str = ""
+    traffic: float = 0
+    flop: float = 0
+    per_solve: int = 0
+    note: str = ""
+
+
+class Bench:
+    """The cases of one backend at one size and dtype. states: of the calls made, to be looked at after the timing."""
+
+    def __init__(self, backend: str, size: Size, dtype: torch.dtype, steps: int, device: torch.device) -> None:
+        self.backend, self.size, self.dtype, self.steps, self.device = backend, size, dtype, steps, device
+        self.kernels = implementations.kernels(backend, device.type, dtype)
+        self.history = torch.bfloat16 if dtype.itemsize == 2 else torch.float32
+        self.states: list = []
+
+    def draw(self, dtype: torch.dtype | None = None) -> Tensor:
+        s = self.size
+        x = torch.randn(s.n, s.channels, s.height, s.width, device=self.device)
+        return x.to(dtype or self.dtype, memory_format=torch.channels_last)
+
+    def norm(self) -> tuple[Tensor, Tensor]:
+        weight, bias = torch.randn(2, self.size.channels, device=self.device)
+        return 1 + weight / 10, bias / 10
+
+    def cases(self) -> Iterator[Case]:
+        e, b, h = self.size.elements, self.dtype.itemsize, self.history.itemsize
+        evaluations = self.steps + 1
+        case = partial(Case, backend=self.backend)
+        yield case("norm_relu", self.norm_relu, traffic=2 * b * e, per_solve=evaluations)
+        yield case("norm_tail", self.norm_tail, traffic=(2 * b + 4) * e)
+        yield case("norm_relu_vjp", self.norm_relu_vjp, traffic=3 * b * e)
+        yield case("norm_tail_vjp", self.norm_tail_vjp, traffic=(3 * b + 8) * e)
+        if self.backend != "reference":
+            traffic = (2 * b + 4 + h) * e
+            yield case("tail + residual", self.residual_of_tail, traffic=traffic, per_solve=evaluations)
+            yield case("residual of total", self.residual_of_total, traffic=(b + 12 + h) * e)
+            for k in sorted({(self.steps + 1) // 4, (self.steps + 1) // 2, self.steps}):
+                times = self.steps if k == (self.steps + 1) // 2 else 0  # the mean number of rows
+                swept = dict(variant=f"K = {k}", per_solve=times)
+                yield case("gram_row", partial(self.gram_row, k), traffic=k * h * e, **swept)
+                yield case("combine", partial(self.combine, k), traffic=(k * h + 4 + 2 * b) * e, **swept)
+            yield case("rule", self.rule, variant=f"K = {self.steps}", per_solve=evaluations)
+        traffic = (2 * b + 4 + h + 2 * self.steps * h + 4 + 2 * b) * e
+        yield case("step, and a reset", self.step, variant=f"K = {self.steps}", traffic=traffic)
+        flop = self.size.convolution
+        yield case("F", self.f, flop=2 * flop)
+        yield case("vjp of F", self.vjp, flop=2 * flop)
+        yield case("forward solve", self.forward_solve, flop=2 * evaluations * flop, per_solve=1)
+        # Two convolutions linearise F, two make each of the steps' vjps, and four give the gradients at the end.
+        yield case("backward solve", self.backward_solve, flop=(2 + 2 * self.steps + 4) * flop)
+
+    def norm_relu(self) -> Call:
+        return partial(self.kernels.norm_relu, self.draw(), self.norm(), self.size.groups, EPS)
+
+    def norm_tail(self) -> Call:
+        norms = self.norm(), self.norm()
+        return partial(self.kernels.norm_tail, self.draw(), self.draw(), *norms, self.size.groups, EPS)
+
+    def norm_relu_vjp(self) -> Call:
+        y, norm, groups = self.draw(), self.norm(), self.size.groups
+        _, *statistics = self.kernels.norm_relu(y, norm, groups, EPS)
+        return partial(self.kernels.norm_relu_vjp, self.draw(), y, norm, *statistics, groups, EPS, params=False)
+
+    def norm_tail_vjp(self) -> Call:
+        y, r, norms, groups = self.draw(), self.draw(), (self.norm(), self.norm()), self.size.groups
+        _, statistics = self.kernels.norm_tail(y, r, *norms, groups, EPS)
+        grad = self.draw(torch.float32)
+        return partial(self.kernels.norm_tail_vjp, grad, y, r, *norms, statistics, groups, EPS, params=False)
+
+    def state(self) -> tuple:
+        """A solve's state full of random residuals, its iterate, and F's pending tail."""
+        z, s = self.draw(torch.float32), self.size
+        options = dict(rows=self.steps, evaluations=self.steps + 1, history_dtype=self.history)
+        state = self.kernels.new_state(z, from_zero=True, **options)
+        state.history.copy_(torch.randn(state.history.shape, device=self.device))
+        state.norms[:, 2] = 1e20  # the first residual: none has grown
+        self.kernels.shift(z, self.draw(), self.dtype, state)
+        norms = self.norm(), self.norm()
+        tail = self.kernels.tail(self.draw(), self.draw(), *norms, s.groups, EPS, state=state)
+        self.states.append(state)
+        return state, z, tail
+
+    def residual_of_tail(self) -> Call:
+        state, z, tail = self.state()
+        return partial(Pieces(self.backend).residual, state, tail, z, self.steps - 1)
+
+    def residual_of_total(self) -> Call:
+        state, z, _ = self.state()
+        total = self.kernels.total(self.draw(torch.float32), self.draw(), self.draw(torch.float32))
+        return partial(Pieces(self.backend).residual, state, total, z, self.steps - 1)
+
+    def summed(self, k: int) -> tuple:
+        """A state whose row k - 1 has its partial sums."""
+        state, z, tail = self.state()
+        pieces = Pieces(self.backend)
+        pieces.residual(state, tail, z, k - 1)
+        pieces.gram_row(state, z, k - 1)
+        return pieces, state, z
+
+    def gram_row(self, k: int) -> Call:
+        pieces, state, z = self.summed(k)
+        return partial(pieces.gram_row, state, z, k - 1)
+
+    def combine(self, k: int) -> Call:
+        pieces, state, z = self.summed(k)
+        state.total.normal_()
+        return partial(pieces.combine, state, z, k - 1)
+
+    def rule(self) -> Call:
+        pieces, state, z = self.summed(self.steps)
+        return partial(pieces.rule, state, z, self.steps - 1)
+
+    def step(self) -> Call:
+        """Coefficients are reset before every step: steps added upon steps would overflow."""
+        state, z, tail = self.state()
+        coefficients = [t for name in ("p", "q", "step", "total") if (t := getattr(state, name, None)) is not None]
+        options = dict(method="broyden", window=self.steps, evaluation=self.steps - 1, last=False)
+
+        def call() -> None:
+            torch._foreach_zero_(coefficients)
+            self.kernels.step(state, tail, z, **options, **ENDLESS)
+
+        return call
+
+    def block(self) -> Block:
+        s = self.size
+        params = [t.detach() for t in IFRHead(s.channels, groups=s.groups).to(self.device).block.tensors()]
+        return Block(self.draw(), params, "released", s.groups, EPS, self.kernels, self.dtype)
+
+    def f(self) -> Call:
+        block, z = self.block(), self.draw(torch.float32)
+        return lambda: block.linearise(z).value
+
+    def vjp(self) -> Call:
+        linearised, w = self.block().linearise(self.draw(torch.float32)), self.draw(torch.float32)
+        return partial(linearised.vjp, w)
+
+    def head(self) -> IFRHead:
+        exact = dict(max_iter=self.steps, rtol=0)
+        options = dict(solver=Broyden(**exact), adjoint=Implicit(**exact), backend=self.backend)
+        return IFRHead(self.size.channels, groups=self.size.groups, **options).to(self.device)
+
+    def forward_solve(self) -> Call:
+        return partial(self.head(), self.draw())
+
+    def backward_solve(self) -> Call:
+        """By the op itself: autograd would launch on the stream of the forward pass, outside of the graph."""
+        head, x = self.head(), self.draw()
+        params = [t.detach() for t in head.block.tensors()]
+        memory = [x.new_empty(len(x), 0) for _ in range(3)]
+        options = head.block.form, head.block.groups, EPS, self.dtype, encode(head.adjoint), self.backend, False
+        return partial(torch.ops.ifr_fast.solve_backward, self.draw(), head(x), x, params, memory, *options)
+
+
+class Pieces:
+    """The kernels of a backend's step, one by one."""
+
+    def __init__(self, backend: str) -> None:
+        if backend == "triton":
+            from ifr_fast.kernels.triton import norm, solver
+
+            self.modules = norm, solver
+            self.residual, self.gram_row = self._triton_residual, self._triton_gram_row
+            self.rule, self.combine = self._triton_rule, self._triton_combine
+        else:
+            from ifr_fast.kernels import cuda, cuda_norm
+
+            self.modules = cuda, cuda_norm
+            self.residual = self._cuda_residual
+            self.gram_row, self.rule, self.combine = (
+                partial(self._cuda, name) for name in ("gram_row", "rule", "combine")
+            )
+
+    def _triton_residual(self, state, f, z: Tensor, row: int) -> None:
+        norm, solver = self.modules
+        (norm.residual_tail if hasattr(f, "y") else solver.residual)(state, f, z, row)
+
+    def _triton_gram_row(self, state, z: Tensor, row: int) -> None:
+        self.modules[1].gram_row(state, row, state.rows)
+
+    def _triton_rule(self, state, z: Tensor, row: int) -> None:
+        self.modules[1].rule(state, row, method="broyden", window=state.rows, evaluation=row, **ENDLESS)
+
+    def _triton_combine(self, state, z: Tensor, row: int) -> None:
+        self.modules[1].combine(state, z, row)
+
+    def _cuda_residual(self, state, f, z: Tensor, row: int) -> None:
+        cuda, cuda_norm = self.modules
+        if hasattr(f, "y"):
+            cuda_norm.residual_tail(state, f, z, row=row)
+            return
+        splits = cuda._native.cuda.splits(state.size)
+        if state.norm_partials is None:
+            state.norm_partials = torch.empty(state.n, splits, 2, device=z.device)
+        addends = [(a.data_ptr(), cuda_norm.DTYPES[a.dtype]) for a in f.addends]
+        cuda._native.cuda.residual(self._solver(state, z, row), addends, cuda._stream(z.device))
+
+    def _cuda(self, name: str, state, z: Tensor, row: int) -> None:
+        cuda = self.modules[0]
+        if state.gram_partials is None:
+            splits = cuda._native.cuda.splits(state.size)
+            state.gram_partials = torch.empty(state.n, splits, state.rows, device=z.device)
+        getattr(cuda._native.cuda, name)(self._solver(state, z, row), cuda._stream(z.device))
+
+    def _solver(self, state, z: Tensor, row: int):
+        limits = ENDLESS["rtol"], ENDLESS["divergence"]
+        return self.modules[0]._solver(state, z, state.injection, "broyden", row, state.rows, row, *limits)
+
+
+def convolution_cases(size: Size, dtype: torch.dtype, steps: int, device: torch.device) -> Iterator[Case]:
+    """cuDNN's convolution (on a CPU, oneDNN's), the weight's gradient, and the implicit product: by the tile that it
+    chooses, and for RoIs in bfloat16 by all (each takes seconds to compile)."""
+    channels = size.channels
+    deviation = (9 * channels) ** -0.5
+
+    def operands() -> tuple[Tensor, Tensor]:
+        x = torch.randn(size.n, channels, size.height, size.width, device=device)
+        weight = deviation * torch.randn(channels, channels, 3, 3, device=device)
+        return tuple(t.to(dtype, memory_format=torch.channels_last) for t in (x, weight))
+
+    def library() -> Call:
+        return partial(torch.conv2d, *operands(), padding=1)
+
+    def searched() -> Call:
+        convolve = library()
+
+        def call() -> Tensor:
+            # TF32, which means nothing in 16 bits, makes this another entry of torch's cache than the guessed one.
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+                return convolve()
+
+        return call
+
+    def weight_gradient() -> Call:
+        (x, weight), grad = operands(), operands()[0]
+        options = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+        return partial(torch.ops.aten.convolution_backward, grad, x, weight, None, *options)
+
+    traffic = (2 * size.elements + 9 * channels**2) * dtype.itemsize
+    case = partial(Case, "convolution", traffic=traffic, flop=size.convolution)
+    yield case(library, "cudnn", per_solve=2 * (steps + 1))
+    if dtype != torch.float32:
+        yield case(searched, "cudnn", "searched")
+    yield Case("weight gradient", weight_gradient, "cudnn", traffic=traffic, flop=size.convolution)
+    if not backends()["triton"].available:
+        return
+    from ifr_fast.kernels.triton import conv
+
+    def implicit(config, statistics: bool) -> Call:
+        x, weight = operands()
+        return partial(conv.implicit_gemm(weight, x, statistics=statistics).launch, config, x)
+
+    precision = conv.implicit_gemm(*reversed(operands())).precision
+    chip, positions = conv.chip(device), size.height * size.width
+    chosen = conv.choose(size.n, positions, channels, channels, dtype, precision, chip)
+    yield case(partial(implicit, chosen, False), "triton", "chosen tile", note=str(chosen))
+    yield case(partial(implicit, chosen, True), "triton", "chosen tile, with GroupNorm's sums", note=str(chosen))
+    if size in ROIS and dtype == torch.bfloat16:
+        for config in conv.candidates(channels, dtype, precision, chip):
+            name = f"{config.height}×{config.width}×{config.depth}, {config.warps} warps, {config.stages} stages"
+            yield case(partial(implicit, config, False), "triton", name)

@@ -1,0 +1,184 @@
+"""What every kernel of the GPU backends takes, beside the rates that the device reaches on a large copy and product.
+
+    python benchmarks/kernels.py
+    python benchmarks/kernels.py --backends cuda --budget 60
+
+A kernel is launched many times from a CUDA graph, on as many sets of random tensors as exceed the L2 cache several
+times over; its time is the median replay's over its launches. GB/s counts every input once and every output once; "of
+copy" and "of product" are the shares of the measured ceilings. "share": the time of all its launches in a forward solve
+over that solve's own. Writes kernels.json after every measurement. --dry runs everything once at toy sizes, under
+Triton's interpreter where there is no GPU.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import measure
+import torch
+from environment import environment
+from kernel_cases import ROIS, Bench, Case, Size, convolution_cases
+from kernel_report import print_tables, rate
+from measure import Call
+
+from ifr_fast import backends
+from ifr_fast.kernels import RUNNING
+
+BACKENDS = ("triton", "cuda", "reference")
+SOLVED = {"forward solve", "backward solve"}
+BLOCK = {"F", "vjp of F", *SOLVED}
+CACHES = 4  # how many times the sets of tensors exceed the L2 cache
+MOST_SETS = 64
+SPAN, MOST_LAUNCHES, REPLAYS = 2e-3, 256, 7  # of a graph: seconds, launches, how often it is timed
+
+
+MAPS = Size(2, 256, 100, 152, 32)
+PLAN = [(ROIS[0], torch.bfloat16), (ROIS[1], torch.bfloat16), (MAPS, torch.bfloat16)]
+PLAN += [(ROIS[2], torch.bfloat16), (ROIS[3], torch.bfloat16), (ROIS[0], torch.float32)]
+TOYS = [(Size(3, 16, 5, 4, 4), torch.bfloat16), (Size(1, 24, 9, 6, 2), torch.float32)]
+
+
+def seconds(calls: list[Call], device: torch.device) -> list[float]:
+    """Of one call: a figure a replay of a graph of them all, several times over."""
+    if device.type == "cpu":
+        return [measure.seconds(call, device) for call in calls]
+
+    def run_all() -> None:
+        for call in calls:
+            call()
+
+    run_all()
+    most = max(1, MOST_LAUNCHES // len(calls))
+    rounds = min(most, math.ceil(SPAN / measure.seconds(run_all, device)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # Results are kept, so that those of different launches lie in different memory.
+        kept = [call() for _ in range(rounds) for call in calls]
+    for _ in range(2):
+        graph.replay()
+    found = [measure.seconds(graph.replay, device) / len(kept) for _ in range(REPLAYS)]
+    del kept, graph
+    torch.cuda.empty_cache()
+    return found
+
+
+@torch.no_grad()
+def run(case: Case, size: Size, dtype: torch.dtype, bench: Bench | None, device: torch.device, dry: bool) -> dict:
+    """The case's entry in kernels.json, with its traceback where it failed."""
+    entry = {"family": case.family, "variant": case.variant, "backend": case.backend, "size": str(size), "n": size.n}
+    entry |= {"dtype": str(dtype).removeprefix("torch."), "traffic": case.traffic, "flop": case.flop}
+    entry |= {"per_solve": case.per_solve, "note": case.note}
+    sets = 1
+    if case.traffic and device.type == "cuda" and not dry:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        sets = min(MOST_SETS, math.ceil(CACHES * cache / case.traffic))
+    try:
+        calls = [case.make() for _ in range(sets)]
+        if dry:
+            for call in calls:
+                call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        else:
+            taken = seconds(calls, device)
+            entry |= {"seconds": statistics.median(taken), "fastest": min(taken), "slowest": max(taken)}
+        states = bench.states if bench and bench.backend != "reference" else []
+        if any((state.status != RUNNING).any() for state in states):
+            raise RuntimeError("samples stopped while their kernels were timed")
+    except Exception as error:
+        entry["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        entry["traceback"] = traceback.format_exc()
+    if bench:
+        bench.states.clear()
+    return entry
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="(all that can serve here)")
+    parser.add_argument("--kernels-alone", action="store_true", help="no convolution, and nothing that runs one")
+    parser.add_argument("--dry", action="store_true", help="run everything once at toy sizes, time nothing")
+    parser.add_argument("--steps", type=int, default=15, help="Broyden steps of a solve (%(default)s)")
+    parser.add_argument(
+        "--budget", type=float, default=120, help="seconds; what does not fit is left out (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/kernels"), help="folder for kernels.json (%(default)s)")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        if not options.dry:
+            parser.error("torch finds no GPU here: only --dry runs without one")
+        os.environ["TRITON_INTERPRET"] = "1"
+    found = backends()
+    for name in options.backends or []:
+        if not found[name].available:
+            parser.error(f"--backends: {name} is not available: {found[name].reason}")
+    options.backends = options.backends or [name for name in BACKENDS if found[name].available]
+    if options.steps < 3:
+        parser.error(f"--steps: expected at least 3, got {options.steps}")
+    return options
+
+
+def planned(
+    options: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[Case, Size, torch.dtype, Bench | None]]:
+    for size, dtype in TOYS if options.dry else PLAN:
+        for name in options.backends:
+            bench = Bench(name, size, dtype, options.steps, device)
+            for case in bench.cases():
+                if not (options.kernels_alone and case.family in BLOCK):
+                    yield case, size, dtype, bench
+        if not options.kernels_alone:
+            for case in convolution_cases(size, dtype, options.steps, device):
+                if case.backend == "cudnn" or "triton" in options.backends:
+                    yield case, size, dtype, None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print and write; the number of cases that failed."""
+    started = time.perf_counter()
+    options = parse(arguments)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "kernels.json"
+    found = {"environment": environment(device), "backends": options.backends, "ceilings": {}, "cases": []}
+    found["not_run"] = []
+
+    def write() -> None:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+    if device.type == "cuda" and not options.dry:
+        for name, ceiling in measure.ceilings(device).items():
+            call = ceiling.timed.prepare()
+            ceiling.timed.seconds += [measure.seconds(call, device) / ceiling.timed.runs for _ in range(10)]
+            found["ceilings"][name] = ceiling.rate
+        torch.cuda.empty_cache()
+    write()
+    for case, size, dtype, bench in planned(options, device):
+        if time.perf_counter() - started > options.budget:
+            found["not_run"].append(f"{case.family} {case.variant} ({case.backend}), {size} {dtype}")
+            continue
+        entry = run(case, size, dtype, bench, device, options.dry)
+        found["cases"].append(entry)
+        write()
+        if "error" in entry:
+            label = f"{entry['family']} {entry['variant']} ({entry['backend']}), {size} {dtype}"
+            print(f"{label} failed:\n{entry['traceback']}", file=sys.stderr, flush=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # raises where the device answers no more: nothing else would run
+    rate(found)
+    found["elapsed_seconds"] = time.perf_counter() - started
+    write()
+    print_tables(found)
+    print(f"took {found['elapsed_seconds']:.0f} s, wrote {path}")
+    return sum("error" in entry for entry in found["cases"])
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main() else 0)
