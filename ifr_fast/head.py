@@ -185,10 +185,15 @@ class IFRHead(nn.Module):
             self.warmup_count.fill_(self.warmup.count)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.warmup_steps and prefix + "warmup_count" in state_dict:
-            self.warmup.count = int(state_dict[prefix + "warmup_count"])
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        key = prefix + "warmup_count"
+        if self.warmup_steps and key in state_dict:
+            self.warmup.count = int(state_dict[key])
+        # Heads that differ in their warm-up alone load each other's states.
+        for keys in (missing, unexpected):
+            if key in keys:
+                keys.remove(key)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_solution": None}

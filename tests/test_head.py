@@ -88,6 +88,14 @@ def test_empty_batch(solver, make_head):
     assert all((p.grad == 0).all() for p in head.parameters())
 
 
+@pytest.mark.parametrize(("saved", "loading"), [(3, 0), (0, 3)])
+def test_warm_up_does_not_bar_a_state_dict(make_head, saved, loading):
+    source, target = (torch.nn.Sequential(make_head(warmup_steps=steps)) for steps in (saved, loading))
+    target.load_state_dict(source.state_dict(), strict=True)
+    state = {name: value for name, value in source.state_dict().items() if "gn3" not in name}
+    assert target.load_state_dict(state, strict=False).missing_keys == ["0.block.gn3.weight", "0.block.gn3.bias"]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -1,0 +1,3 @@
+_base_ = ["mmdet::solo/decoupled-solo_r50_fpn_1x_coco.py", "./_ifr.py"]
+
+model = dict(mask_head=dict(type="IFRDecoupledSOLOHead"))
