@@ -3,19 +3,19 @@ host one launch.
 
 Batches are padded with zero samples up to a bucket, so that varying RoI counts replay few recordings. A shape is run
 eagerly when first met, recorded when met again. Recordings on a stream share one memory pool: what a replay leaves
-there is copied out before the stream's next one.
+there is copied out before the stream's next one. Threads take turns.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
-
-from .kernels import memory_format
 
 LIMIT = 64  # recordings kept, of all shapes, devices and streams; the least recently used goes first
 
@@ -40,7 +40,8 @@ class Recording:
 
 
 _recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-_pools: dict[Hashable, tuple[int, int]] = {}
+_pools: dict[Hashable, tuple[tuple[int, int], torch.cuda.Stream]] = {}
+_lock = Lock()  # between filling a recording's inputs and copying its results nobody else may replay
 
 
 def bucket(n: int) -> int:
@@ -66,9 +67,9 @@ def run(
     n = len(batch[0])
     stream = current_stream(batch[0].device)
     signature = (*(_signature(t[:1]) for t in batch), *(_signature(t) for t in shared))
-    key = (options, bucket(n), stream, signature)
+    key = (options, bucket(n), stream, signature, _settings())
     # Buffers made in inference mode could not be written outside of it.
-    with torch.inference_mode(False), torch.no_grad():
+    with _lock, torch.inference_mode(False), torch.no_grad():
         recording = _recordings.get(key)
         if recording is None:
             recording = Recording([_padded(t, bucket(n)) for t in batch], [torch.empty_like(t) for t in shared])
@@ -77,8 +78,8 @@ def run(
         else:
             recording.fill(batch, shared)
             if recording.replay is None:
-                pool = _pools.setdefault(stream, torch.cuda.graph_pool_handle())
-                recording.replay, recording.results = capture(lambda: function(recording.batch, recording.shared), pool)
+                record = capture(lambda: function(recording.batch, recording.shared), stream)
+                recording.replay, recording.results = record
             recording.replay()
             results = recording.results
         _recordings[key] = recording
@@ -88,12 +89,17 @@ def run(
         return [r.clone() if d is None else r.narrow(d, 0, n).clone() for r, d in zip(results, dims, strict=True)]
 
 
-def capture(function: Callable[[], Sequence[Tensor]], pool: tuple[int, int]) -> tuple[Callable[[], None], Sequence]:
-    """A CUDA graph of function's work on the current device: what replays it, and the results it writes."""
+def capture(function: Callable[[], Sequence[Tensor]], stream: Hashable) -> tuple[Callable[[], None], Sequence]:
+    """A CUDA graph of function's work on the current device, to be replayed on `stream`: what replays it, and the
+    results it writes."""
+    if stream not in _pools:
+        # Of this device: torch's own stream for captures stays on the first device that it was used on. One for all
+        # recordings of a pool, for the allocator gives memory that is free again to the stream alone that had it.
+        _pools[stream] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    pool, side = _pools[stream]
     graph = torch.cuda.CUDAGraph()
-    # A stream of this device: torch's default for captures stays on the first device that it was used on. Other
-    # threads, as those that load data, may go on allocating.
-    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+    # thread_local: other threads, as those that load data, may go on allocating.
+    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
         results = function()
     return graph.replay, results
 
@@ -112,7 +118,16 @@ def _signature(t: Tensor) -> Hashable:
     return tuple(t.shape), t.stride(), t.dtype
 
 
+def _settings() -> Hashable:
+    """What torch chooses the kernels of convolutions and products by."""
+    cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    return cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision, deterministic
+
+
 def _padded(t: Tensor, n: int) -> Tensor:
-    """Room for n samples like t's."""
-    format = memory_format(t)
-    return torch.empty((n, *t.shape[1:]), dtype=t.dtype, device=t.device, memory_format=format)
+    """Room for n samples like t's, dense in the order of t's own memory."""
+    shape, size = (n, *t.shape[1:]), math.prod(t.shape[1:])
+    apart, *within = torch.empty_like(t, device="meta").stride()
+    if len(t) > 1 and apart != size:  # samples are interleaved
+        return torch.empty(shape, dtype=t.dtype, device=t.device)
+    return torch.empty_strided(shape, (size, *within), dtype=t.dtype, device=t.device)

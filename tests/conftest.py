@@ -29,6 +29,15 @@ def device():
 
 
 @pytest.fixture
+def ieee_arithmetic():
+    """Float32 products in float32, which GPUs otherwise form in TF32."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+
+
+@pytest.fixture
 def poisoned(monkeypatch):
     """Memory that torch hands out uninitialised holds NaN: what a kernel leaves unwritten shows."""
 

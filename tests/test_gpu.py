@@ -17,7 +17,7 @@ EXACT = {"max_iter": STEPS, "rtol": 0.0}
 # Of the norm of the difference over the norm, at equilibria to which 8 steps converge beyond rounding. Gradients differ
 # by all of an element wherever rounding takes a ReLU's input across zero.
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-GRADIENT = {torch.float32: 5e-3, torch.float16: 8e-2, torch.bfloat16: 0.3}
+GRADIENT = {torch.float32: 5e-3, torch.float16: 0.15, torch.bfloat16: 0.3}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
@@ -30,12 +30,8 @@ every_backend = pytest.mark.parametrize("backend", [served(name) for name in ("t
 
 
 @pytest.fixture(autouse=True)
-def ieee_arithmetic():
-    """Float32 products in float32."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+def clean(ieee_arithmetic):
     yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
     graphs.clear()
     torch.cuda.empty_cache()
 

@@ -1,5 +1,9 @@
 """Recording and replaying, without a GPU: a replay is the recorded function run again on the recording's buffers."""
 
+import contextlib
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,8 +15,8 @@ def recorded(monkeypatch):
     """Captures work on this device; the list counts them."""
     captures = []
 
-    def capture(function, pool):
-        captures.append(pool)
+    def capture(function, stream):
+        captures.append(stream)
         results = [r.clone() for r in function()]
 
         def replay():
@@ -73,6 +77,79 @@ def test_weights_and_options_are_not_frozen(recorded, make_head):
     head.solver = Broyden(1)
     head(x)
     assert head.last_solution.trace.shape == (2, 3)
+
+
+def test_a_replay_computes_as_torch_is_told_to_now(recorded, make_head):
+    head = make_head(8, groups=2, cuda_graphs=True)
+    x = torch.randn(3, 8, 4, 4)
+    for deterministic in (False, True):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=deterministic):
+            for _ in range(3):
+                head(x)
+    assert len(recorded) == 2
+
+
+@pytest.mark.parametrize("cut", ["channels", "samples", "nothing"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layouts_are_those_of_calls_that_are_not_replayed(recorded, make_head, channels_last, cut):
+    whole = torch.randn(6, 16, 4, 5)
+    whole = whole.contiguous(memory_format=torch.channels_last) if channels_last else whole
+    x = {"channels": whole[:, 4:12], "samples": whole[::2, :8], "nothing": whole[:, :8].clone()}[cut]
+    head = make_head(8, groups=2)
+    expected = head(x)
+    head.cuda_graphs = True
+    for _ in range(3):
+        y = head(x)
+        assert y.stride() == expected.stride()
+        torch.testing.assert_close(y, expected)
+
+
+def test_threads_take_turns(recorded):
+    """Between filling the inputs and copying the results, no other thread may come."""
+    entered, left = threading.Event(), threading.Event()
+
+    def function(batch, shared):
+        if batch[0][0] == 1:
+            entered.set()
+            assert not left.wait(0.3)
+        return [2 * batch[0]]
+
+    def run(value):
+        results[value] = graphs.run(function, "threads", [torch.full((1,), value)], [torch.ones(1)], dims=[0])[0].item()
+
+    results = {}
+    for value in (3, 3):  # met, and recorded
+        run(value)
+    first = threading.Thread(target=run, args=(1,))
+    first.start()
+    entered.wait()
+    second = threading.Thread(target=lambda: (run(5), left.set()))
+    second.start()
+    first.join()
+    second.join()
+    assert results == {1: 2, 3: 6, 5: 10}
+
+
+def test_recordings_of_a_stream_share_pool_and_stream(monkeypatch):
+    """The allocator gives a pool's memory that is free again to the stream alone that had it before."""
+    captured = []
+
+    @contextlib.contextmanager
+    def graph(graph, *, pool, stream, capture_error_mode):
+        captured.append((pool, stream))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    try:
+        for stream in ("one", "other", "one"):
+            graphs.capture(list, stream)
+    finally:
+        graphs.clear()
+    assert captured[0] == captured[2]
+    assert not set(captured[0]) & set(captured[1])
 
 
 def test_recordings_made_in_inference_mode_serve_training(recorded, make_head):

@@ -160,3 +160,13 @@ def test_a_step_touches_running_samples_only(kernels, n):
     torch.testing.assert_close(moved[1:], f[1:])
     assert torch.equal(state.value[1:], z[1:])
     torch.testing.assert_close(state.trace[1, 1:], (f - z)[1:].norm(dim=1) / f[1:].norm(dim=1))
+
+
+def test_plain_keeps_the_layout_on_a_gpu(monkeypatch):
+    """Where group_norm's result is contiguous, whatever its argument: compiled code relies on the layout."""
+    contiguous = torch.group_norm
+    monkeypatch.setattr(torch, "group_norm", lambda *args: contiguous(*args).contiguous())
+    (y, r), (first, second, _), groups = draw((2, 2, 3, 4, 5), torch.float32, True, 2)
+    results = [plain.norm_relu(y, first, groups, EPS)[0]]
+    results += [plain.norm_tail(y, r, first, norm, groups, EPS)[0] for norm in (second, None)]
+    assert all(out.stride() == y.stride() for out in results)

@@ -6,7 +6,10 @@ import torch
 from ifr_fast import Anderson, Broyden, IFRHead, Implicit, JacobianFree, Phantom, Picard, Shine, backends, reference
 from ifr_fast.kernels import triton as kernels
 
-pytestmark = pytest.mark.skipif(not backends()["triton"].available, reason=backends()["triton"].reason)
+pytestmark = [
+    pytest.mark.skipif(not backends()["triton"].available, reason=backends()["triton"].reason),
+    pytest.mark.usefixtures("ieee_arithmetic"),
+]
 
 
 def specified(head, x):
@@ -111,8 +114,7 @@ def test_on_the_implicit_gemm(device, make_head, monkeypatch, size):
     expected = head(x)
     every = {(kernels.chip(device).major, torch.float32)}
     monkeypatch.setattr(kernels, "IMPLICIT_GEMM", every)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        torch.testing.assert_close(head(x), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(head(x), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_unrolls_in_either_layout(device, make_head):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ifr_fast import Anderson, Broyden, Picard, Status
@@ -57,6 +57,8 @@ RULES = [
 @settings(max_examples=2, deadline=None)
 @given(n=st.integers(1, 3), channels=st.integers(1, 20), side=st.sampled_from([1, 3, 8]), last=st.booleans())
 def test_solves_agree(device, rule, n, channels, side, last):
+    # Of fewer unknowns than it combines, Anderson's system is singular but for the ridge, by which the two differ.
+    assume(not isinstance(rule, Anderson) or channels * side * (side + 1) > 2 * rule.m)
     z0 = nhwc(n, channels, side, side + 1, device=device)
     z0 = z0 if last else z0.contiguous()
     actual, expected = both(sines(z0), z0, resolved(rule))

@@ -47,7 +47,6 @@ inline void bind_solver(pybind11::module_ &m) {
         a.norm_partials = at<float>(norm_partials), a.parts = parts, a.gram_partials = at<float>(gram_partials);
         return a;
       }));
-  m.attr("MOST_ROWS") = MOST_ROWS;
   m.def("splits", splits);
   m.def("residual", [](const Solver &a, const std::vector<std::pair<Address, DType>> &f, Address stream) {
     Sum sum{};

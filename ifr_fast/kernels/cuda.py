@@ -23,6 +23,8 @@ __all__ = [
 
 CHANNELS_LAST_ONLY = True
 
+new_state = DeviceState
+
 
 def _guard(device: torch.device) -> torch.cuda.device:
     """Kernels are launched on the current device: makes `device` that."""
@@ -53,14 +55,6 @@ norm_relu = _on_device(cuda_norm.norm_relu)
 norm_relu_vjp = _on_device(cuda_norm.norm_relu_vjp)
 norm_tail = _on_device(cuda_norm.norm_tail)
 norm_tail_vjp = _on_device(cuda_norm.norm_tail_vjp)
-
-
-def new_state(z: Tensor, *, rows: int, evaluations: int, history_dtype: torch.dtype, from_zero: bool) -> DeviceState:
-    """The state of a solve from z (n, …). ValueError for more rows than the kernels hold."""
-    if rows > _native.cuda.MOST_ROWS:
-        most = _native.cuda.MOST_ROWS
-        raise ValueError(f"backend='cuda' keeps a history of at most {most} residuals: got max_iter={rows}")
-    return DeviceState(z, rows=rows, evaluations=evaluations, history_dtype=history_dtype, from_zero=from_zero)
 
 
 def one_kernel(size: int, rows: int, window: int, history: torch.dtype, capability: tuple[int, int]) -> bool:

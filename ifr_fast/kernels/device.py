@@ -15,6 +15,8 @@ from torch import Tensor
 from . import RUNNING
 from .plain import Norm
 
+MOST_ROWS = 64  # of a history: its K×K matrices are held on chip
+
 
 class Tail(NamedTuple):
     """norm_tail's arguments: F's end, left to the step."""
@@ -42,11 +44,17 @@ class DeviceState:
     once it has stopped. injection, r: X, and z + X in F's dtype for the next evaluation (None until `shift` sets them).
     norm_partials (n, parts, 2), gram_partials (n, splits, rows): sums that the rule's kernel finishes. value: set by
     `finish`; Picard, whose history is one row, keeps the best iterate there.
+
+    Raises ValueError for more rows than MOST_ROWS.
     """
 
     def __init__(
         self, z: Tensor, *, rows: int, evaluations: int, history_dtype: torch.dtype, from_zero: bool = False
     ) -> None:
+        if rows > MOST_ROWS:
+            raise ValueError(
+                f"max_iter={rows}: the GPU kernels keep at most {MOST_ROWS} residuals; backend='reference' has no limit"
+            )
         n, device = z.shape[0], z.device
         self.n, self.rows, self.size = n, rows, math.prod(z.shape[1:])
         self.history = torch.empty(n, rows, self.size, dtype=history_dtype, device=device)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import RUNNING, State, is_channels_last, ridge
+from . import RUNNING, State, is_channels_last, memory_format, ridge
 
 Norm = tuple[Tensor, Tensor]
 Convolution = Callable[[Tensor, "State | None"], tuple[Tensor, "Tensor | None"]]
@@ -211,7 +211,7 @@ def assess(state: State, evaluation: int, rtol: float, divergence: float) -> int
         state.norms[:, 2] = g
     relative = (g / f.clamp_min(1e-30)).to(state.residual.dtype)
     state.trace[evaluation] = torch.where(running, relative, state.trace[max(evaluation - 1, 0)])
-    state.iterations[running] = evaluation
+    state.iterations.masked_fill_(running, evaluation)
     finite = relative.isfinite()
     state.improved.copy_(running & finite & (relative < state.residual))
     state.residual.copy_(torch.where(state.improved, relative, state.residual))
@@ -332,7 +332,8 @@ def _affine(x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor) -> Tensor:
 def _group_norm(x: Tensor, norm: Norm, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     variance, mean = torch.var_mean(x.unflatten(1, (groups, -1)), (2, 3, 4), correction=0)
     rstd = (variance + eps).rsqrt()
-    return torch.group_norm(x, groups, *norm, eps), mean, rstd
+    out = torch.group_norm(x, groups, *norm, eps)  # contiguous on a GPU, whatever x is
+    return out.contiguous(memory_format=memory_format(x)), mean, rstd
 
 
 def _group_norm_vjp(

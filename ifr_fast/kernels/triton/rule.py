@@ -82,6 +82,9 @@ def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
 def _judge(norm_partials, norms, residual, trace, iterations, sample, n, parts, evaluation, rtol, divergence,
            PARTS: tl.constexpr):  # fmt: skip
     """A running sample's status, and whether this evaluation is its best."""
+    # Before the sums, where warps wait for each other: later, a warp could read what another one has stored already.
+    lowest = tl.load(residual + sample, evaluation > 0, other=float("inf"))
+    first_g = tl.load(norms + sample * 3 + 2, evaluation > 0, other=0.0).to(tl.float64)
     g2 = tl.zeros([PARTS], tl.float64)
     f2 = tl.zeros([PARTS], tl.float64)
     start = 0
@@ -93,7 +96,6 @@ def _judge(norm_partials, norms, residual, trace, iterations, sample, n, parts, 
         start += PARTS
     g2_sum, f2_sum = tl.sum(g2, 0), tl.sum(f2, 0)
     g, f = tl.sqrt(g2_sum), tl.sqrt(f2_sum)
-    first_g = tl.load(norms + sample * 3 + 2, evaluation > 0, other=0.0).to(tl.float64)
     first_g = tl.where(evaluation > 0, first_g, g)
     tl.store(norms + sample * 3, g2_sum.to(tl.float32))
     tl.store(norms + sample * 3 + 1, f2_sum.to(tl.float32))
@@ -101,7 +103,6 @@ def _judge(norm_partials, norms, residual, trace, iterations, sample, n, parts, 
 
     relative = (g / tl.where(f < 1e-30, 1e-30, f)).to(tl.float32)
     finite = relative < float("inf")  # false for NaN too
-    lowest = tl.load(residual + sample, evaluation > 0, other=float("inf"))
     is_best = finite & (relative < lowest)
     tl.store(residual + sample, tl.where(is_best, relative, lowest))
     tl.store(trace + evaluation.to(tl.int64) * n + sample, relative)
