@@ -6,6 +6,7 @@ A sample's sums are formed in a fixed order, so results depend neither on the nu
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,18 +138,8 @@ def norm_tail_vjp(
     return grad_y, None if r is None else grad_r, [g.sum(0).to(statistics[0].dtype) for g in grads]
 
 
-def tail(
-    y: Tensor,
-    r: Tensor | None,
-    first: Norm,
-    second: Norm | None,
-    groups: int,
-    eps: float,
-    *,
-    partial: Tensor | None = None,
-    state: State | None = None,
-) -> Tensor:
-    return norm_tail(y, r, first, second, groups, eps, consume=True)[0]
+def tail(*args: Any, **kwargs: Any) -> Tensor:
+    return norm_tail(*args, consume=True, **kwargs)[0]
 
 
 def step(
