@@ -31,7 +31,7 @@ QUIET = [
 register_all_modules()
 SYSTEMS = sorted(path.stem for path in CONFIGS.glob("ifr-*.py"))
 # Untrained weights score low everywhere; and fewer proposals, RoIs and detections, coarser grids for SOLO.
-LIMITS = {"score_thr": 0.0, "filter_thr": 0.0, "mask_thr": 0.001, "max_per_img": 8, "num": 32}
+LIMITS = {"score_thr": 0.0, "filter_thr": 0.0, "mask_thr": 1e-6, "max_per_img": 8, "num": 32}
 LIMITS |= {"num_grids": [20, 18, 12, 8, 6]}
 
 

@@ -20,7 +20,7 @@ def help_of():
         name: subprocess.run(
             [sys.executable, ROOT / "benchmarks" / name, "--help"], capture_output=True, text=True, check=True
         ).stdout
-        for name in ("speed.py", "accuracy.py")
+        for name in ("speed.py", "accuracy.py", "gpu_check.py")
     }
 
 
@@ -47,7 +47,7 @@ def test_extras_in_the_commands_exist():
 
 def test_options_in_the_commands_exist(help_of):
     commands = re.findall(r"python benchmarks/(\w+\.py)([^`\n]*)", README)
-    assert {name for name, _ in commands} == {"speed.py", "accuracy.py"}
+    assert {name for name, _ in commands} == set(help_of)
     for name, arguments in commands:
         for option in re.findall(r"--[\w-]+", arguments):
             assert re.search(rf"{option}\b", help_of[name]), f"{name} has no {option}"
