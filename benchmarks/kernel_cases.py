@@ -243,18 +243,16 @@ class Pieces:
         if hasattr(f, "y"):
             cuda_norm.residual_tail(state, f, z, row=row)
             return
-        splits = cuda._native.cuda.splits(state.size)
-        if state.norm_partials is None:
-            state.norm_partials = torch.empty(state.n, splits, 2, device=z.device)
+        state.reserve_norms(cuda._native.cuda.splits(state.size))
         addends = [(a.data_ptr(), cuda_norm.DTYPES[a.dtype]) for a in f.addends]
-        cuda._native.cuda.residual(self._solver(state, z, row), addends, cuda._stream(z.device))
+        cuda._native.cuda.residual(self._solver(state, z, row), addends, cuda.cuda_norm.current_stream(z.device))
 
     def _cuda(self, name: str, state, z: Tensor, row: int) -> None:
         cuda = self.modules[0]
         if state.gram_partials is None:
             splits = cuda._native.cuda.splits(state.size)
             state.gram_partials = torch.empty(state.n, splits, state.rows, device=z.device)
-        getattr(cuda._native.cuda, name)(self._solver(state, z, row), cuda._stream(z.device))
+        getattr(cuda._native.cuda, name)(self._solver(state, z, row), cuda.cuda_norm.current_stream(z.device))
 
     def _solver(self, state, z: Tensor, row: int):
         limits = ENDLESS["rtol"], ENDLESS["divergence"]

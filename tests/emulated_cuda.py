@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -70,10 +69,8 @@ def cuda_fixture():
             patch.delitem(sys.modules, f"{kernels.__name__}.{name}", raising=False)
             patch.delattr(kernels, name, raising=False)
         norm, cuda = (importlib.import_module(f"{kernels.__name__}.{name}") for name in MODULES)
-        patch.setattr(norm, "_stream", lambda device: 0)
+        patch.setattr(norm, "current_stream", lambda device: 0)
         patch.setattr(norm, "_shared_memory", lambda device: 227 << 10)
-        patch.setattr(cuda, "_stream", lambda device: 0)
-        patch.setattr(cuda, "_guard", lambda device: nullcontext())
         patch.setattr(cuda, "_capability", lambda device: (9, 0))
         yield cuda
         for name in MODULES:

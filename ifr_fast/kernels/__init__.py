@@ -28,6 +28,12 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
+def at(*tensors: Tensor | None, fill: int = 0) -> list[int]:
+    """What the compiled kernels take for tensors: addresses, 0 for None, padded with zeros to `fill`."""
+    found = [0 if t is None else t.data_ptr() for t in tensors]
+    return found + [0] * (fill - len(found))
+
+
 class State:
     """Everything a solve keeps for a chunk of n samples of `size` unknowns each.
 

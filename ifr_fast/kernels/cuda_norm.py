@@ -7,13 +7,14 @@ never on the batch, and sums are formed in a fixed order.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from .device import DeviceState, Tail
+from . import at
+from .device import DeviceState, Tail, status_of
 from .plain import Norm
 
 DTYPES = {
@@ -42,8 +43,8 @@ def norm_relu(
     mean, rstd = _statistics(y, groups, 2)
     out = y if consume else torch.empty_like(y)
     _native.cuda.norm_relu(
-        DTYPES[y.dtype], plan, *_at(y, *norm, mean, rstd, out), *_sums(partial), *_at(workspace, _status(state)),
-        _stream(y.device),
+        DTYPES[y.dtype], plan, *at(y, *norm, mean, rstd, out), *_sums(partial), *at(workspace, status_of(state)),
+        current_stream(y.device),
     )  # fmt: skip
     return out, mean, rstd
 
@@ -66,8 +67,8 @@ def norm_relu_vjp(
     workspace = _workspace(plan, y)
     grads = _affine_grads(y, 2 if params else 0)
     _native.cuda.norm_relu_vjp(
-        DTYPES[y.dtype], plan, *_at(grad, y, *norm, mean, rstd, grad_y), *_at(*grads, fill=2),
-        *_at(workspace, _status(None if params else state)), _stream(y.device),
+        DTYPES[y.dtype], plan, *at(grad, y, *norm, mean, rstd, grad_y), *at(*grads, fill=2),
+        *at(workspace, None if params else status_of(state)), current_stream(y.device),
     )  # fmt: skip
     return grad_y, [g.sum(0) for g in grads]
 
@@ -86,7 +87,7 @@ def norm_tail(
 ) -> tuple[Tensor, list[Tensor]]:
     y = _nhwc(y, y.dtype)
     out = y if consume and y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
-    ending = [*_at(out, fill=3), DTYPES[torch.float32], 0, 0]
+    ending = [*at(out, fill=3), DTYPES[torch.float32], 0, 0]
     return out, _tail(y, r, first, second, groups, eps, partial, state, ending)
 
 
@@ -95,10 +96,9 @@ def residual_tail(state: DeviceState, tail: Tail, z: Tensor, *, row: int) -> Non
     stored), with partial sums of g² and F(z)² in state.norm_partials. z (n, C, H, W): float32 NHWC."""
     y = _nhwc(tail.y, tail.y.dtype)
     plan = _plan(y, tail.groups, tail.eps, staged=_tail_bytes(y, tail.r))
-    if state.norm_partials is None or state.norm_partials.shape[1] != plan.blocks:
-        state.norm_partials = torch.empty(state.n, plan.blocks, 2, device=z.device)
+    state.reserve_norms(plan.blocks)
     history = None if row < 0 else state.history[:, row]
-    ending = [*_at(None, z, history), DTYPES[state.history.dtype], state.history.stride(0), *_at(state.norm_partials)]
+    ending = [*at(None, z, history), DTYPES[state.history.dtype], state.history.stride(0), *at(state.norm_partials)]
     _tail(y, *tail[1:], state, ending)
 
 
@@ -124,9 +124,9 @@ def norm_tail_vjp(
     grad_y, grad_r = torch.empty_like(y), torch.empty_like(grad) if two else grad
     grads = _affine_grads(y, (4 if two else 2) if params else 0)
     _native.cuda.norm_tail_vjp(
-        DTYPES[y.dtype], plan, *_at(grad, y, r, *first), *_at(*(second or ()), fill=2), *_at(*statistics, fill=4),
-        *_at(grad_y, grad_r if two else None), *_at(*grads, fill=4),
-        *_at(workspace, _status(None if params else state)), _stream(y.device),
+        DTYPES[y.dtype], plan, *at(grad, y, r, *first), *at(*(second or ()), fill=2), *at(*statistics, fill=4),
+        *at(grad_y, grad_r if two else None), *at(*grads, fill=4),
+        *at(workspace, None if params else status_of(state)), current_stream(y.device),
     )  # fmt: skip
     return grad_y, None if r is None else grad_r, [g.sum(0) for g in grads]
 
@@ -148,8 +148,8 @@ def _tail(
     workspace = _workspace(plan, y)
     statistics = _statistics(y, groups, 2 if second is None else 4)
     _native.cuda.norm_tail(
-        DTYPES[y.dtype], plan, *_at(y, r, *first), *_at(*(second or ()), fill=2), *_at(*statistics, fill=4), *ending,
-        *_sums(partial), *_at(workspace, _status(state)), _stream(y.device),
+        DTYPES[y.dtype], plan, *at(y, r, *first), *at(*(second or ()), fill=2), *at(*statistics, fill=4), *ending,
+        *_sums(partial), *at(workspace, status_of(state)), current_stream(y.device),
     )  # fmt: skip
     return statistics
 
@@ -182,7 +182,7 @@ def tiling(
     return width, length, threads(width, length), False
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _cut(
     n: int, channels: int, positions: int, groups: int, eps: float, itemsize: int, staged: int, shared: int
 ) -> _native.cuda.NormPlan:
@@ -204,7 +204,7 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _stream(device: torch.device) -> int:
+def current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
@@ -228,13 +228,3 @@ def _affine_grads(y: Tensor, count: int) -> list[Tensor]:
 
 def _sums(partial: Tensor | None) -> list[int]:
     return [0, 0] if partial is None else [partial.data_ptr(), partial.shape[1]]
-
-
-def _status(state: DeviceState | None) -> Tensor | None:
-    return None if state is None else state.status
-
-
-def _at(*tensors: Tensor | None, fill: int = 0) -> list[int]:
-    """Addresses, padded with null ones to `fill`."""
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    return addresses + [0] * (fill - len(addresses))

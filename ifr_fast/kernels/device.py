@@ -73,6 +73,16 @@ class DeviceState:
         self.norm_partials: Tensor | None = None
         self.gram_partials: Tensor | None = None
 
+    def reserve_norms(self, parts: int) -> None:
+        """Makes room for the norms' sums in so many parts; a solve's kernels share it."""
+        if self.norm_partials is None or self.norm_partials.shape[1] != parts:
+            self.norm_partials = torch.empty(self.n, parts, 2, device=self.norms.device)
+
+
+def status_of(state: DeviceState | None) -> Tensor | None:
+    """What tells kernels which samples they may skip; None: none."""
+    return None if state is None else state.status
+
 
 def shift(z: Tensor, x: Tensor, dtype: torch.dtype, state: DeviceState | None) -> Tensor:
     """z + x in dtype, what F's first convolution reads; with a state it comes from the last step."""

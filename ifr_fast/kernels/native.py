@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from . import State, is_channels_last, plain, ridge
+from . import State, at, is_channels_last, plain, ridge
 from .plain import Convolution, Norm, finish, new_state, shift, total, wide
 
 __all__ = [
@@ -65,7 +65,7 @@ def norm_relu(
     y, shape = _activation(y, groups, eps)
     mean, rstd = _statistics(y, groups, 2)
     out = y if consume else torch.empty_like(y)
-    _native.norm_relu(DTYPES[y.dtype], shape, *_at(y, *norm, mean, rstd, out))
+    _native.norm_relu(DTYPES[y.dtype], shape, *at(y, *norm, mean, rstd, out))
     return out, mean, rstd
 
 
@@ -84,7 +84,7 @@ def norm_relu_vjp(
     y, shape = _activation(y, groups, eps)
     grad, grad_y = _like(grad, y, y.dtype), torch.empty_like(y)
     grads = _affine_grads(y, 2 if params else 0)
-    _native.norm_relu_vjp(DTYPES[y.dtype], shape, *_at(grad, y, *norm, mean, rstd, grad_y), *_at(*grads, fill=2))
+    _native.norm_relu_vjp(DTYPES[y.dtype], shape, *at(grad, y, *norm, mean, rstd, grad_y), *at(*grads, fill=2))
     return grad_y, [g.sum(0).to(mean.dtype) for g in grads]
 
 
@@ -106,7 +106,7 @@ def norm_tail(
     statistics = _statistics(y, groups, 4 if post else 2)
     out = y if consume and y.dtype == wide(y.dtype) else torch.empty_like(y, dtype=wide(y.dtype))
     _native.norm_tail(
-        DTYPES[y.dtype], shape, post, *_at(y, r, *first), *_at(*(second or ()), fill=2), *_at(*statistics, fill=4),
+        DTYPES[y.dtype], shape, post, *at(y, r, *first), *at(*(second or ()), fill=2), *at(*statistics, fill=4),
         out.data_ptr(),
     )  # fmt: skip
     return out, statistics
@@ -132,8 +132,8 @@ def norm_tail_vjp(
     grad_y, grad_r = torch.empty_like(y), torch.empty_like(grad) if post else grad
     grads = _affine_grads(y, (4 if post else 2) if params else 0)
     _native.norm_tail_vjp(
-        DTYPES[y.dtype], shape, post, *_at(grad, y, r, *first), *_at(*(second or ()), fill=2),
-        *_at(*statistics, fill=4), *_at(grad_y, grad_r), *_at(*grads, fill=4),
+        DTYPES[y.dtype], shape, post, *at(grad, y, r, *first), *at(*(second or ()), fill=2),
+        *at(*statistics, fill=4), *at(grad_y, grad_r), *at(*grads, fill=4),
     )  # fmt: skip
     return grad_y, None if r is None else grad_r, [g.sum(0).to(statistics[0].dtype) for g in grads]
 
@@ -157,18 +157,12 @@ def step(
     row = -1 if last else evaluation % state.rows
     return _native.step(
         DTYPES[z.dtype], DTYPES[state.history.dtype], getattr(_native.Method, method),
-        *_at(f, z, state.value, state.history, state.gram, state.p, state.q, state.step, state.norms),
-        *_at(state.status, state.iterations, state.improved, state.residual, state.trace[evaluation]),
+        *at(f, z, state.value, state.history, state.gram, state.p, state.q, state.step, state.norms),
+        *at(state.status, state.iterations, state.improved, state.residual, state.trace[evaluation]),
         state.trace[evaluation - 1].data_ptr() if evaluation else 0,
         state.n, state.size, state.rows, row, evaluation, window, rtol, divergence, ridge(state.gram.dtype),
         torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _at(*tensors: Tensor | None, fill: int = 0) -> list[int]:
-    """Addresses, padded with null ones to `fill`."""
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    return addresses + [0] * (fill - len(addresses))
 
 
 def _activation(y: Tensor, groups: int, eps: float) -> tuple[Tensor, _native.NormShape]:

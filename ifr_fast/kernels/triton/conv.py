@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import DeviceState
+from ..device import DeviceState, status_of
 from .tiles import RUNNING, nhwc
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -166,7 +166,7 @@ class ImplicitGemm:
         whole, rests = rows.tiles(n, config.height)
         columns = triton.cdiv(self.out, config.width)
         convolve[((whole + rests) * columns,)](
-            x, self.weight, y, partial, None if state is None else state.status, n, height, width, rows.count, whole,
+            x, self.weight, y, partial, status_of(state), n, height, width, rows.count, whole,
             SEGMENT=rows.segment, REST=rows.rest, CHANNELS=self.channels, OUT=self.out, HEIGHT=config.height,
             WIDTH=config.width, DEPTH=config.depth, PRECISION=self.precision, UPCAST=INTERPRETED,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import DeviceState, Tail
+from ..device import DeviceState, Tail, status_of
 from ..plain import Norm
 from .tiles import (
     RUNNING,
@@ -44,7 +44,7 @@ def norm_relu(
     state: DeviceState | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """plain.norm_relu. partial: the convolution's moments of y, (n, parts, channels, 3) = (count, mean, M2)."""
-    y, status = nhwc(y), None if state is None else state.status
+    y, status = nhwc(y), status_of(state)
     n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
     out = y if consume else torch.empty_like(y)
     mean, rstd = torch.empty((2, n, groups), dtype=torch.float32, device=y.device)
@@ -79,8 +79,7 @@ def norm_tail(
     out = y if consume and y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
     shape = (2 if second is None else 4, y.shape[0], groups)
     statistics = list(torch.empty(shape, dtype=torch.float32, device=y.device))
-    status = None if state is None else state.status
-    _tail(Tail(y, r, first, second, groups, eps, partial), statistics, out, None, None, status, 0, 0)
+    _tail(Tail(y, r, first, second, groups, eps, partial), statistics, out, None, None, status_of(state), 0, 0)
     return out, statistics
 
 
@@ -116,8 +115,7 @@ def _tail(
     history = norm_partials = None
     if state is not None:
         history = state.history
-        if state.norm_partials is None or state.norm_partials.shape[1] != tile.blocks:
-            state.norm_partials = torch.empty(n, tile.blocks, 2, dtype=torch.float32, device=y.device)
+        state.reserve_norms(tile.blocks)
         norm_partials = state.norm_partials
     statistics = [*(statistics or []), None, None, None, None][:4]
     sink = (out, z, history, norm_partials, status, positions, rows, row)

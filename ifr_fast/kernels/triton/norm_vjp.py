@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import DeviceState
+from ..device import DeviceState, status_of
 from ..plain import Norm
 from .tiles import (
     RUNNING,
@@ -141,7 +141,7 @@ def _split_tail_vjp(
 
 
 def _status(state: DeviceState | None, params: bool) -> Tensor | None:
-    return None if state is None or params else state.status
+    return None if params else status_of(state)
 
 
 def _over_samples(grads: Tensor | None) -> list[Tensor]:

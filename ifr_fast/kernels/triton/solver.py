@@ -87,8 +87,7 @@ def residual(state: DeviceState, f: Tensor | Total, z: Tensor, row: int) -> None
     addends = [_laid_out(a, z) for a in addends] + [None] * (3 - len(addends))
     blocks = blocks_per_part(state.size)
     parts = triton.cdiv(state.size, blocks * BLOCK)
-    if state.norm_partials is None or state.norm_partials.shape[1] != parts:
-        state.norm_partials = torch.empty(state.n, parts, 2, device=z.device)
+    state.reserve_norms(parts)
     residual_kernel[(state.n * parts,)](
         *addends, z, state.history, state.norm_partials, state.status, state.size, state.rows, row,
         ALIGN=alignment(state.size), BLOCK=BLOCK, BLOCKS=blocks, num_warps=4,
