@@ -61,12 +61,23 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     """A small dataset in COCO's format."""
     from coco_shapes import write_dataset  # here: it needs pycocotools, which the GPU's tests do without
 
     return write_dataset(tmp_path_factory.mktemp("shapes"))
+
+
+@pytest.fixture(scope="session")
+def sweep(shapes, tmp_path_factory):
+    """The folder of an ablation that trained every row for an epoch on the shapes."""
+    import ablation
+
+    folder = tmp_path_factory.mktemp("sweep")
+    options = ["--channels", "32", "--epochs", "1", "--batch-size", "4", "--min-area", "200", "--device", "cpu"]
+    ablation.main([str(shapes), "--output", str(folder), *options, "--seeds", "1", "--lrs", "1e-3"])
+    return folder
 
 
 @pytest.fixture

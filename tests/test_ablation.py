@@ -1,0 +1,85 @@
+"""benchmarks/ablation.py: every row trains, a stopped sweep goes on, the learning rate that validates best is taken."""
+
+import json
+import math
+
+import ablation
+import pytest
+from ablation import Run
+from coco import DataError
+from strategies import STRATEGIES, TABLES
+
+OPTIONS = ["--channels", "32", "--epochs", "1", "--batch-size", "4", "--min-area", "200", "--device", "cpu"]
+
+
+def sweep_again(shapes, folder, *options):
+    rows = [] if "--rows" in options else ["--rows", "no convolution", "IFR"]
+    return ablation.main([str(shapes), "--output", str(folder), *OPTIONS, "--seeds", "1", *rows, *options])
+
+
+def without_clocks(report):
+    epochs = [{**epoch, "seconds": None} for epoch in report["epochs"]]
+    return {**report, "epochs": epochs, "seconds_per_epoch": None}
+
+
+def test_every_row_trains_and_is_reported(sweep):
+    report = json.loads((sweep / "ablation.json").read_text())
+    assert list(report["rows"]) == list(STRATEGIES)
+    for row, (training,) in report["rows"].items():
+        assert 0 <= training["test"]["above_75"] <= training["test"]["above_50"] <= 1, row
+        assert math.isfinite(training["epochs"][0]["loss"]), row
+    solved = {row for row, (training,) in report["rows"].items() if "residual" in training["test"]}
+    assert solved == {row for row, s in STRATEGIES.items() if s.kind == "ifr"} - {"unroll"}
+
+
+def test_every_row_stands_in_a_table():
+    assert {row for rows in TABLES.values() for row in rows} == set(STRATEGIES)
+
+
+def test_a_stopped_sweep_goes_on_and_repeats_itself_to_the_last_digit(shapes, sweep):
+    before = json.loads((sweep / "ablation.json").read_text())["rows"]["IFR"][0]
+    run = Run("IFR", 1e-3, 0)
+    untouched = Run("no convolution", 1e-3, 0).path(sweep)
+    stamp = untouched.stat().st_mtime_ns
+    run.path(sweep).unlink()
+    after = sweep_again(shapes, sweep, "--lrs", "1e-3")["rows"]["IFR"][0]
+    assert untouched.stat().st_mtime_ns == stamp
+    assert without_clocks(after) == without_clocks(before)
+
+
+def test_a_folder_of_other_trainings_is_refused(shapes, sweep):
+    with pytest.raises(DataError, match=r"holds trainings with \{'epochs': 1\}, this sweep asks for \{'epochs': 2\}"):
+        sweep_again(shapes, sweep, "--epochs", "2")
+
+
+def test_the_learning_rate_that_validates_best_is_taken():
+    scores = {(1e-3, 0): 0.5, (1e-3, 1): 0.5, (3e-3, 0): 0.9, (3e-3, 1): 0.4, (1e-2, 0): 0.8, (1e-2, 4): 1.0}
+    reports = [{"row": "IFR", "lr": lr, "seed": seed, "validation_iou": iou} for (lr, seed), iou in scores.items()]
+    failed = {"row": "IFR", "lr": 1e-2, "seed": 1, "failed": "the loss is not finite"}
+    other = {"row": "IFR, 3 steps", "lr": 1e-4, "seed": 0, "validation_iou": 0.99}
+    assert ablation.best_rates([*reports, failed, other]) == {"IFR": 3e-3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--channels", "48"], "--channels: expected a multiple of 32"),
+        (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["--lrs", "-1"], "--lrs: expected positive numbers, got -1.0"),
+        (["--rows", "IFR, 4 steps"], "argument --rows: invalid choice"),
+    ],
+)
+def test_bad_options_are_named(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit):
+        ablation.parse([str(tmp_path), *options])
+    assert message in capsys.readouterr().err
+
+
+def test_a_sweep_of_which_weights_are_wanted_must_have_finished(tmp_path):
+    with pytest.raises(DataError, match=r"has no ablation\.json"):
+        ablation.trained_branches(tmp_path, "IFR")
+
+
+def test_an_unknown_row_of_a_sweep_is_named(sweep):
+    with pytest.raises(DataError, match="has no row 'IFR, 7 steps'"):
+        ablation.trained_branches(sweep, "IFR, 7 steps")
