@@ -19,12 +19,14 @@ import warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from coco import CocoFolder, DataError
 from environment import environment
+from files import replace_file, replace_text
 from mask_branch import MaskBranch, Splits, train_branch
 from objects import Objects, load_objects
 from strategies import STRATEGIES, TABLES
@@ -103,8 +105,7 @@ def claim(folder: Path, settings: Settings) -> None:
             was, now = ({name: values.get(name) for name in changed} for values in (was, now))
             raise DataError(f"output: {folder} holds trainings with {was}, this sweep asks for {now}; name another")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(settings), indent=1) + "\n")
+        replace_text(path, json.dumps(asdict(settings), indent=1) + "\n")
 
 
 def load_splits(data: Path, cache: Path, min_area: int, device: torch.device) -> Splits:
@@ -138,18 +139,10 @@ def _train(run: Run, folder: Path, settings: Settings) -> tuple[Run, dict[str, A
     except FloatingPointError as error:
         report = {"failed": str(error)}
     else:
-        _replace(run.path(folder).with_suffix(".pt"), lambda path: torch.save(branch.state_dict(), path))
+        replace_file(run.path(folder).with_suffix(".pt"), partial(torch.save, branch.state_dict()))
     report = {**asdict(run), **asdict(strategy), **report}
-    _replace(run.path(folder), lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+    replace_text(run.path(folder), json.dumps(report, indent=1) + "\n")
     return run, report
-
-
-def _replace(path: Path, write) -> None:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(path.suffix + ".unfinished")
-    write(unfinished)
-    unfinished.replace(path)
 
 
 class Sweep:
@@ -202,7 +195,7 @@ def write_report(folder: Path, settings: Settings) -> dict[str, Any]:
         "search": [{key: report.get(key) for key in searched} for report in reports if report["row"] in rates],
         "rows": rows,
     }
-    _replace(folder / "ablation.json", lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+    replace_text(folder / "ablation.json", json.dumps(content, indent=1) + "\n")
     return content
 
 

@@ -2,11 +2,13 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from coco import CocoFolder, DataError
 from efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLite0Features, imagenet_state
+from files import replace_file
 from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms.v2.functional import normalize
@@ -55,11 +57,7 @@ def load_objects(dataset: CocoFolder, cache: Path, *, min_area: int) -> Objects:
     recipe = repr((sorted(dataset.coco.anns.items()), sorted(dataset.coco.imgs.items()), min_area, BLOCKS))
     path = cache / f"objects-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.pt"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        found = _make_objects(dataset, min_area)
-        unfinished = path.with_suffix(".unfinished")
-        torch.save(vars(found), unfinished)
-        unfinished.replace(path)
+        replace_file(path, partial(torch.save, vars(_make_objects(dataset, min_area))))
     # Mapped: processes that train side by side share the pages.
     return Objects(**torch.load(path, mmap=True, weights_only=True))
 

@@ -1,0 +1,318 @@
+"""How the plain iteration and the solvers converge on a trained block: Sec. 3.5 of the paper.
+
+    python benchmarks/convergence.py DATA --sweep runs/ablation
+    python benchmarks/convergence.py DATA --sweep runs/ablation --row "IFR, 4 groups" --rois 4 --steps 10000
+
+DATA and the block are those of ablation.py's finished sweep; X is what the block is given for some of DATA's unseen
+objects, the RoIs. In float64, in float32 (IEEE, never TF32) and with the convolutions in bfloat16 (iterates stay
+float32, as in the library):
+
+* the plain iteration Hⁱ⁺¹ = F(Hⁱ; X) from H⁰ = 0: ‖Hⁱ⁺¹ - Hⁱ‖, and the same relative to ‖Hⁱ⁺¹‖;
+* the spectral radius of ∂F/∂H along the way, in float64: power iteration for every RoI, and the leading eigenvalues of
+  the first one by ARPACK's restarted Arnoldi method;
+* each solver's relative residual ‖F(H) - H‖ / ‖F(H)‖ step by step, with F in the solver's own precision;
+* the distance of what it returns from the limit H*, ‖H - H*‖, and that relative to ‖H*‖, as drawn. The table counts
+  the RoIs for which each is below the paper's bound, e⁻⁸ = 3.4e-4. H* is where the float64 iteration ended if it has
+  converged there, else what Broyden's method makes of that in float64; the report says which, and how well H* itself
+  solves the equation.
+
+A run that was stopped goes on where it was. Writes convergence.json and convergence.png.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ablation import load_test_objects, trained_branch
+from coco import DataError
+from convergence_report import CONVERGED, PLAIN, print_report, save_picture
+from environment import environment
+from files import replace_file
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
+from torch import Tensor
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Solution, Status, Unroll, fixed_point
+from ifr_fast.reference import relative_residual
+
+PRECISIONS = ("float64", "float32", "bfloat16")
+SOLVERS = {"Broyden": Broyden, "Anderson": Anderson, "Picard": Picard}
+EIGENVALUES = 6
+PRODUCTS = 200  # of the power iteration
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked. Exits with a message where a value cannot be used."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("data", help="the sweep's folder in COCO format", type=Path)
+    add("--sweep", help="ablation.py's output (%(default)s)", type=Path, default=Path("runs/ablation"))
+    add("--row", help="of the sweep (%(default)s)", default="IFR")
+    add("--seed", help="of the training, and of the spectrum's first vectors (%(default)s)", type=int, default=0)
+    add("--rois", help="how many (%(default)s)", type=int, default=2)
+    add("--steps", help="of the plain iteration (%(default)s)", type=int, default=100_000)
+    add("--solver-steps", help="(%(default)s)", type=int, nargs="+", default=[15, 50, 200])
+    others = list(PRECISIONS[1:])
+    add("--precisions", help="beside float64 (%(default)s)", nargs="*", choices=others, default=others)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", help="(%(default)s)", choices=("cpu", "cuda"), default=device)
+    add("--output", help="folder (%(default)s)", type=Path, default=Path("runs/convergence"))
+    options = parser.parse_args(arguments)
+    for name in ("rois", "steps", "solver_steps"):
+        value = getattr(options, name)
+        if np.min(value) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {np.min(value)}")
+    if options.seed < 0:
+        parser.error(f"--seed: expected zero or more, got {options.seed}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected cpu, as torch finds no GPU here, got cuda")
+    options.solver_steps = sorted(set(options.solver_steps))
+    return options
+
+
+@dataclass(frozen=True)
+class Equation:
+    """H = F(H; X) in one precision: evaluated by the library's block, solved by its head. X: (N, C, H, W)."""
+
+    precision: str
+    head: IFRHead
+    x: Tensor
+
+    @classmethod
+    def make(cls, head: IFRHead, x: Tensor, precision: str) -> "Equation":
+        iterate = torch.float64 if precision == "float64" else torch.float32
+        head = deepcopy(head).to(iterate).requires_grad_(False)
+        head.adjoint = Implicit()  # a sweep's Shine would refuse some solvers
+        return cls(precision, head, x.to(iterate))
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.head.block(z, self.x, getattr(torch, self.precision))
+
+    def residual(self, z: Tensor) -> Tensor:
+        return relative_residual(z, self(z) - z)
+
+    def solve(self, solver: Broyden | Anderson | Picard) -> Solution:
+        self.head.solver = solver
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            self.head.solve(self.x)
+        return self.head.last_solution
+
+    def product(self, z: Tensor) -> Callable[[Tensor], Tensor]:
+        """w → wᵀ ∂F/∂H at z."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            fz = self(z)
+        return lambda w: torch.autograd.grad(fz, z, w, retain_graph=True)[0]
+
+
+def recorded_steps(steps: int) -> list[int]:
+    """Every step up to 100, then 50 a decade, with the powers of ten, and the last one."""
+    spaced = (round(10 ** (i / 50)) for i in range(100, math.ceil(50 * math.log10(steps)) + 1))
+    return sorted({*range(1, min(steps, 100) + 1), *(step for step in spaced if step <= steps), steps})
+
+
+def iterate(equation: Equation, steps: int, path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The plain iteration from 0, saved at `path` as it goes; picked up from there if it is of the same config.
+
+    Returns the last step and iterate z, for every recorded step "steps" the "norm" and the "relative" norm of the step
+    that led there, RoI by RoI, the "iterates" at powers of ten, and the "seconds" spent.
+    """
+    start = {"step": 0, "z": torch.zeros_like(equation.x), "seconds": 0.0, "iterates": {}}
+    state = restored(path, config, equation.x.device) or start | {"steps": [], "norm": [], "relative": []}
+    z, left = state["z"], [step for step in recorded_steps(steps) if step > state["step"]]
+    with tqdm(total=steps, initial=state["step"], desc=equation.precision, dynamic_ncols=True) as bar:
+        for step in left:
+            clock = time.perf_counter()
+            with parametrize.cached():  # the normalised weights
+                for _ in range(state["step"], step):
+                    previous, z = z, equation(z)
+            norm = norms(z - previous)
+            state["steps"].append(step)
+            state["norm"].append(finite(norm))
+            state["relative"].append(finite(norm / norms(z).clamp_min(1e-30)))
+            state["seconds"] += time.perf_counter() - clock
+            bar.update(step - state["step"])
+            if math.log10(step).is_integer():
+                state["iterates"][step] = z
+            state["step"], state["z"] = step, z
+            if step >= 100 or step == steps:
+                replace_file(path, partial(torch.save, {"config": config, **state}))
+    return state
+
+
+def norms(z: Tensor) -> Tensor:
+    return z.flatten(1).norm(dim=1)
+
+
+def restored(path: Path, config: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+    """What `iterate` saved; None where there is nothing. Raises DataError where it is of another config."""
+    if not path.exists():
+        return None
+    state = torch.load(path, map_location=device, weights_only=True)
+    was = state.pop("config")
+    changed = [name for name in config if was.get(name) != config[name]]
+    if changed:
+        was, now = ({name: values.get(name) for name in changed} for values in (was, config))
+        raise DataError(f"output: {path} is of a run with {was}, this one asks for {now}; name another folder")
+    return state
+
+
+def limit(equation: Equation, z: Tensor) -> tuple[Tensor, list[str]]:
+    """H* given where the float64 iteration ended, and what it was found by, RoI by RoI."""
+    converged = equation.residual(z) <= CONVERGED
+    found, polish = z, Broyden(max_iter=100, rtol=1e-14)
+    if not converged.all():
+        for _ in tqdm(range(5), "limit", dynamic_ncols=True):  # each starts from the last one's best iterate
+            found = fixed_point(equation, found, solver=polish)[0]
+    names = [PLAIN if reached else "Broyden" for reached in converged.tolist()]
+    return torch.where(converged.view(-1, 1, 1, 1), z, found), names
+
+
+def spectrum(equation: Equation, z: Tensor, seed: int) -> dict[str, Any]:
+    """Of ∂F/∂H at z: "radius" by power iteration, RoI by RoI; "eigenvalues" (real, imaginary) of the first RoI, those
+    of the largest modulus that Arnoldi's method found, largest first."""
+    w = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=z.dtype).to(z.device)
+    first = replace(equation, x=equation.x[:1])
+    eigenvalues = arnoldi(first.product(z[:1]), w[:1])
+    return {
+        "radius": finite(power_iteration(equation.product(z), w)),
+        "eigenvalues": [[value.real, value.imag] for value in sorted(eigenvalues, key=lambda v: (-abs(v), -v.imag))],
+    }
+
+
+def power_iteration(product: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+    """(N,) the growth of w, averaged over the last half of the products, as a complex leading pair makes it swing."""
+    growth = []
+    for _ in range(PRODUCTS):
+        w = product(w / norms(w).clamp_min(1e-30).view(-1, 1, 1, 1))
+        growth.append(norms(w))
+    return torch.stack(growth[PRODUCTS // 2 :]).log().mean(0).exp()
+
+
+def arnoldi(product: Callable[[Tensor], Tensor], w: Tensor) -> np.ndarray:
+    """The leading eigenvalues of one RoI's Jacobian, complex128; fewer where ARPACK's restarts did not settle all."""
+
+    def matvec(v: np.ndarray) -> np.ndarray:
+        return product(torch.from_numpy(v).to(w).view(w.shape)).flatten().cpu().numpy()
+
+    operator = LinearOperator((w.numel(), w.numel()), matvec, dtype=np.float64)
+    start = w.flatten().cpu().numpy()
+    try:
+        return eigs(operator, EIGENVALUES, v0=start, ncv=40, maxiter=50, tol=1e-6, return_eigenvectors=False)
+    except ArpackNoConvergence as stopped:
+        return stopped.eigenvalues
+
+
+def solves(equation: Equation, solver_steps: list[int], h: Tensor) -> list[dict[str, Any]]:
+    """Each solver with each number of steps; the trace of relative residuals only of the longest."""
+    entries = []
+    for name, solver in SOLVERS.items():
+        for steps in solver_steps:
+            solution = equation.solve(solver(max_iter=steps, rtol=0.0))
+            entry = {"solver": name, "precision": equation.precision, "steps": steps}
+            entry["status"] = [Status(code).name for code in solution.status.tolist()]
+            entry["residual"] = finite(solution.residual)
+            if steps == solver_steps[-1]:
+                entry["trace"] = [finite(row) for row in solution.trace]
+            entries.append(entry | distances(solution.value, h))
+    return entries
+
+
+def distances(z: Tensor, h: Tensor) -> dict[str, list]:
+    distance = norms(z.double() - h)
+    return {"distance": finite(distance), "relative_distance": finite(distance / norms(h))}
+
+
+def finite(values: Tensor) -> list[float | None]:
+    """JSON knows neither inf nor nan."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+@torch.no_grad()
+def problem(options: argparse.Namespace) -> tuple[IFRHead, Tensor]:
+    """The trained head, and X of objects spread evenly over the unseen ones, on the device."""
+    branch, _ = trained_branch(options.sweep, options.row, options.seed)
+    head = branch.refine
+    if not isinstance(head, IFRHead) or isinstance(head.solver, Unroll) or head.block.form == "paper":
+        raise DataError(f"row: {options.row!r} has no equilibrium to study")
+    objects = load_test_objects(options.data, options.sweep)
+    if options.rois > len(objects):
+        raise DataError(f"rois: expected at most {len(objects)}, the objects of {options.data}, got {options.rois}")
+    chosen = torch.linspace(0, len(objects) - 1, options.rois).round().long()
+    return head.to(options.device), branch.to(options.device).reduced(objects.features[chosen].to(options.device))
+
+
+def fingerprint(head: IFRHead, x: Tensor) -> str:
+    tensors = [*head.block.state_dict().values(), x]
+    return hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()[:16]
+
+
+@torch.no_grad()
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    clock = time.perf_counter()
+    head, x = problem(options)
+    settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
+    config = {name: settings[name] for name in ("row", "seed", "rois", "steps", "device")}
+    config["weights and X"] = fingerprint(head, x)
+    options.output.mkdir(parents=True, exist_ok=True)
+    equations = {name: Equation.make(head, x, name) for name in PRECISIONS if name in ("float64", *options.precisions)}
+    exact = equations["float64"]
+
+    plain = {
+        name: iterate(equation, options.steps, options.output / f"plain-{name}.pt", config)
+        for name, equation in equations.items()
+    }
+    h, found_by = limit(exact, plain["float64"]["z"])
+    points = [*plain["float64"]["iterates"].items(), ("limit", h)]
+    spectra = [
+        {"step": step, **spectrum(exact, z, options.seed)} for step, z in tqdm(points, "spectrum", dynamic_ncols=True)
+    ]
+    entries = []
+    for name, equation in tqdm(equations.items(), "solvers", dynamic_ncols=True):
+        z = plain[name]["z"]
+        entry = {"solver": PLAIN, "precision": name, "steps": options.steps, "residual": finite(equation.residual(z))}
+        entries += [*solves(equation, options.solver_steps, h), entry | distances(z, h)]
+    return {
+        "settings": settings,
+        "environment": environment(x.device),
+        "elapsed_seconds": time.perf_counter() - clock,
+        "shape": list(x.shape),
+        "plain": {
+            name: {key: state[key] for key in ("steps", "norm", "relative")}
+            | {"seconds_per_step": state["seconds"] / options.steps}
+            for name, state in plain.items()
+        },
+        "limit": {"found_by": found_by, "residual": finite(exact.residual(h)), "norm": norms(h).tolist()},
+        "spectrum": spectra,
+        "solves": entries,
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = parse(arguments)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        report = run(options)
+    (options.output / "convergence.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    save_picture(options.output / "convergence.png", report)
+    print_report(report)
+    print(f"wrote {options.output / 'convergence.json'} and {options.output / 'convergence.png'}")
+    return report
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        sys.exit(f"convergence.py: error: {error}")
