@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from coco import CocoFolder, DataError
 from environment import environment
-from files import replace_file, replace_text
+from files import refuse_changes, write_json, write_whole
 from mask_branch import MaskBranch, Splits, train_branch
 from objects import Objects, load_objects
 from strategies import STRATEGIES, TABLES
@@ -74,7 +74,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", "trainings of each row", type=int, default=5)
     add("--lrs", "highest learning rates to choose from", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     add("--channels", "width of the branch", type=int, default=256)
-    add("--epochs", "length of a training at most: it stops early", type=int, default=8)
+    add("--epochs", "length of a training", type=int, default=8)
     add("--batch-size", "objects an iteration", type=int, default=16)
     add("--min-area", "of an object, in pixels", type=int, default=32**2)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,13 +99,9 @@ def claim(folder: Path, settings: Settings) -> None:
     """Write down the settings, or raise DataError where the folder holds trainings with others."""
     path = folder / "settings.json"
     if path.exists():
-        was, now = json.loads(path.read_text()), asdict(settings)
-        changed = [name for name in now if now[name] != was.get(name)]
-        if changed:
-            was, now = ({name: values.get(name) for name in changed} for values in (was, now))
-            raise DataError(f"output: {folder} holds trainings with {was}, this sweep asks for {now}; name another")
+        refuse_changes(path, json.loads(path.read_text()), asdict(settings))
     else:
-        replace_text(path, json.dumps(asdict(settings), indent=1) + "\n")
+        write_json(path, asdict(settings))
 
 
 def load_splits(data: Path, cache: Path, min_area: int, device: torch.device) -> Splits:
@@ -139,9 +135,9 @@ def _train(run: Run, folder: Path, settings: Settings) -> tuple[Run, dict[str, A
     except FloatingPointError as error:
         report = {"failed": str(error)}
     else:
-        replace_file(run.path(folder).with_suffix(".pt"), partial(torch.save, branch.state_dict()))
+        write_whole(run.path(folder).with_suffix(".pt"), partial(torch.save, branch.state_dict()))
     report = {**asdict(run), **asdict(strategy), **report}
-    replace_text(run.path(folder), json.dumps(report, indent=1) + "\n")
+    write_json(run.path(folder), report)
     return run, report
 
 
@@ -195,12 +191,12 @@ def write_report(folder: Path, settings: Settings) -> dict[str, Any]:
         "search": [{key: report.get(key) for key in searched} for report in reports if report["row"] in rates],
         "rows": rows,
     }
-    replace_text(folder / "ablation.json", json.dumps(content, indent=1) + "\n")
+    write_json(folder / "ablation.json", content)
     return content
 
 
 def trained_branches(folder: Path, row: str) -> list[MaskBranch]:
-    """A row's branches in a sweep, seed by seed, with the weights that validated best.
+    """A row's branches in a sweep, seed by seed.
 
     Raises DataError where the folder has none.
     """

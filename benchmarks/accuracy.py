@@ -4,11 +4,11 @@
     torchrun --nproc-per-node 8 benchmarks/accuracy.py DATA --refine stack --backbone resnet50 --seed 1
 
 DATA holds annotations/instances_{train,val}.json, and its images in train/ and val/ or in images/. Writes
-accuracy.json (configuration, versions, losses, metrics) and masks.png (predictions beside the ground truth).
+accuracy.json (configuration, versions, losses, metrics), detections.json (COCO's results format) and masks.png
+(predictions beside the ground truth).
 """
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -17,11 +17,13 @@ import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from coco import CocoFolder, DataError, TrainingStream, coco_metrics
 from detector import ADJOINTS, REFINEMENTS, SOLVERS, build_detector, build_refinement
-from pictures import save_comparison
+from files import write_json
+from pictures import draw_predictions
 from training import Checkpoints, Findings, Plan, Process, evaluate, joined_processes, train
 
 # Options that do not change what is learnt: a training may be resumed with others.
@@ -60,53 +62,59 @@ IFR_OPTIONS = {
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked and with its defaults filled in. Exits with a message where options clash."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_options(parser)
+    add(parser, "--refine", "what stands for the mask head's four convolutions", choices=REFINEMENTS, default="ifr")
+    add(parser, "--seed", "of weights, data order and sampling", type=int, default=0)
+    add(parser, "--checkpoint", "folder to save the training in", type=Path)
+    add(parser, "--resume", "go on from the checkpoint", action="store_true")
+    add(parser, "--output", "folder for report, detections and picture", type=Path, default=Path("runs/accuracy"))
+    options = parser.parse_args(arguments)
+    check(options, parser)
+    return options
 
-    def add(name: str, help: str, **kwargs) -> None:
-        if kwargs.get("default") is not None:
-            help += " (%(default)s)"
-        parser.add_argument(name, help=help, **kwargs)
 
-    add("data", "folder in COCO format", type=Path)
-    add("--train-annotations", "instances file to train on, where it is not the usual one", type=Path)
-    add("--val-annotations", "instances file to evaluate on, where it is not the usual one", type=Path)
-    add("--refine", "what stands for the mask head's four convolutions", choices=REFINEMENTS, default="ifr")
-    add("--solver", "for ifr (broyden)", choices=SOLVERS)
-    add("--steps", "solver iterations, forward and backward, for ifr (15); blocks for unroll (4)", type=int)
-    add("--adjoint", "how gradients pass through the solve, for ifr (implicit)", choices=ADJOINTS)
-    add("--groups", "groups of GroupNorm, for ifr and unroll (32)", type=int)
-    add("--warmup-steps", "training iterations with an unrolled block before ifr solves (a tenth)", type=int)
-    add("--backbone", "efficientnet_lite0 or a torchvision classifier's name", default="efficientnet_lite0")
-    add(
+def add(parser: argparse.ArgumentParser, name: str, help: str, **kwargs: Any) -> None:
+    if kwargs.get("default") is not None:
+        help += " (%(default)s)"
+    parser.add_argument(name, help=help, **kwargs)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that trainings to be compared have in common."""
+    option = partial(add, parser)
+    option("data", "folder in COCO format", type=Path)
+    option("--train-annotations", "instances file to train on, where it is not the usual one", type=Path)
+    option("--val-annotations", "instances file to evaluate on, where it is not the usual one", type=Path)
+    option("--solver", "for ifr (broyden)", choices=SOLVERS)
+    option("--steps", "solver iterations, forward and backward, for ifr (15); blocks for unroll (4)", type=int)
+    option("--adjoint", "how gradients pass through the solve, for ifr (implicit)", choices=ADJOINTS)
+    option("--groups", "groups of GroupNorm, for ifr and unroll (32)", type=int)
+    option("--warmup-steps", "training iterations with an unrolled block before ifr solves (a tenth)", type=int)
+    option("--backbone", "efficientnet_lite0 or a torchvision classifier's name", default="efficientnet_lite0")
+    option(
         "--weights",
         "of the backbone (imagenet for efficientnet_lite0, else none)",
         choices=("imagenet", "none"),
     )
-    add("--channels", "width of pyramid and heads", type=int, default=256)
-    add("--image-size", "shorter side in pixels; the longer is at most 5/3 of it", type=int, default=800)
-    add("--rois-per-image", "regions sampled from an image in training", type=int, default=512)
-    add("--detections-per-image", "kept at most in evaluation", type=int, default=100)
+    option("--channels", "width of pyramid and heads", type=int, default=256)
+    option("--image-size", "shorter side in pixels; the longer is at most 5/3 of it", type=int, default=800)
+    option("--rois-per-image", "regions sampled from an image in training", type=int, default=512)
+    option("--detections-per-image", "kept at most in evaluation", type=int, default=100)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--iterations", type=int, help="length of the training")
     length.add_argument("--epochs", type=float, default=12, help="the same in passes over the data (%(default)g)")
-    add("--batch-size", "images an iteration, over all processes", type=int, default=8)
-    add("--lr", "highest learning rate", type=float, default=2e-4)
-    add("--amp", "mixed precision (none)", choices=("bf16",))
-    add("--seed", "of weights, data order and sampling", type=int, default=0)
-    add(
+    option("--batch-size", "images an iteration, over all processes", type=int, default=8)
+    option("--lr", "highest learning rate", type=float, default=2e-4)
+    option("--amp", "mixed precision (none)", choices=("bf16",))
+    option(
         "--deterministic",
         "deterministic GPU algorithms, with a warning where there is none (slower; CPUs need it not)",
         action="store_true",
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", "where to train", choices=("cpu", "cuda"), default=default_device)
-    add("--workers", "processes that load data, for each process that trains", type=int, default=2)
-    add("--checkpoint", "folder to save the training in", type=Path)
-    add("--checkpoint-every", "iterations", type=int, default=500)
-    add("--resume", "go on from the checkpoint", action="store_true")
-    add("--output", "folder for accuracy.json and masks.png", type=Path, default=Path("runs/accuracy"))
-    options = parser.parse_args(arguments)
-    check(options, parser)
-    return options
+    option("--device", "where to train", choices=("cpu", "cuda"), default=default_device)
+    option("--workers", "processes that load data, for each process that trains", type=int, default=2)
+    option("--checkpoint-every", "iterations", type=int, default=500)
 
 
 def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -145,6 +153,25 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--checkpoint: {options.checkpoint} holds a training; go on with --resume or name another")
 
 
+def settle(options: argparse.Namespace, train_set: CocoFolder) -> None:
+    """Fill in the lengths that depend on the data."""
+    if options.iterations is None:
+        options.iterations = math.ceil(options.epochs * len(train_set) / options.batch_size)
+    if options.refine == "ifr" and options.warmup_steps is None:
+        options.warmup_steps = options.iterations // 10
+
+
+def configuration(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as they are written down."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+
+
+def checkpoints_of(options: argparse.Namespace) -> Checkpoints:
+    """Where this training is saved; to be called when its lengths are settled."""
+    lasting = {key: value for key, value in configuration(options).items() if key not in INCIDENTAL}
+    return Checkpoints(options.checkpoint, options.checkpoint_every, lasting)
+
+
 def build_model(options: argparse.Namespace, num_classes: int) -> torch.nn.Module:
     """The detector that the options describe, its new weights drawn from the seed."""
     torch.manual_seed(options.seed)
@@ -178,11 +205,7 @@ def run(options: argparse.Namespace, process: Process) -> tuple[torch.nn.Module,
             f"data: the splits' categories differ: {train_set.categories} to train on, "
             f"{val_set.categories} to evaluate on"
         )
-    if options.iterations is None:
-        options.iterations = math.ceil(options.epochs * len(train_set) / options.batch_size)
-    if options.refine == "ifr" and options.warmup_steps is None:
-        options.warmup_steps = options.iterations // 10
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settle(options, train_set)
     say(process, f"{len(train_set)} images to train on, {len(val_set)} to evaluate on, {process.device}")
     if options.weights == "none":
         say(process, f"{options.backbone} starts from random weights (--weights none): expect low figures")
@@ -196,16 +219,13 @@ def run(options: argparse.Namespace, process: Process) -> tuple[torch.nn.Module,
         bf16=options.amp == "bf16",
         workers=options.workers,
     )
-    checkpoints = None
-    if options.checkpoint:
-        lasting = {key: value for key, value in config.items() if key not in INCIDENTAL}
-        checkpoints = Checkpoints(options.checkpoint, options.checkpoint_every, lasting)
+    checkpoints = checkpoints_of(options) if options.checkpoint else None
     stream = TrainingStream(train_set, options.seed)
     history = train(model, stream, plan, process, checkpoints, options.resume)
     findings = evaluate(model, val_set, process, bf16=plan.bf16)
 
     report = {
-        "config": config,
+        "config": configuration(options),
         "processes": process.world,
         "versions": versions(process.device),
         "parameters": count_parameters(model),
@@ -217,9 +237,9 @@ def run(options: argparse.Namespace, process: Process) -> tuple[torch.nn.Module,
         report["metrics"] = coco_metrics(val_set.coco, findings.entries)
         if findings.residuals:
             report["solve"] = summarize_solves(findings)
-        options.output.mkdir(parents=True, exist_ok=True)
-        save_comparison(options.output / "masks.png", val_set, findings.entries)
-        (options.output / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.output / "detections.json", findings.entries, indent=None)
+        draw_predictions(val_set, {"prediction": findings.entries}).savefig(options.output / "masks.png")
+        write_json(options.output / "accuracy.json", report)  # last: it says that the training is complete
         summarize(options, report)
     return model, report
 
@@ -268,7 +288,7 @@ def summarize(options: argparse.Namespace, report: dict) -> None:
     print("parameters:", ", ".join(f"{name} {count:,}" for name, count in report["parameters"].items()))
     if "solve" in report:
         print("solves:", ", ".join(f"{name} {value:.3g}" for name, value in report["solve"].items()))
-    print(f"wrote {options.output / 'accuracy.json'} and {options.output / 'masks.png'}")
+    print(f"wrote accuracy.json, detections.json and masks.png in {options.output}")
 
 
 def say(process: Process, message: str) -> None:
@@ -278,10 +298,7 @@ def say(process: Process, message: str) -> None:
 
 def main(arguments: list[str] | None = None) -> tuple[torch.nn.Module, dict]:
     options = parse(arguments)
-    if options.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    with joined_processes(options.device) as process:
+    with joined_processes(options.device, deterministic=options.deterministic) as process:
         return run(options, process)
 
 

@@ -21,7 +21,6 @@ A run that was stopped goes on where it was. Writes convergence.json and converg
 
 import argparse
 import hashlib
-import json
 import math
 import sys
 import time
@@ -38,7 +37,7 @@ from ablation import load_test_objects, trained_branch
 from coco import DataError
 from convergence_report import CONVERGED, PLAIN, print_report, save_picture
 from environment import environment
-from files import replace_file
+from files import refuse_changes, write_json, write_whole
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
 from torch.nn.utils import parametrize
@@ -148,7 +147,7 @@ def iterate(equation: Equation, steps: int, path: Path, config: dict[str, Any]) 
                 state["iterates"][step] = z
             state["step"], state["z"] = step, z
             if step >= 100 or step == steps:
-                replace_file(path, partial(torch.save, {"config": config, **state}))
+                write_whole(path, partial(torch.save, {"config": config, **state}))
     return state
 
 
@@ -161,11 +160,7 @@ def restored(path: Path, config: dict[str, Any], device: torch.device) -> dict[s
     if not path.exists():
         return None
     state = torch.load(path, map_location=device, weights_only=True)
-    was = state.pop("config")
-    changed = [name for name in config if was.get(name) != config[name]]
-    if changed:
-        was, now = ({name: values.get(name) for name in changed} for values in (was, config))
-        raise DataError(f"output: {path} is of a run with {was}, this one asks for {now}; name another folder")
+    refuse_changes(path, state.pop("config"), config)
     return state
 
 
@@ -304,7 +299,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         report = run(options)
-    (options.output / "convergence.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_json(options.output / "convergence.json", report)
     save_picture(options.output / "convergence.png", report)
     print_report(report)
     print(f"wrote {options.output / 'convergence.json'} and {options.output / 'convergence.png'}")

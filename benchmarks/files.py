@@ -1,13 +1,16 @@
-"""Writing files that a killed program must not leave half written."""
+"""Files that a killed program must not leave half written, and that one with other settings must not go on with."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import Any, BinaryIO
+
+from coco import DataError
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Make `path`, and its folder, of what write(file) writes: as a whole or not at all."""
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file that then takes its place as a whole or, where that fails, not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
@@ -17,5 +20,13 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     unfinished.replace(path)
 
 
-def replace_text(path: Path, text: str) -> None:
-    replace_file(path, lambda file: file.write(text.encode()))
+def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
+    write_whole(path, lambda file: file.write((json.dumps(content, indent=indent) + "\n").encode()))
+
+
+def refuse_changes(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises DataError where a setting now has another value than that with which the file was made."""
+    changed = [key for key, value in now.items() if was.get(key) != value]
+    if changed:
+        was, now = ({key: settings.get(key) for key in changed} for settings in (was, now))
+        raise DataError(f"{path} was made with {was}, this run asks for {now}; name another folder")

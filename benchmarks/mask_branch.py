@@ -1,4 +1,4 @@
-"""Mask R-CNN's mask branch on frozen features of objects: trained alone, stopped early, evaluated."""
+"""Mask R-CNN's mask branch on frozen features of objects: trained alone and evaluated."""
 
 import math
 import statistics
@@ -44,7 +44,7 @@ class MaskBranch(nn.Module):
 
 @dataclass(frozen=True)
 class Splits:
-    """Objects to train on, to stop and choose learning rates by, and to report; on the device that trains."""
+    """Objects to train on, to choose learning rates and the best epoch by, and to report; on the device that trains."""
 
     train: Objects
     validation: Objects
@@ -69,9 +69,11 @@ class Splits:
 def train_branch(
     strategy: Strategy, splits: Splits, *, channels: int, epochs: int, batch_size: int, lr: float, seed: int
 ) -> tuple[MaskBranch, dict]:
-    """Train one strategy; returns the branch of the epoch that validated best, and what is to be reported of it.
+    """Train one strategy; returns the branch, and what is to be reported of it.
 
-    On a CPU "seconds" are of processor time, so that several trainings may share the machine.
+    "test" and "validation_iou" are of the end of the training, when the learning rate has come down; "best_epoch" is
+    the one that validated best, and "stopped_early" what the test finds in its weights. On a CPU "seconds" are of
+    processor time, so that several trainings may share the machine.
     Raises FloatingPointError where the loss is not finite.
     """
     device = splits.device
@@ -80,7 +82,7 @@ def train_branch(
     torch.manual_seed(seed)
     model = MaskBranch(splits.mean, splits.std, channels, strategy.build(channels, iterations)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
-    epochs_done, best = [], None
+    epochs_done, best_state = [], {}
     for epoch in range(epochs):
         clock = seconds(device)
         model.train()
@@ -94,18 +96,20 @@ def train_branch(
         spent = seconds(device) - clock
         iou = evaluate(model, splits.validation, bf16=plan.bf16)["iou"]
         epochs_done.append({"loss": loss, "validation_iou": iou, "seconds": spent})
-        if best is None or iou > best[0]:
-            best = iou, epoch, deepcopy(model.state_dict())
-    model.load_state_dict(best[2])
+        if iou == max(entry["validation_iou"] for entry in epochs_done):
+            best_state = deepcopy(model.state_dict())
     report = {
         "parameters": sum(parameter.numel() for parameter in model.refine.parameters()),
         "epochs": epochs_done,
-        "best_epoch": best[1],
-        "validation_iou": best[0],
-        "seconds_per_epoch": statistics.median(epoch["seconds"] for epoch in epochs_done),
+        "validation_iou": iou,
+        "seconds_per_epoch": statistics.median(entry["seconds"] for entry in epochs_done),
         "test": evaluate(model, splits.test, bf16=plan.bf16),
         "backward_residual": backward_residual(model, splits.test[: 4 * batch_size], bf16=plan.bf16),
+        "best_epoch": max(range(epochs), key=lambda epoch: epochs_done[epoch]["validation_iou"]),
     }
+    best = deepcopy(model)
+    best.load_state_dict(best_state)
+    report["stopped_early"] = evaluate(best, splits.test, bf16=plan.bf16)
     return model, report
 
 

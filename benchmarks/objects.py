@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from coco import CocoFolder, DataError
 from efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLite0Features, imagenet_state
-from files import replace_file
+from files import write_whole
 from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms.v2.functional import normalize
@@ -57,7 +57,7 @@ def load_objects(dataset: CocoFolder, cache: Path, *, min_area: int) -> Objects:
     recipe = repr((sorted(dataset.coco.anns.items()), sorted(dataset.coco.imgs.items()), min_area, BLOCKS))
     path = cache / f"objects-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.pt"
     if not path.exists():
-        replace_file(path, partial(torch.save, vars(_make_objects(dataset, min_area))))
+        write_whole(path, partial(torch.save, vars(_make_objects(dataset, min_area))))
     # Mapped: processes that train side by side share the pages.
     return Objects(**torch.load(path, mmap=True, weights_only=True))
 

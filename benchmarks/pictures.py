@@ -1,8 +1,10 @@
-"""A picture of predicted masks beside the ground truth."""
+"""Pictures of predicted masks beside the ground truth, and of RoI features before and after their refinement."""
 
 import textwrap
 from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,47 +16,87 @@ from pycocotools import mask as rle
 COLOURS = matplotlib.colormaps["tab10"].colors
 UNMATCHED = (0.1, 0.1, 0.1)
 CROWD = (0.6, 0.6, 0.6)
+SQUARE = (0, 1, 1, 0)  # left, right, bottom, top
 
 
-def save_comparison(
-    path: Path, dataset: CocoFolder, entries: list[dict], *, pictures: int = 4, min_score: float = 0.5
-) -> None:
-    """Write an image with a row for each of some evenly spaced images: image, ground truth, prediction.
+def evenly_spaced(items: Sequence, count: int) -> list:
+    """`count` of the items from the first to the last, or all where there are not so many."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
 
-    entries: detections in COCO's results format. Those of at least `min_score` are drawn, each in the colour
-    of the object it overlaps most, black where it overlaps none by half (IoU); crowds are grey.
+
+def draw_predictions(
+    dataset: CocoFolder, predictions: dict[str, list[dict]], *, pictures: int = 4, min_score: float = 0.5
+) -> Figure:
+    """A row for each of some evenly spaced images: image, ground truth, and a column for each of the predictions.
+
+    predictions: title → detections in COCO's results format. Those of at least `min_score` are drawn, each in the
+    colour of the object it overlaps most, black where it overlaps none by half (IoU); crowds are grey.
     """
-    chosen = np.linspace(0, len(dataset) - 1, min(pictures, len(dataset))).round().astype(int)
-    figure = Figure(figsize=(10, 3.2 * len(chosen)), layout="constrained", dpi=110)
-    grid = figure.subplots(len(chosen), 3, squeeze=False)
-    for row, image_id in zip(grid, (dataset.image_ids[i] for i in chosen), strict=True):
+    chosen = evenly_spaced(dataset.image_ids, pictures)
+    titles = ("image", "ground truth", *predictions)
+    figure = Figure(figsize=(3.4 * len(titles), 3.2 * len(chosen)), layout="constrained", dpi=110)
+    grid = figure.subplots(len(chosen), len(titles), squeeze=False)
+    for row, image_id in zip(grid, chosen, strict=True):
         image = dataset.image(image_id).permute(1, 2, 0).numpy()
         truth = dataset.annotations(image_id)
-        found = [entry for entry in entries if entry["image_id"] == image_id and entry["score"] >= min_score]
-        found.sort(key=lambda entry: entry["score"])
         objects = [annotation for annotation in truth if not annotation["iscrowd"]]
         crowds = [annotation for annotation in truth if annotation["iscrowd"]]
         object_masks = [dataset.coco.annToRLE(annotation) for annotation in objects]
         crowd_masks = [dataset.coco.annToRLE(annotation) for annotation in crowds]
-        found_masks = [entry["segmentation"] for entry in found]
         colours = [COLOURS[i % len(COLOURS)] for i in range(len(objects))]
 
         show(row[0], image, dataset.coco.imgs[image_id]["file_name"])
         shown = overlay(image, crowd_masks + object_masks, [CROWD] * len(crowds) + colours)
         show(row[1], shown, count(dataset, objects) + (f" and {len(crowds)} crowd" if crowds else ""))
-        shown = overlay(image, found_masks, matching_colours(found_masks, object_masks, colours))
-        show(row[2], shown, count(dataset, found))
-    titles = ("image", "ground truth", f"prediction (score ≥ {min_score}; black: IoU < 0.5)")
+        for axes, entries in zip(row[2:], predictions.values(), strict=True):
+            found = [entry for entry in entries if entry["image_id"] == image_id and entry["score"] >= min_score]
+            found.sort(key=lambda entry: entry["score"])
+            masks = [entry["segmentation"] for entry in found]
+            shown = overlay(image, masks, matching_colours(masks, object_masks, colours))
+            show(axes, shown, count(dataset, found))
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=10)
-    figure.savefig(path)
+    figure.supxlabel(f"detections of score ≥ {min_score} in the colours of their objects; black: IoU < 0.5", fontsize=8)
+    return figure
 
 
-def show(axes: Axes, image: np.ndarray, caption: str) -> None:
-    axes.imshow(image)
+@dataclass(frozen=True)
+class Refined:
+    """What a mask head makes of an object: its RoI feature's size at each place, before and after the refinement,
+    each (H, W), and the mask's probabilities (2H, 2W)."""
+
+    coarse: np.ndarray
+    refined: np.ndarray
+    mask: np.ndarray
+
+
+def draw_features(objects: list[tuple[str, np.ndarray]], heads: dict[str, list[Refined]]) -> Figure:
+    """A row for each object: its box cut out of the image, then three columns for each head, all stretched to squares.
+
+    objects: caption and picture (h, w, 3) of each. heads: title → what it makes of each object. A feature is drawn
+    from its own least (dark) to its own greatest value (bright), a mask from 0 to 1.
+    """
+    titles = [f"{head}:\n{field}" for head in heads for field in ("RoI feature", "refined", "mask")]
+    figure = Figure(figsize=(1.5 * (1 + len(titles)), 1.75 * len(objects) + 0.4), layout="constrained", dpi=110)
+    grid = figure.subplots(len(objects), 1 + len(titles), squeeze=False)
+    for row, (caption, picture), *found in zip(grid, objects, *heads.values(), strict=True):
+        show(row[0], picture, caption, width=22, extent=SQUARE)
+        for axes, head in zip(row[1:].reshape(-1, 3), found, strict=True):
+            show(axes[0], head.coarse, extent=SQUARE, cmap="inferno")
+            show(axes[1], head.refined, extent=SQUARE, cmap="inferno")
+            show(axes[2], head.mask, extent=SQUARE, cmap="gray", vmin=0, vmax=1)
+    for axes, title in zip(grid[0], ("image and\nground truth", *titles), strict=True):
+        axes.set_title(title, fontsize=9)
+    return figure
+
+
+def show(axes: Axes, image: np.ndarray, caption: str = "", *, width: int = 55, **kwargs: Any) -> None:
+    """Draw an image without ticks, over its caption in lines of `width` letters, two at most."""
+    axes.imshow(image, **kwargs)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel(textwrap.fill(textwrap.shorten(caption, 110, placeholder=" …"), 55), fontsize=8)
+    shortened = textwrap.shorten(caption, 2 * width, placeholder=" …")
+    axes.set_xlabel(textwrap.fill(shortened, width), fontsize=8)
 
 
 def count(dataset: CocoFolder, entries: list[dict]) -> str:

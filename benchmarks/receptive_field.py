@@ -7,7 +7,6 @@ what lies outside of them is the share that only a larger field can give. Writes
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from ablation import load_test_objects, trained_branches
 from coco import DataError
 from environment import environment
+from files import write_json
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -63,8 +63,7 @@ def run(options: argparse.Namespace) -> dict:
             fields.append(effective_receptive_field(branch.refine, x))
         rows[row] = {"outside": [outside(field) for field in fields], "field": torch.stack(fields).mean(0).tolist()}
     report = {"rois": len(chosen), "environment": environment(torch.device("cpu")), "rows": rows}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "receptive_field.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(options.output / "receptive_field.json", report)
     save_picture(options.output / "receptive_field.png", rows)
     return report
 

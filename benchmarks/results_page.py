@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from convergence_report import worst
 from strategies import TABLES
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,12 +58,12 @@ def ablation(content: Content) -> str:
     command = f"python benchmarks/ablation.py {settings['data'].upper()} --channels {settings['channels']}"
     command += f" --epochs {settings['epochs']} --batch-size {settings['batch_size']} --device {settings['device']}"
     parts = [
-        f"Mask branch alone on {settings['data']}, C = {settings['channels']}, at most {settings['epochs']} epochs "
+        f"Mask branch alone on {settings['data']}, C = {settings['channels']}, {settings['epochs']} epochs "
         f"with batches of {settings['batch_size']}, {len(trainings)} trainings in {hours:.1f} h of {clock} time, the "
         f"learning rates' search not counted; {machine(content)}. Chosen learning rates: {rates}.",
         f"`{command}` makes all rows; `--rows` with a row's name makes one.",
     ]
-    head = ["", "mask IoU, %", f"− {BASELINE}", "IoU > 0.5, %", "IoU > 0.75, %", "parameters"]
+    head = ["", "mask IoU, %", f"− {BASELINE}", "stopped early, %", "IoU > 0.5, %", "IoU > 0.75, %", "parameters"]
     head += ["residual forward", "backward", "steps", "s / epoch", "seeds"]
     for title, names in TABLES.items():
         present = [name for name in names if rows.get(name)]
@@ -75,13 +76,14 @@ def ablation(content: Content) -> str:
 def ablation_row(name: str, reports: list[Content], baseline: list[Content]) -> list[str]:
     done = [report for report in reports if "failed" not in report]
     if not done:
-        return [name, reports[0]["failed"], *["–"] * 8, f"{len(reports)} failed"]
+        return [name, reports[0]["failed"], *["–"] * 9, f"{len(reports)} failed"]
     tests = [report["test"] for report in done]
     standing = [report for report in baseline if "failed" not in report]
     return [
         f"**{name}**" if name == "IFR" else name,
         spread((test["iou"] for test in tests), 100),
         "–" if name == BASELINE else gain(done, standing, lambda report: report["test"]["iou"]),
+        spread((report["stopped_early"]["iou"] for report in done), 100),
         spread((test["above_50"] for test in tests), 100),
         spread((test["above_75"] for test in tests), 100),
         f"{done[0]['parameters'] / 1e6:.2f} M",
@@ -111,8 +113,81 @@ def receptive_field(content: Content) -> str:
     )
 
 
+def comparison(content: Content) -> str:
+    settings = content["settings"]
+    given = ("iterations", "batch_size", "image_size", "channels", "rois_per_image", "lr", "amp", "backbone")
+    options = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in given if settings.get(name))
+    rows = []
+    for refine, found in content["refinements"].items():
+        masks = [cell(found["segm"][name]) for name in ("AP", "AP50", "AP75")]
+        pace, residual = cell(found["seconds_per_iteration"], 1, 2), cell(found.get("residual_median"), 1, 4)
+        rows.append([refine, *masks, cell(found["bbox"]["AP"]), f"{found['parameters'] / 1e6:.2f} M", residual, pace])
+        rows[-1].append(str(found["seeds"]))
+    head = ["mask head", "mask AP", "AP50", "AP75", "box AP", "refinement's parameters", "residual", "s / iteration"]
+    return "\n\n".join(
+        [
+            f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}.",
+            f"`python benchmarks/comparison.py {settings['data'].upper()} {options}`",
+            table([*head, "seeds"], rows),
+        ]
+    )
+
+
+def cell(figure: dict[str, float] | None, scale: float = 100, digits: int = 1) -> str:
+    """Mean ± standard deviation as comparison.json has them."""
+    return "–" if figure is None else " ± ".join(f"{scale * value:.{digits}f}" for value in figure.values())
+
+
+def convergence(content: Content) -> str:
+    settings, found = content["settings"], content["limit"]
+    count = content["shape"][0]
+    methods = sorted(set(found["found_by"]))
+    plain = [
+        [
+            name,
+            *(f"{worst(dict(zip(run['steps'], run['relative'], strict=True))[step]):.0e}" for step in powers(run)),
+            f"{1e3 * run['seconds_per_step']:.2f}",
+        ]
+        for name, run in content["plain"].items()
+    ]
+    steps = [f"{step:,}" for step in powers(content["plain"]["float64"])]
+    radii = [f"{point['step']}: {worst(point['radius']):.3f}" for point in content["spectrum"]]
+    largest = [f"{point['step']}: {math.hypot(*point['eigenvalues'][0]):.3f}" for point in content["spectrum"]]
+    precisions = list(content["plain"])
+    distances = []
+    for solver, length in dict.fromkeys((entry["solver"], entry["steps"]) for entry in content["solves"]):
+        of = [e for e in content["solves"] if (e["solver"], e["steps"]) == (solver, length)]
+        cells = [f"{worst(e['relative_distance']):.0e} / {worst(e['distance']):.0e}" for e in of]
+        residuals = [f"{worst(e['residual']):.0e}" for e in of]
+        distances.append([solver, f"{length:,}", *cells, *residuals])
+    command = (
+        f'--row "{settings["row"]}" --seed {settings["seed"]} --rois {settings["rois"]} --steps {settings["steps"]}'
+    )
+    return "\n\n".join(
+        [
+            f"The block of row {settings['row']}, seed {settings['seed']}, on {count} unseen objects; figures are of "
+            f"the worst. {content['elapsed_seconds'] / 60:.0f} minutes on {machine(content)}.",
+            f"`python benchmarks/convergence.py {settings['data'].upper()} {command}`",
+            "**Relative step of the plain iteration, ‖Hⁱ⁺¹ - Hⁱ‖ / ‖Hⁱ⁺¹‖, after so many steps**",
+            table(["", *steps, "ms / step"], plain),
+            f"Spectral radius along the way by power iteration, {', '.join(radii)}; of the first object by Arnoldi's "
+            f"method, {', '.join(largest)}.",
+            f"**Distance to the limit, relative / absolute, and relative residual.** The limit was found by "
+            f"{' and '.join(methods)} in float64, its own relative residual is {worst(found['residual']):.0e} and its "
+            f"norm {statistics.mean(found['norm']):.0f}. The paper's bound is e⁻⁸ = {math.exp(-8):.1e}.",
+            table(["solver", "steps", *precisions, *(f"residual, {name}" for name in precisions)], distances),
+        ]
+    )
+
+
+def powers(run: Content) -> list[int]:
+    return [step for step in run["steps"] if math.log10(step).is_integer()]
+
+
 SECTIONS = {
     "ablation": ("The paper's ablations", ablation),
+    "comparison": ("Mask R-CNN end to end", comparison),
+    "convergence": ("Convergence", convergence),
     "receptive_field": ("Effective receptive field", receptive_field),
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from coco import CocoFolder, TrainingStream, detections
+from files import refuse_changes, write_whole
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -51,8 +52,14 @@ class Process:
 
 
 @contextlib.contextmanager
-def joined_processes(device: str) -> Iterator[Process]:
-    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or be the only one."""
+def joined_processes(device: str, *, deterministic: bool = False) -> Iterator[Process]:
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or be the only one.
+
+    deterministic: from here on GPU algorithms that give the same bits again, with a warning where there is none.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = torch.device(device)
     if chosen.type == "cuda":
@@ -100,31 +107,30 @@ class Checkpoints:
         return self.folder / "checkpoint.pt"
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
-        """Write all that training needs to go on. The file is replaced as a whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write all that training needs to go on."""
         state = {
             "config": self.config,
             "history": history,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
-        unfinished = self.path.with_suffix(".unfinished")
-        with unfinished.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(self.path)
+        write_whole(self.path, lambda file: torch.save(state, file))
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
-        """Restore model and optimizer; returns the history, one entry an iteration."""
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        changed = [key for key, value in self.config.items() if state["config"].get(key) != value]
-        if changed:
-            was = {key: state["config"].get(key) for key in changed}
-            now = {key: self.config[key] for key in changed}
-            raise ValueError(f"resume: {self.path} was trained with {was}, this run asks for {now}")
+    def check(self) -> dict:
+        """Read the checkpoint. Raises DataError where it was made with another configuration."""
+        state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        refuse_changes(self.path, state["config"], self.config)
+        return state
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[dict]:
+        """Restore the model and, to train on, the optimizer; returns the history, one entry an iteration.
+
+        Raises DataError where the checkpoint was made with another configuration.
+        """
+        state = self.check()
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
         return state["history"]
 
 

@@ -48,7 +48,7 @@ def test_a_stopped_sweep_goes_on_and_repeats_itself_to_the_last_digit(shapes, sw
 
 
 def test_a_folder_of_other_trainings_is_refused(shapes, sweep):
-    with pytest.raises(DataError, match=r"holds trainings with \{'epochs': 1\}, this sweep asks for \{'epochs': 2\}"):
+    with pytest.raises(DataError, match=r"was made with \{'epochs': 1\}, this run asks for \{'epochs': 2\}"):
         sweep_again(shapes, sweep, "--epochs", "2")
 
 

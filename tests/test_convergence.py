@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import convergence
 import numpy as np
 import pytest
+import results_page
 import torch
 from coco import DataError
 from convergence import PRECISIONS, Equation, iterate, limit, solves, spectrum
@@ -73,7 +74,7 @@ def test_a_stopped_iteration_goes_on_to_the_last_digit(contraction, tmp_path, pr
     parts = iterate(equation, 130, tmp_path / "parts.pt", {"steps": 130})
     assert torch.equal(parts["z"], whole["z"])
     assert [parts[key] for key in ("steps", "norm", "relative")] == [whole[k] for k in ("steps", "norm", "relative")]
-    with pytest.raises(DataError, match=r"parts\.pt is of a run with {'steps': 130}, this one asks for {'steps': 9}"):
+    with pytest.raises(DataError, match=r"parts\.pt was made with {'steps': 130}, this run asks for {'steps': 9}"):
         iterate(equation, 9, tmp_path / "parts.pt", {"steps": 9})
 
 
@@ -171,6 +172,7 @@ def test_a_trained_block_is_studied(shapes, sweep, tmp_path, capsys):
     assert report["shape"] == [2, 32, 14, 14]
     assert {"torch", "device"} <= set(report["environment"])
     assert "spectral radius" in capsys.readouterr().out
+    assert "| Anderson | 5 |" in results_page.convergence(report)
     with Image.open(tmp_path / "convergence.png") as picture:
         assert picture.size[0] > 1000
 

@@ -110,8 +110,8 @@ def test_iou_is_that_of_the_fine_masks(splits):
     assert found["above_50"] == pytest.approx(np.mean(np.array(ious) > 0.5))
 
 
-def test_the_branch_of_the_best_epoch_is_returned(splits, monkeypatch):
-    scores = iter([0.2, 0.7, 0.5, 0.0])
+def test_the_last_epoch_is_returned_and_the_best_one_tested_too(splits, monkeypatch):
+    scores = iter([0.2, 0.7, 0.5, 0.6, 0.8])
     states = []
 
     def evaluate(model, objects, *, bf16):
@@ -119,11 +119,13 @@ def test_the_branch_of_the_best_epoch_is_returned(splits, monkeypatch):
         return {"iou": next(scores)}
 
     monkeypatch.setattr(mask_branch, "evaluate", evaluate)
-    model, report = train_branch(
-        STRATEGIES["1 convolution"], splits, channels=32, epochs=3, batch_size=4, lr=1e-2, seed=0
-    )
-    assert report["best_epoch"] == 1
-    torch.testing.assert_close(dict(model.state_dict()), states[1], rtol=0, atol=0)
+    options = {"channels": 32, "epochs": 3, "batch_size": 4, "lr": 1e-2, "seed": 0}
+    model, report = train_branch(STRATEGIES["1 convolution"], splits, **options)
+    assert (report["validation_iou"], report["best_epoch"]) == (0.5, 1)
+    assert (report["test"], report["stopped_early"]) == ({"iou": 0.6}, {"iou": 0.8})
+    torch.testing.assert_close(dict(model.state_dict()), states[2], rtol=0, atol=0)
+    torch.testing.assert_close(states[3], states[2], rtol=0, atol=0)
+    torch.testing.assert_close(states[4], states[1], rtol=0, atol=0)
 
 
 def test_training_lowers_the_loss(splits):

@@ -1,0 +1,152 @@
+"""benchmarks/comparison.py: every training once, from several seeds, whatever stops it; its figures and pictures."""
+
+import json
+import statistics
+
+import accuracy
+import comparison
+import numpy as np
+import pytest
+import results_page
+import training
+from coco import CocoFolder, DataError
+from coco_shapes import TINY
+from PIL import Image
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools"),
+]
+BRIEF = ["--iterations", "2", "--checkpoint-every", "1", "--groups", "4", "--steps", "2", "--warmup-steps", "1"]
+
+
+def compare(shapes, folder, *options):
+    comparison.main([str(shapes), *TINY, *BRIEF, "--seeds", "2", "--output", str(folder), *options])
+    return json.loads((folder / "comparison.json").read_text())
+
+
+def without_clocks(content):
+    kept = ("refine", "seed", "final_loss", "metrics", "parameters", "solve")
+    return [{key: run[key] for key in kept if key in run} for run in content["runs"]]
+
+
+@pytest.fixture(scope="module")
+def compared(shapes, one_thread, tmp_path_factory):
+    """The folder of a finished comparison, and what it reports."""
+    folder = tmp_path_factory.mktemp("comparison")
+    return folder, compare(shapes, folder)
+
+
+def test_every_training_is_reported(compared):
+    folder, content = compared
+    assert [(run["refine"], run["seed"]) for run in content["runs"]] == [
+        ("stack", 0),
+        ("ifr", 0),
+        ("stack", 1),
+        ("ifr", 1),
+    ]
+    for run in content["runs"]:
+        report = json.loads((folder / f"{run['refine']}-seed{run['seed']}" / "accuracy.json").read_text())
+        assert run["metrics"] == report["metrics"]
+        assert run["final_loss"] == report["history"][-1]["loss"]
+    assert "solve" in content["runs"][1]
+    assert content["settings"]["iterations"] == 2
+
+
+def test_figures_of_a_refinement_are_those_of_its_seeds(compared):
+    _, content = compared
+    paces = [run["seconds_per_iteration"] for run in content["runs"] if run["refine"] == "ifr"]
+    found = content["refinements"]["ifr"]["seconds_per_iteration"]
+    assert found == {"mean": statistics.mean(paces), "std": statistics.stdev(paces)}
+    assert content["refinements"]["stack"]["parameters"] == 4 * (16 * 16 * 9 + 16)
+
+
+def test_a_figure_that_coco_does_not_give_is_none():
+    assert comparison.mean_and_std([0.5, None]) is None
+    assert comparison.mean_and_std([0.5]) == {"mean": 0.5}
+
+
+def test_what_is_finished_is_not_trained_again(shapes, compared, monkeypatch):
+    folder, content = compared
+    monkeypatch.setattr(accuracy, "train", None)
+    assert without_clocks(compare(shapes, folder)) == without_clocks(content)
+
+
+def test_a_killed_sweep_goes_on_to_the_same_figures(shapes, compared, tmp_path, monkeypatch):
+    saves = []
+
+    def save_or_die(self, *state):
+        saves.append(self.folder.name)
+        if len(saves) == 4:  # the second training is at its end
+            raise KeyboardInterrupt
+        save(self, *state)
+
+    save = training.Checkpoints.save
+    monkeypatch.setattr(training.Checkpoints, "save", save_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        compare(shapes, tmp_path)
+    assert without_clocks(compare(shapes, tmp_path)) == without_clocks(compared[1])
+    assert saves == ["stack-seed0"] * 2 + ["ifr-seed0"] * 3 + ["stack-seed1"] * 2 + ["ifr-seed1"] * 2
+
+
+def test_a_sweep_with_other_settings_is_refused(shapes, compared):
+    with pytest.raises(DataError, match=r"was made with \{'lr': 0.0002\}, this run asks for \{'lr': 0.1\}"):
+        compare(shapes, compared[0], "--lr", "0.1")
+
+
+def test_options_go_to_the_refinements_that_have_them(tmp_path):
+    stack, unroll, ifr = comparison.parse(
+        [str(tmp_path), "--refine", "stack", "unroll", "ifr", "--seeds", "1", "--solver", "anderson", "--groups", "8"]
+    )
+    assert (stack.solver, stack.groups) == (None, None)
+    assert (unroll.solver, unroll.groups) == (None, 8)
+    assert (ifr.solver, ifr.groups) == ("anderson", 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["--refine", "ifr", "ifr"], "--refine: expected each refinement once, got ifr ifr"),
+        (["--refine", "stack", "none", "--solver", "picard"], "--solver applies to none of --refine stack none"),
+        (["--batch-size", "0"], "--batch-size: expected a positive number, got 0"),
+    ],
+)
+def test_bad_options_are_named(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit):
+        comparison.parse([str(tmp_path), *options])
+    assert message in capsys.readouterr().err
+
+
+def test_pictures_show_every_refinement(compared):
+    folder, _ = compared
+    for name, columns in (("predictions", 4), ("features", 7)):
+        with Image.open(folder / f"{name}.png") as picture:
+            pixels = np.asarray(picture.convert("L"))
+        parts = np.array_split(pixels, columns, axis=1)
+        assert all(part.std() > 10 for part in parts), name
+
+
+def test_features_are_those_before_and_after_the_refinement(shapes):
+    options = accuracy.parse([str(shapes), *TINY, "--refine", "none", "--iterations", "1"])
+    dataset = CocoFolder(shapes, "val")
+    model = accuracy.build_model(options, 3).eval()
+    (annotation, *_) = comparison.choose_examples(dataset)
+    found = comparison.refine(model, dataset, annotation)
+    assert found.coarse.shape == (14, 14)
+    assert found.mask.shape == (28, 28)
+    np.testing.assert_array_equal(found.coarse, found.refined)
+
+
+def test_examples_are_the_largest_objects_and_no_crowds(shapes):
+    dataset = CocoFolder(shapes, "val")
+    for annotation in comparison.choose_examples(dataset):
+        others = [a for a in dataset.annotations(annotation["image_id"]) if not a["iscrowd"]]
+        assert annotation["area"] == max(a["area"] for a in others)
+        assert not annotation["iscrowd"]
+
+
+def test_the_results_page_has_a_row_for_each(compared):
+    page = results_page.comparison(compared[1])
+    assert "| stack | " in page
+    assert "| ifr | " in page
