@@ -31,6 +31,7 @@ from mask_branch import MaskBranch, Splits, train_branch
 from objects import Objects, load_objects
 from strategies import STRATEGIES, TABLES
 from tqdm import tqdm
+from training import use_deterministic_algorithms
 
 SEARCH_SEEDS = 2  # of each learning rate; the trainings at the chosen one count
 
@@ -117,6 +118,8 @@ def _start(data: Path, folder: Path, settings: Settings, threads: int) -> None:
     global _splits
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    if settings.device == "cuda":  # a CPU's are anyway
+        use_deterministic_algorithms()
     warnings.filterwarnings("ignore", message="form='paper'")
     _splits = load_splits(data, folder / "features", settings.min_area, torch.device(settings.device))
 

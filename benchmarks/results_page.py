@@ -64,7 +64,7 @@ def ablation(content: Content) -> str:
         f"`{command}` makes all rows; `--rows` with a row's name makes one.",
     ]
     head = ["", "mask IoU, %", f"− {BASELINE}", "stopped early, %", "IoU > 0.5, %", "IoU > 0.75, %", "parameters"]
-    head += ["residual forward", "backward", "steps", "s / epoch", "seeds"]
+    head += ["residual forward", "residual backward", "steps", "s / epoch", "seeds"]
     for title, names in TABLES.items():
         present = [name for name in names if rows.get(name)]
         if present:

@@ -55,11 +55,10 @@ class Process:
 def joined_processes(device: str, *, deterministic: bool = False) -> Iterator[Process]:
     """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or be the only one.
 
-    deterministic: from here on GPU algorithms that give the same bits again, with a warning where there is none.
+    deterministic: as use_deterministic_algorithms.
     """
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        use_deterministic_algorithms()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = torch.device(device)
     if chosen.type == "cuda":
@@ -72,6 +71,12 @@ def joined_processes(device: str, *, deterministic: bool = False) -> Iterator[Pr
     finally:
         if world > 1:
             distributed.destroy_process_group()
+
+
+def use_deterministic_algorithms() -> None:
+    """From here on GPU algorithms that give the same bits again, with a warning where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @dataclass(frozen=True)
