@@ -34,10 +34,11 @@ def draw_predictions(
     """
     chosen = evenly_spaced(dataset.image_ids, pictures)
     titles = ("image", "ground truth", *predictions)
-    figure = Figure(figsize=(3.4 * len(titles), 3.2 * len(chosen)), layout="constrained", dpi=110)
-    grid = figure.subplots(len(chosen), len(titles), squeeze=False)
-    for row, image_id in zip(grid, chosen, strict=True):
-        image = dataset.image(image_id).permute(1, 2, 0).numpy()
+    images = [dataset.image(image_id).permute(1, 2, 0).numpy() for image_id in chosen]
+    heights = [0.3 + 3.2 * min(1.2, image.shape[0] / image.shape[1]) for image in images]
+    figure = Figure(figsize=(3.3 * len(titles), sum(heights) + 0.4), layout="constrained", dpi=110)
+    grid = figure.subplots(len(chosen), len(titles), squeeze=False, height_ratios=heights)
+    for row, image, image_id in zip(grid, images, chosen, strict=True):
         truth = dataset.annotations(image_id)
         objects = [annotation for annotation in truth if not annotation["iscrowd"]]
         crowds = [annotation for annotation in truth if annotation["iscrowd"]]
@@ -87,6 +88,7 @@ def draw_features(objects: list[tuple[str, np.ndarray]], heads: dict[str, list[R
             show(axes[2], head.mask, extent=SQUARE, cmap="gray", vmin=0, vmax=1)
     for axes, title in zip(grid[0], ("image and\nground truth", *titles), strict=True):
         axes.set_title(title, fontsize=9)
+    figure.supxlabel("features: L2 norm over the channels, each from its least to its greatest", fontsize=8)
     return figure
 
 

@@ -1,6 +1,8 @@
 """benchmarks/comparison.py: every training once, from several seeds, whatever stops it; its figures and pictures."""
 
 import json
+import re
+import shutil
 import statistics
 
 import accuracy
@@ -10,7 +12,7 @@ import pytest
 import results_page
 import training
 from coco import CocoFolder, DataError
-from coco_shapes import TINY
+from coco_shapes import TINY, edit, write_dataset
 from PIL import Image
 
 pytestmark = [
@@ -89,9 +91,50 @@ def test_a_killed_sweep_goes_on_to_the_same_figures(shapes, compared, tmp_path, 
     assert saves == ["stack-seed0"] * 2 + ["ifr-seed0"] * 3 + ["stack-seed1"] * 2 + ["ifr-seed1"] * 2
 
 
-def test_a_sweep_with_other_settings_is_refused(shapes, compared):
-    with pytest.raises(DataError, match=r"was made with \{'lr': 0.0002\}, this run asks for \{'lr': 0.1\}"):
-        compare(shapes, compared[0], "--lr", "0.1")
+@pytest.mark.parametrize(
+    ("changed", "was", "now"),
+    [
+        (["--lr", "0.1"], "{'lr': 0.0002}", "{'lr': 0.1}"),
+        (["--detections-per-image", "4"], "{'detections_per_image': 5}", "{'detections_per_image': 4}"),
+        (["--solver", "anderson"], "{'solver': 'broyden'}", "{'solver': 'anderson'}"),
+    ],
+)
+def test_a_sweep_with_other_settings_is_refused(shapes, compared, changed, was, now):
+    message = f"accuracy.json was made with {was}, this run asks for {now}"
+    with pytest.raises(DataError, match=re.escape(message)):
+        compare(shapes, compared[0], *changed)
+
+
+def test_other_data_are_refused(shapes, compared, tmp_path):
+    other = shutil.copytree(shapes, tmp_path / "other")
+    with pytest.raises(DataError, match=r"this run asks for \{'data': 'other'\}"):
+        compare(other, compared[0])
+
+
+def test_an_unfinished_training_with_other_settings_is_refused(shapes, compared, tmp_path, monkeypatch):
+    (tmp_path / "ifr-seed0").mkdir()
+    shutil.copy(compared[0] / "ifr-seed0" / "checkpoint.pt", tmp_path / "ifr-seed0")
+    monkeypatch.setattr(accuracy, "train", None)
+    with pytest.raises(
+        DataError, match=r"checkpoint.pt was made with \{'lr': 0.0002\}, this run asks for \{'lr': 0.1\}"
+    ):
+        compare(shapes, tmp_path, "--lr", "0.1")
+
+
+def test_data_without_objects_are_refused(tmp_path):
+    root = write_dataset(tmp_path / "data")
+    edit(root, lambda content: content.update(annotations=[]))
+    with pytest.raises(DataError, match="show no objects"):
+        compare(root, tmp_path, "--val-annotations", str(root / "annotations" / "instances_train.json"))
+
+
+def test_the_table_shows_what_there_is():
+    metrics = {"AP": {"mean": 0.25, "std": 0.0111}, "AP50": {"mean": 0.5}, "AP75": None}
+    row = {"parameters": 2360000, "segm": metrics, "bbox": metrics, "seconds_per_iteration": {"mean": 1.5}}
+    content = {"refinements": {"stack": row, "ifr": {**row, "residual_median": {"mean": 0.002}}}}
+    _, stack, ifr = (re.split(r" {2,}", line) for line in comparison.table(content).splitlines())
+    assert stack == ["stack", "2,360,000", "25.0 ± 1.1", "50.0", "-", "25.0 ± 1.1", "1.500", "-"]
+    assert ifr == ["ifr", *stack[1:-1], "2.0e-03"]
 
 
 def test_options_go_to_the_refinements_that_have_them(tmp_path):
@@ -109,6 +152,7 @@ def test_options_go_to_the_refinements_that_have_them(tmp_path):
         (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--refine", "ifr", "ifr"], "--refine: expected each refinement once, got ifr ifr"),
         (["--refine", "stack", "none", "--solver", "picard"], "--solver applies to none of --refine stack none"),
+        (["--seed", "3"], "unrecognized arguments: --seed 3"),
         (["--batch-size", "0"], "--batch-size: expected a positive number, got 0"),
     ],
 )
