@@ -45,7 +45,7 @@ def outside(field: Tensor) -> float:
     """The share of a field (H, W) that four 3×3 convolutions at its centre do not see."""
     y, x = field.shape[0] // 2, field.shape[1] // 2
     seen = field[max(0, y - REACH) : y + REACH + 1, max(0, x - REACH) : x + REACH + 1]
-    return 1 - (seen.sum() / field.sum()).item()
+    return max(0.0, 1 - (seen.sum() / field.sum()).item())
 
 
 def run(options: argparse.Namespace) -> dict:
