@@ -23,12 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import accuracy
 import torch
 from coco import CocoFolder, DataError
 from environment import environment
 from files import refuse_changes, write_json, write_whole
 from mask_branch import MaskBranch, Splits, train_branch
 from objects import Objects, load_objects
+from results_page import spread
 from strategies import STRATEGIES, TABLES
 from tqdm import tqdm
 from training import use_deterministic_algorithms
@@ -65,10 +67,7 @@ class Run:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked. Exits with a message where options clash."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-
-    def add(name: str, help: str, **kwargs) -> None:
-        parser.add_argument(name, help=help + " (%(default)s)" * (kwargs.get("default") is not None), **kwargs)
-
+    add = partial(accuracy.add, parser)
     add("data", "folder in COCO format", type=Path)
     add("--output", "folder for trainings and ablation.json", type=Path, default=Path("runs/ablation"))
     add("--rows", "which to train (all)", nargs="+", choices=list(STRATEGIES), metavar="ROW")
@@ -105,10 +104,12 @@ def claim(folder: Path, settings: Settings) -> None:
         write_json(path, asdict(settings))
 
 
-def load_splits(data: Path, cache: Path, min_area: int, device: torch.device) -> Splits:
-    """train's objects to train and validate with, val's to test with; features are kept in the folder `cache`."""
-    parts = (load_objects(CocoFolder(data, split), cache, min_area=min_area) for split in ("train", "val"))
-    return Splits.make(*parts, device)
+def load_given(data: Path, folder: Path, settings: Settings) -> list[Objects]:
+    """train's objects, to train and validate with, and val's, to test with; their features are kept in the folder."""
+    return [
+        load_objects(CocoFolder(data, split), folder / "features", min_area=settings.min_area)
+        for split in ("train", "val")
+    ]
 
 
 _splits: Splits | None = None  # of this process
@@ -121,7 +122,7 @@ def _start(data: Path, folder: Path, settings: Settings, threads: int) -> None:
     if settings.device == "cuda":  # a CPU's are anyway
         use_deterministic_algorithms()
     warnings.filterwarnings("ignore", message="form='paper'")
-    _splits = load_splits(data, folder / "features", settings.min_area, torch.device(settings.device))
+    _splits = Splits.make(*load_given(data, folder, settings), torch.device(settings.device))
 
 
 def _end_with_parent() -> None:
@@ -209,12 +210,12 @@ def trained_branches(folder: Path, row: str) -> list[MaskBranch]:
     return [_branch(folder, content, row, report) for report in content["rows"][row] if "failed" not in report]
 
 
-def trained_branch(folder: Path, row: str, seed: int) -> tuple[MaskBranch, Settings]:
-    """One of them, and what the sweep's trainings share."""
+def trained_branch(folder: Path, row: str, seed: int) -> MaskBranch:
+    """One of them. Raises DataError where the folder lacks it."""
     content = _content(folder)
     for report in content["rows"].get(row, []):
         if report["seed"] == seed and "failed" not in report:
-            return _branch(folder, content, row, report), Settings(**content["settings"])
+            return _branch(folder, content, row, report)
     raise DataError(f"sweep: {folder} has no training of {row!r} with seed {seed}")
 
 
@@ -246,7 +247,6 @@ def _branch(folder: Path, content: dict[str, Any], row: str, report: dict[str, A
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     rows = options.rows or list(STRATEGIES)
-    device = torch.device(options.device)
     settings = Settings(
         options.data.resolve().name,
         options.channels,
@@ -256,7 +256,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         options.device,
     )
     claim(options.output, settings)
-    load_splits(options.data, options.output / "features", settings.min_area, device)  # before processes need them
+    load_given(options.data, options.output, settings)  # before processes need them
     sweep = Sweep(options.data, options.output, settings, options.processes)
     try:
         tuned = sorted({STRATEGIES[row].tuned for row in rows})
@@ -277,10 +277,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if any(row in report["rows"] for row in rows):
             print(f"\n{title}")
         for row in rows:
-            ious = [100 * training["test"]["iou"] for training in report["rows"].get(row, []) if "test" in training]
+            ious = [training["test"]["iou"] for training in report["rows"].get(row, []) if "test" in training]
             if ious:
-                spread = f" ± {statistics.stdev(ious):.1f}" if len(ious) > 1 else ""
-                print(f"  {row:28} {statistics.mean(ious):.1f}{spread}  ({len(ious)} seeds)")
+                print(f"  {row:28} {spread(ious, 100)}  ({len(ious)} seeds)")
     print(f"wrote {options.output / 'ablation.json'}")
     return report
 

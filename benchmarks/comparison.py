@@ -132,14 +132,15 @@ def mean_and_std(values: Iterable[float | None]) -> dict[str, float] | None:
     return {"mean": statistics.mean(values), **spread}
 
 
+def cell(figure: dict[str, float] | None, scale: float = 100, form: str = ".1f") -> str:
+    """What mean_and_std found."""
+    if figure is None:
+        return "-"
+    return " ± ".join(format(scale * value, form) for value in figure.values())
+
+
 def table(content: dict[str, Any]) -> str:
     """The refinements side by side; AP in %."""
-
-    def cell(figure: dict[str, float] | None, scale: float = 100, form: str = ".1f") -> str:
-        if figure is None:
-            return "-"
-        return " ± ".join(format(scale * value, form) for value in figure.values())
-
     rows = [("refinement", "parameters", "mask AP", "AP50", "AP75", "box AP", "s/iteration", "median residual")]
     for refine, found in content["refinements"].items():
         masks = [cell(found["segm"][name]) for name in ("AP", "AP50", "AP75")]

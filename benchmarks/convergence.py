@@ -38,6 +38,7 @@ from coco import DataError
 from convergence_report import CONVERGED, PLAIN, print_report, save_picture
 from environment import environment
 from files import refuse_changes, write_json, write_whole
+from pictures import evenly_spaced
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
 from torch.nn.utils import parametrize
@@ -238,14 +239,14 @@ def finite(values: Tensor) -> list[float | None]:
 @torch.no_grad()
 def problem(options: argparse.Namespace) -> tuple[IFRHead, Tensor]:
     """The trained head, and X of objects spread evenly over the unseen ones, on the device."""
-    branch, _ = trained_branch(options.sweep, options.row, options.seed)
+    branch = trained_branch(options.sweep, options.row, options.seed)
     head = branch.refine
     if not isinstance(head, IFRHead) or isinstance(head.solver, Unroll) or head.block.form == "paper":
         raise DataError(f"row: {options.row!r} has no equilibrium to study")
     objects = load_test_objects(options.data, options.sweep)
     if options.rois > len(objects):
         raise DataError(f"rois: expected at most {len(objects)}, the objects of {options.data}, got {options.rois}")
-    chosen = torch.linspace(0, len(objects) - 1, options.rois).round().long()
+    chosen = evenly_spaced(range(len(objects)), options.rois)
     return head.to(options.device), branch.to(options.device).reduced(objects.features[chosen].to(options.device))
 
 

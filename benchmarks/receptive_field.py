@@ -19,6 +19,7 @@ from files import write_json
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from pictures import evenly_spaced
 from torch import Tensor
 from tqdm import tqdm
 
@@ -51,7 +52,7 @@ def outside(field: Tensor) -> float:
 def run(options: argparse.Namespace) -> dict:
     branches = {row: trained_branches(options.sweep, row) for row in options.rows}
     objects = load_test_objects(options.data, options.sweep)
-    chosen = torch.linspace(0, len(objects) - 1, min(options.rois, len(objects))).round().long()
+    chosen = evenly_spaced(range(len(objects)), options.rois)
     features = objects.features[chosen]
     rows = {}
     for row, of_seed in tqdm(branches.items(), "receptive fields", dynamic_ncols=True):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from comparison import cell
 from convergence_report import worst
 from strategies import TABLES
 
@@ -120,7 +121,7 @@ def comparison(content: Content) -> str:
     rows = []
     for refine, found in content["refinements"].items():
         masks = [cell(found["segm"][name]) for name in ("AP", "AP50", "AP75")]
-        pace, residual = cell(found["seconds_per_iteration"], 1, 2), cell(found.get("residual_median"), 1, 4)
+        pace, residual = cell(found["seconds_per_iteration"], 1, ".2f"), cell(found.get("residual_median"), 1, ".4f")
         rows.append([refine, *masks, cell(found["bbox"]["AP"]), f"{found['parameters'] / 1e6:.2f} M", residual, pace])
         rows[-1].append(str(found["seeds"]))
     head = ["mask head", "mask AP", "AP50", "AP75", "box AP", "refinement's parameters", "residual", "s / iteration"]
@@ -133,11 +134,6 @@ def comparison(content: Content) -> str:
     )
 
 
-def cell(figure: dict[str, float] | None, scale: float = 100, digits: int = 1) -> str:
-    """Mean ± standard deviation as comparison.json has them."""
-    return "–" if figure is None else " ± ".join(f"{scale * value:.{digits}f}" for value in figure.values())
-
-
 def convergence(content: Content) -> str:
     settings, found = content["settings"], content["limit"]
     count = content["shape"][0]
@@ -146,7 +142,6 @@ def convergence(content: Content) -> str:
         [
             name,
             *(f"{worst(dict(zip(run['steps'], run['relative'], strict=True))[step]):.0e}" for step in powers(run)),
-            f"{1e3 * run['seconds_per_step']:.2f}",
         ]
         for name, run in content["plain"].items()
     ]
@@ -169,7 +164,7 @@ def convergence(content: Content) -> str:
             f"the worst. {content['elapsed_seconds'] / 60:.0f} minutes on {machine(content)}.",
             f"`python benchmarks/convergence.py {settings['data'].upper()} {command}`",
             "**Relative step of the plain iteration, ‖Hⁱ⁺¹ - Hⁱ‖ / ‖Hⁱ⁺¹‖, after so many steps**",
-            table(["", *steps, "ms / step"], plain),
+            table(["", *steps], plain),
             f"Spectral radius along the way by power iteration, {', '.join(radii)}; of the first object by Arnoldi's "
             f"method, {', '.join(largest)}.",
             f"**Distance to the limit, relative / absolute, and relative residual.** The limit was found by "

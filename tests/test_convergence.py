@@ -208,7 +208,7 @@ def test_what_the_sweep_lacks_is_named(shapes, sweep, tmp_path):
 def test_a_row_without_equilibrium_is_refused(make_head, monkeypatch, refinement):
     options = {"unroll": {"solver": Unroll(4)}, "paper's form": {"form": "paper"}}
     refine = make_head(16, **options[refinement]) if refinement in options else nn.Identity()
-    monkeypatch.setattr(convergence, "trained_branch", lambda *_: (SimpleNamespace(refine=refine), None))
+    monkeypatch.setattr(convergence, "trained_branch", lambda *_: SimpleNamespace(refine=refine))
     with pytest.raises(DataError, match="row: 'any' has no equilibrium"):
         convergence.problem(convergence.parse([".", "--row", "any"]))
 
