@@ -12,7 +12,7 @@ from typing import Any
 
 from comparison import cell
 from convergence_report import worst
-from strategies import TABLES
+from strategies import STRATEGIES, TABLES
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "4 convolutions"
@@ -62,10 +62,11 @@ def ablation(content: Content) -> str:
         f"Mask branch alone on {settings['data']}, C = {settings['channels']}, {settings['epochs']} epochs "
         f"with batches of {settings['batch_size']}, {len(trainings)} trainings in {hours:.1f} h of {clock} time, the "
         f"learning rates' search not counted; {machine(content)}. Chosen learning rates: {rates}.",
-        f"`{command}` makes all rows; `--rows` with a row's name makes one.",
+        f"`{command}` makes all rows; `--rows` with a row's name makes one. Convolutions: what a forward pass costs, "
+        "in 3×3 convolutions between all C channels.",
     ]
     head = ["", "mask IoU, %", f"− {BASELINE}", "stopped early, %", "IoU > 0.5, %", "IoU > 0.75, %", "parameters"]
-    head += ["residual forward", "residual backward", "steps", "s / epoch", "seeds"]
+    head += ["residual forward", "residual backward", "steps", "convolutions", "s / epoch", "seeds"]
     for title, names in TABLES.items():
         present = [name for name in names if rows.get(name)]
         if present:
@@ -77,9 +78,10 @@ def ablation(content: Content) -> str:
 def ablation_row(name: str, reports: list[Content], baseline: list[Content]) -> list[str]:
     done = [report for report in reports if "failed" not in report]
     if not done:
-        return [name, reports[0]["failed"], *["–"] * 9, f"{len(reports)} failed"]
+        return [name, reports[0]["failed"], *["–"] * 10, f"{len(reports)} failed"]
     tests = [report["test"] for report in done]
     standing = [report for report in baseline if "failed" not in report]
+    steps = [test.get("iterations") for test in tests]
     return [
         f"**{name}**" if name == "IFR" else name,
         spread((test["iou"] for test in tests), 100),
@@ -90,7 +92,8 @@ def ablation_row(name: str, reports: list[Content], baseline: list[Content]) -> 
         f"{done[0]['parameters'] / 1e6:.2f} M",
         median_power(test.get("residual") for test in tests),
         median_power(report["backward_residual"] for report in done),
-        spread(test.get("iterations") for test in tests),
+        spread(steps),
+        f"{statistics.mean(map(STRATEGIES[name].convolutions, steps)):.1f}",
         f"{statistics.median(report['seconds_per_epoch'] for report in done):.1f}",
         f"{len(done)}" + f", {len(reports) - len(done)} failed" * (len(done) < len(reports)),
     ]

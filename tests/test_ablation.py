@@ -36,6 +36,23 @@ def test_every_row_stands_in_a_table():
     assert {row for rows in TABLES.values() for row in rows} == set(STRATEGIES)
 
 
+COSTS = {
+    ("no convolution", None): 0,
+    ("3 convolutions", None): 3,
+    ("4 convolutions, shared", None): 4,
+    ("unroll", None): 8,
+    ("unroll, unshared", None): 8,
+    ("IFR", 15.0): 32,
+    ("IFR, C/4 inside, 7 steps", 7.0): 4,
+    ("IFR, 2C inside", 3.5): 18,
+}
+
+
+@pytest.mark.parametrize(("row", "steps"), COSTS)
+def test_a_solve_costs_one_evaluation_more_than_it_has_steps(row, steps):
+    assert STRATEGIES[row].convolutions(steps) == COSTS[row, steps]
+
+
 def test_a_stopped_sweep_goes_on_and_repeats_itself_to_the_last_digit(shapes, sweep):
     before = json.loads((sweep / "ablation.json").read_text())["rows"]["IFR"][0]
     run = Run("IFR", 1e-3, 0)
