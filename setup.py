@@ -30,6 +30,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError, PlatformError
 
+OLDEST_CUDA = 12
 DEFAULT_ARCHS = ["80", "86", "89", "90a", "100", "120"]
 SWITCHES = ["-O3", "-std=c++17", "-DNDEBUG", "-Icsrc"]
 HIDDEN = ["-fPIC", "-fvisibility=hidden"]
@@ -42,12 +43,14 @@ ISA_SWITCHES = {
 
 
 class Nvcc(NamedTuple):
-    """The CUDA compiler's command, its toolkit's folder, switches to link, and the GPU architectures to compile for."""
+    """The CUDA compiler's command, its toolkit's folder, switches to link, the GPU architectures to compile for, and
+    CUDA's major version."""
 
     command: list[str]
     root: Path
     libraries: list[str]
     archs: list[str]
+    release: int
 
     def gencode(self, source: Path) -> list[str]:
         """The -gencode switches of one file; sm90_* files use instructions that 90a alone has."""
@@ -111,7 +114,10 @@ def find_nvcc(cxx: list[str], source: Path) -> Nvcc | None:
     if dry_run.returncode != 0 or "TOP" not in found:
         advice = "IFR_FAST_CUDA=0 builds without CUDA kernels."
         raise PlatformError(f"{nvcc} --dryrun failed. {advice}\n{dry_run.stderr}")
-    return Nvcc(command, Path(found["TOP"]).resolve(), shlex.split(found.get("LIBRARIES", "")), gpu_archs(nvcc))
+    version = subprocess.run([nvcc, "--version"], text=True, capture_output=True, check=True).stdout
+    release = int(re.search(r"release (\d+)", version)[1])
+    libraries = shlex.split(found.get("LIBRARIES", ""))
+    return Nvcc(command, Path(found["TOP"]).resolve(), libraries, gpu_archs(nvcc), release)
 
 
 def gpu_archs(nvcc: str) -> list[str]:
@@ -138,9 +144,13 @@ def plan_cuda(cxx: list[str], sources: list[Path]) -> tuple[Nvcc | None, str]:
         return None, "none (csrc/cuda has no .cu file)"
     if mode == "0":
         return None, "skipped because IFR_FAST_CUDA=0"
-    if nvcc := find_nvcc(cxx, sources[0]):
+    nvcc = find_nvcc(cxx, sources[0])
+    if nvcc and nvcc.release >= OLDEST_CUDA:
         return nvcc, f"{len(sources)} file(s) for {' '.join(nvcc.archs)} with {nvcc.root}"
-    missing = f"nvcc was not found in {os.environ.get('CUDA_HOME') or 'PATH or /usr/local/cuda'}"
+    if nvcc:
+        missing = f"{nvcc.command[0]} is of CUDA {nvcc.release}, too old for sm_90a ({OLDEST_CUDA} or newer is needed)"
+    else:
+        missing = f"nvcc was not found in {os.environ.get('CUDA_HOME') or 'PATH or /usr/local/cuda'}"
     if mode == "1":
         advice = "install the CUDA toolkit, set CUDA_HOME to it, or do without (IFR_FAST_CUDA=0)"
         raise PlatformError(f"IFR_FAST_CUDA=1, but {missing}: {advice}.")
@@ -245,7 +255,8 @@ class NinjaBuildExt(build_ext):
             command += ["-j", jobs]
         sys.stdout.flush()
         if subprocess.run(command).returncode != 0:
-            raise CompileError(f"building {ext.name} failed; the compiler's own words are above.")
+            advice = "IFR_FAST_CUDA=0 builds without CUDA kernels"
+            raise CompileError(f"building {ext.name} failed; the compiler's own words are above. {advice}.")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(folder / f"_native{suffix}", target)

@@ -128,13 +128,14 @@ PYBIND11_MODULE(_native, m) {
       [](DType state, DType history_type, ifr::Method method, Address f, Address z, Address value, Address history,
          Address gram, Address p, Address q, Address step, Address norms, Address status, Address iterations,
          Address improved, Address residual, Address trace, Address previous, int64_t n, int64_t size, int64_t rows,
-         int64_t row, int64_t evaluation, int64_t window, double rtol, double divergence, double ridge, int threads) {
+         int64_t row, int64_t evaluation, int64_t window, double rtol, double divergence, double ridge, bool affine,
+         int threads) {
         return kernels().step(
             state, history_type,
             {method, at(f), at(z), at(value), at(history), at<double>(gram), at<double>(p), at<double>(q),
              at<double>(step), at<double>(norms), at<int64_t>(status), at<int64_t>(iterations), at<bool>(improved),
              at(residual), at(trace), at(previous), n, size, rows, row, evaluation, window, rtol, divergence, ridge,
-             threads});
+             affine, threads});
       },
       release());
 }

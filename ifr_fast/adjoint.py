@@ -45,7 +45,7 @@ class Adjoint:
     def cotangent(
         self, adjoint_map: AdjointMap, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
     ) -> tuple[Tensor, Tensor]:
-        """w, like grad (n, …), and its equation's relative residual per sample (n,), inf where it is not solved."""
+        """w, like grad (n, …), and per sample (n,) ‖wᵀ ∂F/∂H + ∂L/∂H - wᵀ‖ / ‖∂L/∂H‖, inf where nothing is solved."""
         raise NotImplementedError
 
 
@@ -81,8 +81,8 @@ class Implicit(Adjoint):
             torch.zeros_like(grad),
             rule,
             kernels,
-            f_z0=scaled,
             from_zero=True,
+            constant=scaled,
         )
         return torch.where(solvable, state.value * scale, grad), state.residual
 
@@ -133,7 +133,7 @@ class Phantom(Adjoint):
 
     def __post_init__(self) -> None:
         check_int("Phantom", "steps", self.steps, 1)
-        if not 0 < self.damping <= 1:
+        if not isinstance(self.damping, (int, float)) or not 0 < self.damping <= 1:
             raise ValueError(f"Phantom(damping={self.damping!r}): expected a number in (0, 1]")
 
     def backward(self, block: Block, z: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor]]:

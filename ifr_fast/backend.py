@@ -64,8 +64,10 @@ def _gpu() -> Backend:
         return Backend(False, "torch sees no NVIDIA GPU here")
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
-        if torch.version.cuda is None or capability < OLDEST:
-            name = torch.cuda.get_device_name(index)
+        name = torch.cuda.get_device_name(index)
+        if torch.version.cuda is None:
+            return Backend(False, f"{name} is no NVIDIA GPU")
+        if capability < OLDEST:
             return Backend(False, f"{name} has compute capability {capability}: {OLDEST} is the oldest served")
     return Backend(True, f"CUDA tensors in float32, bfloat16, float16 ({torch.cuda.get_device_name()})")
 
@@ -86,7 +88,26 @@ def _cuda() -> Backend:
         advice = "pip install . where nvcc is found (README, Install)"
         return Backend(False, f"the extension was built without CUDA kernels; {advice}")
     gpu = _gpu()
-    return gpu._replace(reason=f"{gpu.reason}; built for {binary.cuda_archs}") if gpu.available else gpu
+    if not gpu.available:
+        return gpu
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not built_for(capability, binary.cuda_archs):
+            problem = f"built for {binary.cuda_archs}, not for {torch.cuda.get_device_name(index)}'s {capability}"
+            return Backend(False, f"{problem}; pip install . with IFR_FAST_ARCHS unset")
+    return gpu._replace(reason=f"{gpu.reason}; built for {binary.cuda_archs}")
+
+
+def built_for(capability: tuple[int, int], archs: str) -> bool:
+    """Does code for `archs`, as IFR_FAST_ARCHS names them, run on such a GPU? A number's does on those of the same
+    major version that are no older, and the largest number's portable code on all newer ones; 90a's on 9.0 alone."""
+    numbers = [int(arch.rstrip("af")) for arch in archs.split()]
+    here = 10 * capability[0] + capability[1]
+    same = any(
+        number == here or (arch.isdigit() and number // 10 == capability[0] and number <= here)
+        for arch, number in zip(archs.split(), numbers, strict=True)
+    )
+    return same or here >= max(numbers)
 
 
 def backends() -> dict[str, Backend]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 
 from . import backend as backends
@@ -61,6 +62,8 @@ class ResidualBlock(nn.Module):
                     f"groups={groups!r} does not divide {name}={value}: pass a divisor of channels and mid_channels, "
                     f"e.g. groups={math.gcd(channels, mid_channels, 32)}"
                 )
+        if not isinstance(post_gain, (int, float)) or not math.isfinite(post_gain):
+            raise ValueError(f"post_gain={post_gain!r}: expected a finite number")
         if form == "paper":
             warnings.warn(
                 "form='paper' (Eq. 5 as printed) has no equilibrium in general: z = F(z; X) demands GN2(…) = -X there, "
@@ -98,6 +101,7 @@ class ResidualBlock(nn.Module):
 
         dtype: what the convolutions compute in, None for compute_dtype(x).
         """
+        refuse_forward_mode()
         dtype = dtype or self.compute_dtype(x)
         affine = wide(dtype)
         conv1, gn1_weight, gn1_bias, conv2, *norms = self.tensors()
@@ -128,6 +132,12 @@ class ResidualBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}"
+
+
+def refuse_forward_mode() -> None:
+    """Raises NotImplementedError inside of torch.func.jvp and the like, where the ops would pass for constants."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError("ifr_fast has no forward-mode derivatives (jvp): use backward, grad or vjp")
 
 
 def _is_weight_normed(module: nn.Module) -> bool:

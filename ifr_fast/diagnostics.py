@@ -14,6 +14,7 @@ from .block import EPS
 from .config import encode
 from .equilibrium import staged
 from .head import IFRHead
+from .kernels.plain import wide
 from .residual import Block
 from .rules import Rule
 
@@ -31,8 +32,7 @@ def spectral_radius(head: IFRHead, x: Tensor, *, iterations: int = 100) -> Tenso
         z = head.solve(x)
         dtype = head.block.compute_dtype(x)
         kernels = backends.kernels(head.block.backend, x.device.type, dtype)
-        wide = kernels.wide(dtype)
-        x, z = (staged(t, wide, kernels) for t in (x, z))
+        x, z = (staged(t, wide(dtype), kernels) for t in (x, z))
         block = Block(x, head.block.tensors(), head.block.form, head.block.groups, EPS, kernels, dtype)
         linearised = block.linearise(z)
         w = torch.randn_like(z)
@@ -47,15 +47,15 @@ def spectral_radius(head: IFRHead, x: Tensor, *, iterations: int = 100) -> Tenso
 
 
 def adjoint_residual(head: IFRHead, x: Tensor, grad: Tensor) -> Tensor:
-    """How well the gradient's own equation is solved: the relative residual of Eq. 8 per sample (N,) for head at x,
-    given ∂L/∂H = grad; inf for adjoints that solve no equation.
+    """How well the gradient's own equation is solved for head at x, given ∂L/∂H = grad: Eq. 8's residual in proportion
+    to ‖grad‖, per sample (N,); inf for adjoints that solve no equation.
 
     Raises ValueError where the head does not solve (Unroll).
     """
     if not isinstance(head.solver, Rule):
         raise ValueError(f"head.solver={head.solver}: an unroll has no adjoint equation")
     if not isinstance(head.adjoint, Implicit):
-        return torch.full((len(x),), torch.inf, device=x.device)
+        return torch.full((len(x),), torch.inf, dtype=wide(x.dtype), device=x.device)
     with torch.no_grad():
         z, params, dtype = head.solve(x), head.block.tensors(), head.block.compute_dtype(x)
         empty = [x.new_empty(len(x), 0)] * 3

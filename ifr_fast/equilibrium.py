@@ -33,10 +33,10 @@ def _chunks(rule: Rule, x: Tensor, params: list[Tensor], linearised: int = 0) ->
     return (slice(start, start + step) for start in range(0, len(x), step))
 
 
-def staged(x: Tensor, dtype: torch.dtype, kernels: ModuleType) -> Tensor:
-    """A chunk, dense in the layout in which it is solved."""
+def staged(x: Tensor, dtype: torch.dtype, kernels: ModuleType, like: Tensor | None = None) -> Tensor:
+    """A chunk, dense in the layout in which it is solved: where kernels take any, that of `like`, or x's own."""
     channels_last = x.device.type == "cpu" or kernels.CHANNELS_LAST_ONLY
-    format = torch.channels_last if channels_last else memory_format(x)
+    format = torch.channels_last if channels_last else memory_format(x if like is None else like)
     # .to() takes a strided slice of a channels_last tensor for one that is laid out so already.
     return x.to(dtype, memory_format=format).contiguous(memory_format=format)
 
@@ -109,7 +109,7 @@ def _solve_backward_batch(grad, value, x, params, memory, form, groups, eps, dty
     block = None
 
     def solve_chunk(chunk: slice) -> Block:
-        injection, z, g = (staged(t[chunk], wide(dtype), kernels) for t in (x, value, grad))
+        injection, z, g = (staged(t[chunk], wide(dtype), kernels, like=x) for t in (x, value, grad))
         here = block.at(injection) if block else Block(injection, params, form, groups, eps, kernels, dtype)
         if isinstance(adjoint, Phantom):
             grad_x[chunk], grads = adjoint.backward(here, z, g)

@@ -35,7 +35,8 @@ def fixed_point(
             say), whether named here or not. z0 gets none: the equilibrium does not depend on it.
         solver, adjoint, backend: as IFRHead's. An Unroll applies f `steps` times under autograd; its Solution is None.
 
-    Returns z* (the best iterate, differentiable once) and the Solution. ValueError for arguments that do not fit.
+    Returns z* (the best iterate, differentiable once: create_graph=True raises RuntimeError) and the Solution.
+    ValueError for arguments that do not fit.
     """
     solver, adjoint = build(solver, (Rule, Unroll), "solver"), build(adjoint, Adjoint, "adjoint")
     if z0.dim() < 1 or not z0.is_floating_point():
@@ -50,9 +51,16 @@ def fixed_point(
     rule, iterate = solver.resolve(z0.dtype), wide(z0.dtype)
 
     def widened(z: Tensor) -> Tensor:
-        out = f(z.to(z0.dtype), *params)
-        if out.shape != z.shape:
-            raise ValueError(f"f returned shape {tuple(out.shape)} for z of shape {tuple(z.shape)}: expected the same")
+        z = z.to(z0.dtype)
+        before = None if z.is_inference() else z._version
+        out = f(z, *params)
+        if not isinstance(out, Tensor) or out.shape != z.shape:
+            found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"f returned {found} for z of shape {tuple(z.shape)}: expected a tensor of the same")
+        if before is not None and z._version != before:
+            raise ValueError(
+                "f changed its argument z in place (nn.ReLU(inplace=True), say): expected it to leave z alone"
+            )
         return out.to(iterate)
 
     start = z0.to(iterate).contiguous(memory_format=memory_format(z0))
@@ -73,6 +81,8 @@ def fixed_point(
             end = torch.lerp(end, widened(end), adjoint.damping)
         return _Attach.apply(end, solved.value, lambda grad: grad).to(z0.dtype), solved
     end = widened(leaf)
+    if not _depends_on_more(end, leaf):
+        return solved.value.to(z0.dtype), solved
     memory = Memory(state.history, state.p, state.q) if isinstance(adjoint, Shine) else None
 
     def cotangent(grad: Tensor) -> Tensor:
@@ -97,18 +107,24 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        with torch.no_grad(), torch.cuda.device_of(grad):
-            w = ctx.cotangent(grad.detach())
-        return _Once.apply(w.requires_grad_()) if torch.is_grad_enabled() else w, None, None
+        if torch.is_grad_enabled():  # f's graph would take w for a constant, and second derivatives be wrong
+            raise RuntimeError("fixed_point is differentiable once: create_graph=True has no meaning for it")
+        with torch.cuda.device_of(grad):
+            return ctx.cotangent(grad), None, None
 
 
-class _Once(torch.autograd.Function):
-    """A gradient that cannot be differentiated again, and says so instead of being silently constant."""
-
-    @staticmethod
-    def forward(ctx, w: Tensor) -> Tensor:
-        return w.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        raise RuntimeError("fixed_point is differentiable once: its gradient has no gradient")
+def _depends_on_more(end: Tensor, leaf: Tensor) -> bool:
+    """Does anything that requires a gradient, beside leaf, lead to end?"""
+    if not leaf.requires_grad:
+        return end.requires_grad
+    own = torch.autograd.graph.get_gradient_edge(leaf).node
+    nodes, seen = [end.grad_fn], {None, own}
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        if hasattr(node, "variable"):  # accumulates the gradient of a leaf
+            return True
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+    return False

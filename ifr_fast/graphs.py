@@ -110,8 +110,9 @@ def current_stream(device: torch.device) -> Hashable:
 
 def clear() -> None:
     """Forgets every recording and frees its memory."""
-    _recordings.clear()
-    _pools.clear()
+    with _lock:
+        _recordings.clear()
+        _pools.clear()
 
 
 def _signature(t: Tensor) -> Hashable:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import equilibrium  # noqa: F401  (implements the ops)
 from .adjoint import Adjoint, Implicit, Shine, Unrolled, check_shine
-from .block import EPS, ResidualBlock
+from .block import EPS, ResidualBlock, refuse_forward_mode
 from .config import build, check_int, encode
 from .rules import Broyden, Rule, Unroll
 from .solve import Solution, differentiable_solve
@@ -31,8 +31,8 @@ class IFRHead(nn.Module):
             Both also by name or as dict(type=name, …), and may be assigned later.
         warmup_steps, warmup_unroll: the first `warmup_steps` forward passes in training mode unroll the block
             `warmup_unroll` times in place of solving (the authors' remedy for an untrained block that does not
-            contract). The count is part of the state dict where warmup_steps > 0; activation
-            checkpointing around the head counts its recomputation too.
+            contract). The count is part of the state dict where warmup_steps > 0. Under activation checkpointing a
+            head that is called k times an iteration needs a multiple of k: all of them unroll, or none.
         backend: "auto", "reference", "native", "triton", "cuda"; see backends().
         cuda_graphs: on a GPU, record the solve and its backward pass as CUDA graphs and replay them: for small batches,
             where launching takes longer than computing. Batches are padded to one of eight sizes an octave; recordings
@@ -108,6 +108,7 @@ class IFRHead(nn.Module):
     def solve(self, x: Tensor) -> Tensor:
         """The equilibrium as forward gives it, whatever the warm-up. ValueError where the solver is an Unroll."""
         self._check_input(x)
+        refuse_forward_mode()
         if isinstance(self.solver, Unroll):
             raise ValueError(f"solver={self.solver} has no equilibrium to solve for")
         if isinstance(self.adjoint, Unrolled):
@@ -125,8 +126,7 @@ class IFRHead(nn.Module):
 
     def _unroll_steps(self) -> int:
         """Blocks to unroll in this forward pass; 0 where the solver runs."""
-        if self.training and self.warmup_steps and self.warmup.count < self.warmup_steps:
-            self.warmup.count += 1
+        if self.training and self.warmup_steps and self.warmup.next() < self.warmup_steps:
             return self.warmup_unroll
         return self.solver.steps if isinstance(self.solver, Unroll) else 0
 
@@ -181,7 +181,7 @@ class IFRHead(nn.Module):
         return head
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        if self.warmup_steps:
+        if "warmup_count" in self._buffers:
             self.warmup_count.fill_(self.warmup.count)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -207,3 +207,10 @@ class _Warmup:
 
     def __init__(self) -> None:
         self.count = 0
+
+    def next(self) -> int:
+        """How many there were before this one; repeated in a backward pass, where checkpointing computes one again."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return self.count - 1
+        self.count += 1
+        return self.count - 1

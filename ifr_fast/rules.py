@@ -40,8 +40,8 @@ class Rule:
 
     max_iter: steps at most; F is evaluated max_iter + 1 times. rtol: a sample stops where ‖F(z) - z‖ ≤ rtol·‖F(z)‖;
         None means 1e-3, or 1e-2 where F is computed in 16 bits; 0 means max_iter steps, unless F(z) = z exactly.
-    history_dtype: of the stored residuals (torch.float32, torch.bfloat16, torch.float64 or their names); None means
-        bfloat16 where F is computed in 16 bits, else the iterate's dtype. bfloat16 halves memory and traffic and leaves
+    history_dtype: of the stored residuals: torch.bfloat16 or its name, any other dtype means the iterate's; None means
+        bfloat16 where F is computed in 16 bits, else the iterate's. bfloat16 halves memory and traffic and leaves
         the residuals' trace alike. workspace: bytes that a solve may take beside its results, None for 32 MiB on a CPU
         and 1 GiB elsewhere; samples are solved in chunks that fit, one sample at least.
 

@@ -63,20 +63,21 @@ def solve(
     rule: Rule,
     kernels: ModuleType,
     *,
-    f_z0: Tensor | None = None,
     from_zero: bool = False,
+    constant: Tensor | None = None,
 ) -> State:
     """The equilibrium of f from z (n, …), float32 or float64 and dense in kernels.memory_format(z); z is overwritten.
 
     f maps an iterate and the solve's state to a tensor of the iterate's shape, or to what kernels.tail or kernels.total
-    give. rule must be resolved. f_z0: f at the first z where it is known already. from_zero: that z is zero everywhere.
+    give. rule must be resolved. from_zero: z is zero everywhere. constant: f there, where f is affine; residuals are
+    then relative to it, as ‖f(z)‖ grows with the error and would make the wildest iterate the best.
     Returns the solver's state; its value, residual, iterations, trace and status are a Solution's fields.
     """
     state = kernels.new_state(
         z, rows=rule.rows, evaluations=rule.max_iter + 1, history_dtype=rule.history_dtype, from_zero=from_zero
     )
     for k in range(rule.max_iter + 1):
-        fz = f_z0 if k == 0 and f_z0 is not None else f(z, state)
+        fz = constant if k == 0 and constant is not None else f(z, state)
         if isinstance(fz, Tensor) and (fz.stride() != z.stride() or fz.dtype != z.dtype):
             fz = torch.empty_like(z).copy_(fz)
         running = kernels.step(
@@ -89,6 +90,7 @@ def solve(
             last=k == rule.max_iter,
             rtol=rule.rtol,
             divergence=DIVERGENCE,
+            affine=constant is not None,
         )
         if running == 0:
             state.trace[k + 1 :] = state.trace[k]

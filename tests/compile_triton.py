@@ -179,7 +179,7 @@ def train(
     linearised = block.linearise(tensor(*x.shape))
     w, grad = tensor(*x.shape), tensor(*x.shape)
     rule = Broyden().resolve(dtype)
-    solve(lambda w, state: linearised.affine(w, grad, state), w, rule, kernels, f_z0=grad, from_zero=True)
+    solve(lambda w, state: linearised.affine(w, grad, state), w, rule, kernels, from_zero=True, constant=grad)
     linearised.vjp_params(w)
 
 

@@ -5,7 +5,19 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ifr_fast import Broyden, Implicit, JacobianFree, Phantom, Shine, Unroll, Unrolled, fixed_point, reference
+from ifr_fast import (
+    Broyden,
+    Implicit,
+    JacobianFree,
+    Phantom,
+    Shine,
+    Unroll,
+    Unrolled,
+    equilibrium,
+    fixed_point,
+    reference,
+)
+from ifr_fast.kernels import memory_format, native, plain
 
 EXACT = Broyden(60, rtol=1e-13)
 
@@ -91,6 +103,23 @@ def test_implicit_solves_equation_8(problem):
     assert_same(gradients(head, x, cotangent), expected, 1e-8)
 
 
+@pytest.mark.parametrize("kernels", [native, plain], ids=["native", "reference"])
+@pytest.mark.parametrize("growth", [0.5, 2.0, 10.0])
+def test_the_solved_w_is_never_worse_than_none(kernels, growth):
+    """Where F does not contract, w can grow without bound and ‖wᵀ ∂F/∂H + ∂L/∂H‖ with it: judged by that, the wildest w
+    would be the best."""
+    jacobian = growth * torch.randn(5, 300, 300, dtype=torch.float64) / 300**0.5
+    grad = torch.randn(5, 300, dtype=torch.float64)
+
+    def product(w, constant, state=None):
+        return (w.unsqueeze(1) @ jacobian).squeeze(1) + constant
+
+    w, residual = Implicit(10, rtol=1e-9).cotangent(product, grad, torch.float64, kernels, None)
+    expected = (product(w, grad) - w).norm(dim=1) / grad.norm(dim=1)
+    torch.testing.assert_close(residual, expected)
+    assert (residual <= 1).all()
+
+
 def test_jacobian_free_is_one_product(problem):
     head, x, cotangent = problem(JacobianFree())
     z = head(x).detach()
@@ -150,6 +179,19 @@ def test_adjoints_evaluate_f_once_beside_the_solve(adjoint):
     z.sum().backward()
     assert calls == 7 + 1
     assert weight.grad.norm() > 0
+
+
+def test_shine_reads_a_gradient_of_another_layout_as_its_memory_lies(problem, monkeypatch):
+    """On a GPU the reference kernels solve in x's own layout."""
+
+    def staged(x, dtype, kernels, like=None):
+        return x.to(dtype).contiguous(memory_format=memory_format(x if like is None else like))
+
+    head, x, cotangent = problem(Shine(), backend="reference")
+    expected = gradients(head, x, cotangent)
+    monkeypatch.setattr(equilibrium, "staged", staged)
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert_same(gradients(head, x, cotangent.contiguous()), expected, 1e-7)
 
 
 @pytest.mark.parametrize("adjoint", [Implicit(), JacobianFree(), Phantom(), Shine()], ids=lambda a: type(a).__name__)

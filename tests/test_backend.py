@@ -48,6 +48,21 @@ def test_a_missing_gpu_is_named(monkeypatch):
     assert backend.kernels("auto", "cuda", torch.float32).__name__ == "ifr_fast.kernels.plain"
 
 
+@pytest.mark.parametrize(
+    ("capability", "archs", "runs"),
+    [
+        ((9, 0), "80 90a", True),
+        ((8, 6), "80 90a", True),
+        ((8, 0), "86 90a", False),
+        ((8, 0), "90a", False),
+        ((10, 0), "80 90a", True),  # 90's portable code
+        ((9, 0), "80 100", False),
+    ],
+)
+def test_what_an_extension_was_built_for(capability, archs, runs):
+    assert backend.built_for(capability, archs) == runs
+
+
 def test_choice_is_logged_once(caplog):
     backend.kernels.cache_clear()
     with caplog.at_level(logging.INFO, logger="ifr_fast"):

@@ -275,6 +275,17 @@ def test_cuda_sources_are_left_out_without_nvcc(cuda_tree, tmp_path):
     assert not compiled(log)
 
 
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc on PATH or in /usr/local/cuda")
+def test_cuda_sources_are_left_out_with_an_old_nvcc(cuda_tree, tmp_path):
+    old = tmp_path / "bin/nvcc"
+    old.parent.mkdir()
+    old.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo release 11.8, V11.8.89 || exec {NVCC} "$@"\n')
+    old.chmod(0o755)
+    log = build(cuda_tree, IFR_FAST_CUDA="auto", CUDA_HOME=str(tmp_path))
+    assert f"CUDA kernels: skipped because {old} is of CUDA 11, too old for sm_90a" in log
+    assert not compiled(log)
+
+
 def test_cuda_on_demand_without_nvcc_is_an_error(cuda_tree, tmp_path):
     message = build(cuda_tree, fails=True, IFR_FAST_CUDA="1", CUDA_HOME=str(tmp_path)).splitlines()[-1]
     assert f"IFR_FAST_CUDA=1, but nvcc was not found in {tmp_path}" in message

@@ -84,6 +84,37 @@ def test_solves_are_plains(cuda, reference, poisoned, rule, history, n, size):
         assert torch.equal(actual.iterations, expected.iterations)
 
 
+def test_torchs_default_dtype_is_not_the_states(cuda, reference):
+    z0, f = contraction(2, 301)
+    rule = with_history(Broyden(4, rtol=1e-2), torch.float32)
+    expected = solve(f, z0.clone(), rule, reference)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = solve(f, z0.clone(), rule, cuda)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_solution(actual, expected, torch.float32)
+
+
+@pytest.mark.parametrize("size", [301, 16392])  # three kernels; one
+@pytest.mark.parametrize("rule", [Broyden(5, rtol=1e-3), Picard(5, rtol=1e-3)], ids=str)
+def test_residuals_of_affine_maps_are_plains(cuda, reference, poisoned, rule, size):
+    constant = torch.randn(2, size)
+    actual, expected = (
+        solve(
+            lambda z, state: constant - 1.5 * z,
+            torch.zeros_like(constant),
+            with_history(rule, torch.float32),
+            kernels,
+            from_zero=True,
+            constant=constant,
+        )
+        for kernels in (cuda, reference)
+    )
+    torch.testing.assert_close(actual.trace, expected.trace, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(actual.residual, expected.residual, rtol=1e-3, atol=1e-5)
+
+
 @histories
 @pytest.mark.parametrize("rule", [Broyden(6, rtol=0.0), Anderson(6, rtol=1e-2, m=3), Picard(6, rtol=1e-2)], ids=str)
 def test_cluster_step_is_the_three_kernels(cuda, reference, monkeypatch, poisoned, rule, history):

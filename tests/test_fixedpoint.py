@@ -96,10 +96,18 @@ def test_identity_maps_leave_their_argument_alone():
 
 def test_second_derivatives_are_refused_not_dropped():
     weight = torch.tensor(0.3, requires_grad=True)
-    z, _ = fixed_point(lambda z: weight * z.cos(), torch.zeros(2, 3))
-    (grad,) = torch.autograd.grad(z.square().sum(), weight, create_graph=True)
+    z, _ = fixed_point(lambda z: (weight * z).cos(), torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match="differentiable once"):
-        grad.square().backward()
+        torch.autograd.grad(z.square().sum(), weight, create_graph=True)
+
+
+@pytest.mark.parametrize("adjoint", [a for a in ADJOINTS if a != Unrolled()], ids=lambda a: type(a).__name__)
+def test_a_result_requires_a_gradient_where_something_does(adjoint):
+    z0 = torch.zeros(2, 3, requires_grad=True)
+    weight = torch.tensor(0.3, requires_grad=True)
+    assert not fixed_point(torch.cos, z0, adjoint=adjoint)[0].requires_grad
+    assert fixed_point(lambda z: (2 * weight * z).cos(), z0, adjoint=adjoint)[0].requires_grad
+    assert not fixed_point(lambda z: (weight.detach() * z).cos(), z0, adjoint=adjoint)[0].requires_grad
 
 
 def test_unroll_applies_f(layer):
@@ -121,6 +129,8 @@ def test_no_grad_builds_no_graph(layer):
         (lambda: fixed_point(torch.sin, torch.zeros(2, 3, dtype=torch.int64)), "z0 has shape .*int64"),
         (lambda: fixed_point(torch.sin, torch.tensor(1.0)), "z0 has shape"),
         (lambda: fixed_point(lambda z: z[:, :1], torch.zeros(2, 3)), r"f returned shape \(2, 1\)"),
+        (lambda: fixed_point(lambda z: (z, z), torch.zeros(2, 3)), "f returned tuple"),
+        (lambda: fixed_point(lambda z: z.mul_(0.5).add_(1), torch.zeros(2, 3)), "in place"),
         (lambda: fixed_point(torch.sin, torch.zeros(2, 3), solver="secant"), "solver='secant'"),
         (lambda: fixed_point(torch.sin, torch.zeros(2, 3), solver=Picard(), adjoint=Shine()), "Shine"),
     ],

@@ -10,8 +10,10 @@ import textwrap
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Status, Unroll, Unrolled, reference
+from ifr_fast.diagnostics import spectral_radius
 
 BACKENDS = ["native", "reference"]
 
@@ -172,6 +174,52 @@ def test_warmup_unrolls_then_solves_and_survives_a_checkpoint(make_head):
         assert h.last_solution is None
         h(x)
         assert h.last_solution is not None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_repeats_the_warmup_and_counts_it_once(reentrant, make_head):
+    head = make_head(16, warmup_steps=4, warmup_unroll=2)
+    plain = copy.deepcopy(head)
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    for iteration in range(4):  # with two calls an iteration
+        for h in (head, plain):
+            h.zero_grad()
+            outputs = [checkpoint(h, x, use_reentrant=reentrant) if h is head else h(x) for _ in range(2)]
+            sum(y.square().sum() for y in outputs).backward()
+            assert (h.last_solution is None) == (iteration < 2)
+        for own, other in zip(head.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(own.grad, other.grad)
+
+
+def test_a_warmup_given_later_is_no_part_of_the_state(make_head):
+    head = make_head(16)
+    head.warmup_steps = 2
+    head(torch.randn(2, 16, 5, 5))
+    assert head.last_solution is None
+    assert head.state_dict().keys() == make_head(16).state_dict().keys()
+
+
+@pytest.mark.parametrize("call", [lambda h, x: h(x), lambda h, x: h.block(x, x)], ids=["solve", "block"])
+def test_forward_mode_is_refused_not_dropped(call, make_head):
+    head = make_head(8, groups=2)
+    x = torch.randn(2, 8, 4, 4)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: call(head, x), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        call(head, torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_defaults_of_torch_change_nothing(make_head):
+    """Its default device, and its default dtype."""
+    head, x = make_head(8, groups=2), torch.randn(2, 8, 4, 4)
+    expected = head(x), spectral_radius(head, x, iterations=2).shape
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(head(x), expected[0])
+            assert spectral_radius(head, x, iterations=2).shape == expected[1]
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda h: pickle.loads(pickle.dumps(h))], ids=["deepcopy", "pickle"])

@@ -141,6 +141,25 @@ def test_solver_kernels(rule, dtype, history, n, channels, size, last):
 
 
 @pytest.mark.parametrize("kernels", [native, plain], ids=["native", "reference"])
+@pytest.mark.parametrize("growth", [0.5, 3.0])
+def test_residuals_of_an_affine_map_are_relative_to_its_constant(kernels, growth):
+    """Where plain steps grow without bound too, and ‖f(z)‖ with them."""
+    constant = torch.randn(3, 257, dtype=torch.float64)
+    visited = []
+
+    def f(z, state):
+        visited.append(z.clone())
+        return -growth * z + constant
+
+    rule = Picard(6, rtol=1e-9).resolve(torch.float64)
+    state = solve(f, torch.zeros_like(constant), rule, kernels, from_zero=True, constant=constant)
+    expected = [((1 + growth) * z - constant).norm(dim=1) / constant.norm(dim=1) for z in visited]
+    torch.testing.assert_close(state.trace[1:], torch.stack(expected))
+    torch.testing.assert_close(state.trace[0], torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(state.residual, state.trace.amin(0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kernels", [native, plain], ids=["native", "reference"])
 @pytest.mark.parametrize("n", [1, 5])  # fewer samples than threads take another path
 def test_a_step_touches_running_samples_only(kernels, n):
     z, f = torch.randn(2, n, 9001)

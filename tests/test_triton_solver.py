@@ -75,6 +75,17 @@ def test_solves_agree(device, rule, n, channels, side, last):
     torch.testing.assert_close(actual.residual, best, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rule", [Broyden(5, rtol=1e-3), Picard(5, rtol=1e-3)], ids=str)
+def test_residuals_of_affine_maps_agree(device, rule):
+    constant = nhwc(2, 5, 3, 7, device=device)
+    zero = torch.zeros_like(constant)
+    actual, expected = both(
+        lambda z, state: constant - 1.5 * z, zero, resolved(rule), from_zero=True, constant=constant
+    )
+    torch.testing.assert_close(actual.trace, expected.trace, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(actual.residual, expected.residual, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("rule", [Broyden(19, rtol=0.0), Anderson(18, rtol=0.0, m=18), Broyden(35, rtol=0.0)], ids=str)
 def test_many_rows(device, rule):
     """More rows than a program loads at a time, and more than one warp's matrices. No map to solve, whose residuals

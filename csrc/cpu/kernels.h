@@ -60,6 +60,7 @@ struct Step {
   const void *previous;     // the trace of the evaluation before, null at the first
   int64_t n, size, rows, row, evaluation, window;
   double rtol, divergence, ridge;
+  bool affine;              // residuals are relative to |g_0|, not to |f|
   int threads;
 };
 

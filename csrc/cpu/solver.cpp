@@ -198,8 +198,9 @@ struct Solver {
   bool assess(int64_t i) {
     S *residual = static_cast<S *>(a.residual) + i, *trace = static_cast<S *>(a.trace) + i;
     double *norms = a.norms + i * 3;
-    const double g = std::sqrt(norms[0]), relative = g / std::max(std::sqrt(norms[1]), 1e-30);
+    const double g = std::sqrt(norms[0]);
     if (a.evaluation == 0) norms[2] = g;
+    const double relative = g / std::max(a.affine ? norms[2] : std::sqrt(norms[1]), 1e-30);
     *trace = S(relative);
     a.iterations[i] = a.evaluation;
     if (!std::isfinite(relative)) {

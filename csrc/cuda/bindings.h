@@ -28,7 +28,7 @@ inline void bind_solver(pybind11::module_ &m) {
       .value("picard", Method::picard);
   py::class_<Solver>(m, "Solver", py::module_local())
       .def(py::init([](Method method, int64_t n, int64_t size, int rows, int row, int window, int64_t evaluation,
-                       float rtol, float divergence, float ridge, Address z, Address value, Address start,
+                       float rtol, float divergence, float ridge, bool affine, Address z, Address value, Address start,
                        Address injection, DType injection_type, Address r, DType r_type, Address history,
                        DType history_type, Address gram, Address p, Address q, Address step, Address total,
                        Address best, Address norms, Address residual, Address trace, Address previous, Address status,
@@ -36,7 +36,7 @@ inline void bind_solver(pybind11::module_ &m) {
                        Address gram_partials) {
         Solver a{};
         a.method = method, a.n = n, a.size = size, a.rows = rows, a.row = row, a.window = window;
-        a.evaluation = evaluation, a.rtol = rtol, a.divergence = divergence, a.ridge = ridge;
+        a.evaluation = evaluation, a.rtol = rtol, a.divergence = divergence, a.ridge = ridge, a.affine = affine;
         a.z = at<float>(z), a.value = at<float>(value), a.start = at<float>(start);
         a.injection = at(injection), a.injection_type = injection_type, a.r = at(r), a.r_type = r_type;
         a.history = at(history), a.history_type = history_type;

@@ -26,6 +26,7 @@ struct Solver {
   int rows, row, window;           // row < 0: the last evaluation, judged only
   int64_t evaluation;              // 0 takes nothing from the state but `start`
   float rtol, divergence, ridge;
+  bool affine;                     // residuals are relative to |g_0|, not to |f|
   float *z, *value;                // (n, size). value other than z: history is one row, and value keeps the best iterate
   const float *start;              // (n, size) or null for zero
   const void *injection;           // (n, size); null where there is no r

@@ -288,7 +288,7 @@ __device__ __forceinline__ void anderson(int k, int first, float ridge, Small &s
 __device__ __forceinline__ void judge(const Solver &a, int64_t sample, Small &s, const Matrices &m, bool write) {
   const int lane = threadIdx.x % 32, k = a.row;
   const float g = sqrtf(s.norms[0]), f = sqrtf(s.norms[1]), first_norm = a.evaluation == 0 ? g : s.first_norm;
-  const float relative = g / (f < 1e-30f ? 1e-30f : f);
+  const float scale = a.affine ? first_norm : f, relative = g / (scale < 1e-30f ? 1e-30f : scale);
   const bool finite = isfinite(relative), improved = finite && relative < s.residual;
   int64_t status = MAX_ITER;
   if (!finite)

@@ -53,6 +53,7 @@ def step(
     last: bool,
     rtol: float,
     divergence: float,
+    affine: bool = False,
 ) -> None:
     """plain.step without its result. f: (n, …) float32 laid out as z, or a pending result."""
     row = -1 if last else evaluation % state.rows
@@ -62,9 +63,10 @@ def step(
     else:
         state.reserve_norms(kernels.splits(state.size))
     if state.gram_partials is None:
-        state.gram_partials = torch.empty(state.n, kernels.splits(state.size), state.rows, device=z.device)
+        shape = state.n, kernels.splits(state.size), state.rows
+        state.gram_partials = torch.empty(shape, dtype=torch.float32, device=z.device)
     injection = None if state.injection is None else _laid_out(state.injection, z)
-    solver = _solver(state, z, injection, method, row, window, evaluation, rtol, divergence)
+    solver = _solver(state, z, injection, method, row, window, evaluation, rtol, divergence, affine)
     stream = cuda_norm.current_stream(z.device)
     if not isinstance(f, Tail):
         addends = [_laid_out(a, z) for a in (f.addends if isinstance(f, Total) else (f,))]
@@ -81,7 +83,7 @@ def step(
 
 def finish(state: DeviceState, z: Tensor) -> None:
     """state.value, the best iterate; z takes it where the history's coefficients give it."""
-    solver = _solver(state, z, None, "picard", -1, 1, 1, 0.0, 0.0)
+    solver = _solver(state, z, None, "picard", -1, 1, 1, 0.0, 0.0, False)
     _native.cuda.finish(solver, cuda_norm.current_stream(z.device))
 
 
@@ -95,6 +97,7 @@ def _solver(
     evaluation: int,
     rtol: float,
     divergence: float,
+    affine: bool,
 ) -> _native.cuda.Solver:
     def typed(tensor: Tensor | None) -> tuple[int, _native.cuda.DType]:
         return at(tensor)[0], DTYPES[torch.float32 if tensor is None else tensor.dtype]
@@ -102,8 +105,9 @@ def _solver(
     previous = state.trace[evaluation - 1] if evaluation else None
     return _native.cuda.Solver(
         getattr(_native.cuda.Method, method), state.n, state.size, state.rows, row, window, evaluation, rtol,
-        divergence, ridge(state.gram.dtype), *at(z, state.value, state.start), *typed(injection), *typed(state.r),
-        *typed(state.history), *at(state.gram, state.p, state.q, state.step, state.total, state.best, state.norms),
+        divergence, ridge(state.gram.dtype), affine, *at(z, state.value, state.start), *typed(injection),
+        *typed(state.r), *typed(state.history),
+        *at(state.gram, state.p, state.q, state.step, state.total, state.best, state.norms),
         *at(state.residual, state.trace[evaluation], previous, state.status, state.iterations, state.improved),
         *at(state.norm_partials), 0 if state.norm_partials is None else state.norm_partials.shape[1],
         *at(state.gram_partials),

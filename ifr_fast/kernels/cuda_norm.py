@@ -196,7 +196,7 @@ def _plan(y: Tensor, groups: int, eps: float, *, staged: int) -> _native.cuda.No
 
 
 def _workspace(plan: _native.cuda.NormPlan, y: Tensor) -> Tensor | None:
-    return torch.empty(plan.workspace, device=y.device) if plan.workspace else None
+    return torch.empty(plan.workspace, dtype=torch.float32, device=y.device) if plan.workspace else None
 
 
 @cache
@@ -218,12 +218,12 @@ def _nhwc(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _statistics(y: Tensor, groups: int, count: int) -> list[Tensor]:
-    return list(torch.empty(count, y.shape[0], groups, device=y.device))
+    return list(torch.empty(count, y.shape[0], groups, dtype=torch.float32, device=y.device))
 
 
 def _affine_grads(y: Tensor, count: int) -> list[Tensor]:
     """Sums of every sample apart; the batch's are these in order."""
-    return list(torch.empty(count, *y.shape[:2], device=y.device))
+    return list(torch.empty(count, *y.shape[:2], dtype=torch.float32, device=y.device))
 
 
 def _sums(partial: Tensor | None) -> list[int]:

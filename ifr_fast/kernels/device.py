@@ -58,11 +58,12 @@ class DeviceState:
         n, device = z.shape[0], z.device
         self.n, self.rows, self.size = n, rows, math.prod(z.shape[1:])
         self.history = torch.empty(n, rows, self.size, dtype=history_dtype, device=device)
-        self.gram, self.p, self.q = torch.zeros(3, n, rows, rows, device=device)
-        self.step, self.total, self.best = torch.zeros(3, n, rows, device=device)
-        self.norms = torch.zeros(n, 3, device=device)
-        self.residual = torch.full((n,), torch.inf, device=device)
-        self.trace = torch.empty(evaluations, n, device=device)
+        single = {"dtype": torch.float32, "device": device}
+        self.gram, self.p, self.q = torch.zeros(3, n, rows, rows, **single)
+        self.step, self.total, self.best = torch.zeros(3, n, rows, **single)
+        self.norms = torch.zeros(n, 3, **single)
+        self.residual = torch.full((n,), torch.inf, **single)
+        self.trace = torch.empty(evaluations, n, **single)
         self.status = torch.full((n,), RUNNING, dtype=torch.int64, device=device)
         self.iterations = torch.zeros(n, dtype=torch.int64, device=device)
         self.improved = torch.zeros(n, dtype=torch.bool, device=device)
@@ -76,7 +77,7 @@ class DeviceState:
     def reserve_norms(self, parts: int) -> None:
         """Makes room for the norms' sums in so many parts; a solve's kernels share it."""
         if self.norm_partials is None or self.norm_partials.shape[1] != parts:
-            self.norm_partials = torch.empty(self.n, parts, 2, device=self.norms.device)
+            self.norm_partials = torch.empty(self.n, parts, 2, dtype=torch.float32, device=self.norms.device)
 
 
 def status_of(state: DeviceState | None) -> Tensor | None:

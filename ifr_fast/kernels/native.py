@@ -153,6 +153,7 @@ def step(
     last: bool,
     rtol: float,
     divergence: float,
+    affine: bool = False,
 ) -> int:
     row = -1 if last else evaluation % state.rows
     return _native.step(
@@ -161,7 +162,7 @@ def step(
         *at(state.status, state.iterations, state.improved, state.residual, state.trace[evaluation]),
         state.trace[evaluation - 1].data_ptr() if evaluation else 0,
         state.n, state.size, state.rows, row, evaluation, window, rtol, divergence, ridge(state.gram.dtype),
-        torch.get_num_threads(),
+        affine, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -182,8 +183,8 @@ def _like(tensor: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _statistics(y: Tensor, groups: int, count: int) -> list[Tensor]:
-    return [torch.empty(y.shape[0], groups, dtype=wide(y.dtype)) for _ in range(count)]
+    return [torch.empty(y.shape[0], groups, dtype=wide(y.dtype), device=y.device) for _ in range(count)]
 
 
 def _affine_grads(y: Tensor, count: int) -> list[Tensor]:
-    return [torch.empty(y.shape[:2], dtype=torch.float64) for _ in range(count)]
+    return [torch.empty(y.shape[:2], dtype=torch.float64, device=y.device) for _ in range(count)]

@@ -159,15 +159,16 @@ def step(
     last: bool,
     rtol: float,
     divergence: float,
+    affine: bool = False,
 ) -> int | None:
     """What follows an evaluation f = F(z): the residual joins the history, every running sample is judged, the method
     ("broyden", "anderson" or "picard") chooses its step, and z moves, in place. last: judged only.
 
-    window: how many residuals back the method takes inner products. rtol, divergence and the result as assess()'s.
+    window: how many residuals back the method takes inner products. The other numbers and the result are assess()'s.
     """
     row = -1 if last else evaluation % state.rows
     gram_row(state, f, z, row=row, first=max(0, row - window + 1))
-    running = assess(state, evaluation, rtol, divergence)
+    running = assess(state, evaluation, rtol, divergence, affine)
     if not last and running != 0:
         if method == "broyden":
             broyden(state, row)
@@ -199,9 +200,10 @@ def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> Non
         state.gram[:, row, j] = state.gram[:, j, row] = (g * state.history[:, j]).sum(1)
 
 
-def assess(state: State, evaluation: int, rtol: float, divergence: float) -> int | None:
+def assess(state: State, evaluation: int, rtol: float, divergence: float, affine: bool) -> int | None:
     """The relative residual of every running sample, and what follows from it: best, status, iterations, trace.
 
+    It is ‖g‖ / ‖f‖; affine: ‖g‖ / ‖g₀‖.
     Codes as solve.Status: 0 converged, 2 diverged (‖g‖ > divergence · ‖g₀‖), 3 not finite. Returns how many samples
     still run, or None on a device, where that would cost a synchronisation.
     """
@@ -209,7 +211,8 @@ def assess(state: State, evaluation: int, rtol: float, divergence: float) -> int
     g, f = state.norms[:, 0].sqrt(), state.norms[:, 1].sqrt()
     if evaluation == 0:
         state.norms[:, 2] = g
-    relative = (g / f.clamp_min(1e-30)).to(state.residual.dtype)
+    scale = state.norms[:, 2] if affine else f
+    relative = (g / scale.clamp_min(1e-30)).to(state.residual.dtype)
     state.trace[evaluation] = torch.where(running, relative, state.trace[max(evaluation - 1, 0)])
     state.iterations.masked_fill_(running, evaluation)
     finite = relative.isfinite()

@@ -38,13 +38,13 @@ TENSORS = [
     "norm_partials", "gram_partials", "gram", "p", "q", "step", "total", "best",
     "norms", "residual", "trace", "status", "iterations", "improved",
 ]  # fmt: skip
-INTEGERS = ["n", "rows", "parts", "splits", "evaluation", "row", "window"]
+INTEGERS = ["n", "rows", "parts", "splits", "evaluation", "row", "window", "affine"]
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=TENSORS)
 def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
                 norms, residual, trace, status, iterations, improved,
-                n, rows, parts, splits, evaluation, row, window, rtol, divergence, ridge,
+                n, rows, parts, splits, evaluation, row, window, affine, rtol, divergence, ridge,
                 METHOD: tl.constexpr, K: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """plain.assess, then (row ≥ 0, and only for a sample that still runs) METHOD's step; DeviceState's fields."""
     sample = tl.program_id(0).to(tl.int64)
@@ -55,7 +55,7 @@ def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
     index = tl.arange(0, K)
     old_total = tl.load(total + sample * rows + index, (index < rows) & (evaluation > 0), other=0.0)
     code, is_best = _judge(norm_partials, norms, residual, trace, iterations,
-                           sample, n, parts, evaluation, rtol, divergence, PARTS)  # fmt: skip
+                           sample, n, parts, evaluation, affine, rtol, divergence, PARTS)  # fmt: skip
     tl.store(status + sample, code)
     tl.store(improved + sample, is_best)
     if is_best | (evaluation == 0):
@@ -79,8 +79,8 @@ def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
 
 
 @triton.jit
-def _judge(norm_partials, norms, residual, trace, iterations, sample, n, parts, evaluation, rtol, divergence,
-           PARTS: tl.constexpr):  # fmt: skip
+def _judge(norm_partials, norms, residual, trace, iterations, sample, n, parts, evaluation, affine, rtol,
+           divergence, PARTS: tl.constexpr):  # fmt: skip
     """A running sample's status, and whether this evaluation is its best."""
     # Before the sums, where warps wait for each other: later, a warp could read what another one has stored already.
     lowest = tl.load(residual + sample, evaluation > 0, other=float("inf"))
@@ -101,7 +101,8 @@ def _judge(norm_partials, norms, residual, trace, iterations, sample, n, parts, 
     tl.store(norms + sample * 3 + 1, f2_sum.to(tl.float32))
     tl.store(norms + sample * 3 + 2, first_g.to(tl.float32))
 
-    relative = (g / tl.where(f < 1e-30, 1e-30, f)).to(tl.float32)
+    scale = tl.where(affine != 0, first_g, f)
+    relative = (g / tl.where(scale < 1e-30, 1e-30, scale)).to(tl.float32)
     finite = relative < float("inf")  # false for NaN too
     is_best = finite & (relative < lowest)
     tl.store(residual + sample, tl.where(is_best, relative, lowest))

@@ -67,6 +67,7 @@ def step(
     last: bool,
     rtol: float,
     divergence: float,
+    affine: bool = False,
 ) -> None:
     """plain.step without its result. f: (N, …) fp32 laid out as z, or a pending result."""
     row = -1 if last else evaluation % state.rows
@@ -76,7 +77,9 @@ def step(
         residual(state, f, z, row)
     if not last and method != "picard":
         gram_row(state, row, window)
-    rule(state, row, method=method, window=window, evaluation=evaluation, rtol=rtol, divergence=divergence)
+    rule(
+        state, row, method=method, window=window, evaluation=evaluation, rtol=rtol, divergence=divergence, affine=affine
+    )
     if not last:
         combine(state, z, row)
 
@@ -100,7 +103,7 @@ def gram_row(state: DeviceState, row: int, window: int) -> None:
     blocks, align = blocks_per_part(state.size), alignment(state.size)
     splits = triton.cdiv(state.size, blocks * BLOCK)
     if state.gram_partials is None:
-        state.gram_partials = torch.empty(state.n, splits, state.rows, device=history.device)
+        state.gram_partials = torch.empty(state.n, splits, state.rows, dtype=torch.float32, device=history.device)
     sweep = gram_sweep(row - first + 1, history.itemsize, align, blocks)
     groups = triton.cdiv(row - first + 1, sweep.GROUP)
     gram_row_kernel[(state.n * splits * groups,)](
@@ -118,6 +121,7 @@ def rule(
     evaluation: int,
     rtol: float,
     divergence: float,
+    affine: bool = False,
 ) -> None:
     """Finishes the sums, judges the running samples (plain.assess) and chooses their steps; row < 0: judges only."""
     splits = 0 if state.gram_partials is None else state.gram_partials.shape[1]
@@ -125,8 +129,8 @@ def rule(
     rule_kernel[(state.n,)](
         state.norm_partials, state.gram_partials, state.gram, state.p, state.q, state.step, state.total, state.best,
         state.norms, state.residual, state.trace, state.status, state.iterations, state.improved,
-        state.n, state.rows, state.norm_partials.shape[1], splits, evaluation, row, window, rtol, divergence,
-        ridge(state.gram.dtype), METHOD=method, **tile._asdict(),
+        state.n, state.rows, state.norm_partials.shape[1], splits, evaluation, row, window, int(affine),
+        rtol, divergence, ridge(state.gram.dtype), METHOD=method, **tile._asdict(),
     )  # fmt: skip
 
 
