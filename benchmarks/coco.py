@@ -205,7 +205,7 @@ def detections(dataset: CocoFolder, image_id: int, output: dict[str, torch.Tenso
     output: `boxes` (n, 4) corners, `labels` (n,), `scores` (n,), `masks` (n, 1, H, W) probabilities.
     """
     category_ids = list(dataset.categories)
-    corners = output["boxes"].float().cpu()
+    corners = output["boxes"].cpu()
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
     masks = (output["masks"][:, 0] > 0.5).to("cpu", torch.uint8).numpy()
     entries = []

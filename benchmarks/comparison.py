@@ -5,6 +5,7 @@
 
 Takes the options of accuracy.py; those of the solver go to the refinements they apply to. Every training has a folder
 of its own, OUTPUT/REFINEMENT-seedN, with its checkpoint: started again, a sweep that was stopped goes on where it was.
+Several processes may each train other refinements into one folder; a last one with all of them compares what is there.
 Writes comparison.json (each training's figures; mean and standard deviation over the seeds), predictions.png (of the
 first seed's trainings side by side) and features.png (RoI features of objects before and after the refinement, as in
 the paper's Figures 3 and 4).
@@ -25,7 +26,7 @@ import torch
 from coco import METRICS, CocoFolder, DataError
 from detector import REFINEMENTS
 from environment import environment
-from files import refuse_changes, write_json
+from files import refuse_changes, write_json, write_whole
 from pictures import Refined, draw_features, draw_predictions, evenly_spaced, overlay
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN
@@ -168,7 +169,7 @@ def save_pictures(
     """predictions.png and features.png of finished trainings, one for each refinement."""
     folder = runs[0].output.parent
     predictions = {run.refine: json.loads((run.output / "detections.json").read_text()) for run in runs}
-    draw_predictions(dataset, predictions, pictures=EXAMPLES).savefig(folder / "predictions.png")
+    write_whole(folder / "predictions.png", draw_predictions(dataset, predictions, pictures=EXAMPLES).savefig)
     heads = {}
     for run in tqdm(runs, "features", dynamic_ncols=True):
         model = accuracy.build_model(run, len(dataset.categories) + 1)
@@ -176,7 +177,7 @@ def save_pictures(
         model.to(device).eval()
         heads[run.refine] = [refine(model, dataset, annotation) for annotation in examples]
     objects = [cut_out(dataset, annotation) for annotation in examples]
-    draw_features(objects, heads).savefig(folder / "features.png")
+    write_whole(folder / "features.png", draw_features(objects, heads).savefig)
 
 
 def cut_out(dataset: CocoFolder, annotation: dict[str, Any]) -> tuple[str, np.ndarray]:

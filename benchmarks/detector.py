@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torchvision
@@ -172,14 +173,15 @@ def build_detector(
 
     refinement: makes the module between RoI feature and mask predictor from the number of channels.
     num_classes counts the background; images are scaled to a shorter side of image_size pixels, the longer at
-    most 5/3 of it. channels is the width of pyramid and heads.
+    most 5/3 of it. channels is the width of pyramid and heads. Under autocast boxes, scores, masks and losses
+    are float32.
     """
     pyramid, mean, std = build_backbone(backbone, imagenet=imagenet, channels=channels)
     hidden = 1024
     mask_predictor = MaskRCNNPredictor(channels, channels, num_classes)
     # Torchvision's own start suits many classes; with few it gives logits of ±20 and losses of 30.
     nn.init.normal_(mask_predictor.mask_fcn_logits.weight, std=0.01)
-    return MaskRCNN(
+    detector = MaskRCNN(
         pyramid,
         min_size=image_size,
         max_size=math.ceil(image_size * 5 / 3),
@@ -191,3 +193,26 @@ def build_detector(
         mask_head=refinement(channels),
         mask_predictor=mask_predictor,
     )
+    keep_geometry_in_float32(detector)
+    return detector
+
+
+def keep_geometry_in_float32(detector: MaskRCNN) -> None:
+    """Make anchors, boxes, scores, mask probabilities and losses float32, also where autocast runs the layers in less.
+
+    Torchvision makes anchors in the dtype of the features, and decodes boxes in that of the layer that predicts
+    them. In bfloat16 a coordinate between 256 and 512 is a multiple of 2, one between 512 and 1024 of 4.
+    """
+    heads = detector.roi_heads
+    for layer in (detector.rpn.head, heads.box_predictor, heads.mask_predictor):
+        layer.register_forward_hook(lambda layer, inputs, output: in_float32(output))
+    detector.rpn.anchor_generator.register_forward_pre_hook(lambda generator, inputs: in_float32(inputs))
+
+
+def in_float32(value: Any) -> Any:
+    """A tensor, or the tensors in lists and tuples, as float32; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.float()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(in_float32, value))
+    return value

@@ -13,6 +13,7 @@ import results_page
 import training
 from coco import CocoFolder, DataError
 from coco_shapes import TINY, edit, write_dataset
+from files import write_json, write_whole
 from PIL import Image
 
 pytestmark = [
@@ -72,6 +73,31 @@ def test_what_is_finished_is_not_trained_again(shapes, compared, monkeypatch):
     folder, content = compared
     monkeypatch.setattr(accuracy, "train", None)
     assert without_clocks(compare(shapes, folder)) == without_clocks(content)
+
+
+def test_refinements_trained_apart_are_compared_together(shapes, compared, tmp_path, monkeypatch):
+    whole, content = compared
+    length = BRIEF[: BRIEF.index("--groups")]
+    comparison.main([str(shapes), *TINY, *length, "--seeds", "2", "--refine", "stack", "--output", str(tmp_path)])
+    for seed in range(2):
+        shutil.copytree(whole / f"ifr-seed{seed}", tmp_path / f"ifr-seed{seed}")
+    monkeypatch.setattr(accuracy, "train", None)
+    assert without_clocks(compare(shapes, tmp_path, "--refine", "ifr")) == without_clocks(content)[1::2]
+    assert without_clocks(compare(shapes, tmp_path)) == without_clocks(content)
+
+
+def test_a_file_written_by_two_at_once_is_the_last_ones_whole(tmp_path):
+    path = tmp_path / "comparison.json"
+
+    def write_slowly(file):
+        file.write(b"the last ")
+        write_json(path, "written meanwhile, and longer")
+        assert json.loads(path.read_text()) == "written meanwhile, and longer"
+        file.write(b"one's")
+
+    write_whole(path, write_slowly)
+    assert path.read_bytes() == b"the last one's"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_killed_sweep_goes_on_to_the_same_figures(shapes, compared, tmp_path, monkeypatch):

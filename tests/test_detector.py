@@ -1,9 +1,15 @@
-"""benchmarks/detector.py and efficientnet_lite.py: mask-head refinements, gradients through them, backbones."""
+"""benchmarks/detector.py and efficientnet_lite.py: refinements, gradients through them, backbones, mixed precision."""
+
+from collections import defaultdict
+from functools import partial
 
 import pytest
 import torch
-from detector import ADJOINTS, REFINEMENTS, build_backbone, build_refinement
+from detector import ADJOINTS, REFINEMENTS, build_backbone, build_detector, build_refinement
 from efficientnet_lite import SameConv2d
+from torchvision.models.detection import roi_heads
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,3 +81,93 @@ def test_same_padding_is_that_of_tensorflow(size, kernel, stride):
 def test_unusable_backbones_are_named(name):
     with pytest.raises(ValueError, match=f"backbone: .*{name}"):
         build_backbone(name, imagenet=False, channels=8)
+
+
+SIDE = 320  # in bfloat16 coordinates above 256 would be even
+
+
+def small_detector(refinement):
+    options = {"solver": "broyden", "steps": 2, "adjoint": "implicit", "groups": 4, "warmup_steps": 0}
+    return build_detector(
+        "mobilenet_v3_small",
+        partial(build_refinement, refinement, **options),
+        num_classes=3,
+        imagenet=False,
+        image_size=SIDE,
+        channels=16,
+        rois_per_image=16,
+        detections_per_image=5,
+    )
+
+
+def floating(value):
+    """The floating-point tensors in nested sequences and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in floating(part)]
+
+
+def dtypes(value):
+    return {tensor.dtype for tensor in floating(value)}
+
+
+def layer_dtypes(model):
+    """Of the outputs of the convolutions and linear layers that run from here on."""
+    seen = set()
+    for layer in model.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            layer.register_forward_hook(lambda layer, inputs, output: seen.add(output.dtype))
+    return seen
+
+
+@pytest.mark.parametrize("refinement", ["stack", "ifr"])
+def test_bf16_training_keeps_boxes_targets_and_losses_in_float32(refinement, monkeypatch):
+    model = small_detector(refinement)
+    layers, geometry = layer_dtypes(model), defaultdict(set)
+
+    def record(owner, name):
+        function = getattr(owner, name)
+
+        def recorded(*args):
+            result = function(*args)
+            geometry[name] |= dtypes([args, result])
+            return result
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(BoxCoder, "encode")  # matched boxes, and anchors or proposals, to regression targets
+    record(BoxCoder, "decode")  # predictions and anchors to proposals
+    record(RegionProposalNetwork, "compute_loss")
+    for name in ("fastrcnn_loss", "project_masks_on_boxes", "maskrcnn_loss"):
+        record(roi_heads, name)
+
+    masks = torch.zeros(1, SIDE, SIDE, dtype=torch.uint8)
+    masks[:, 20:300, 30:310] = 1
+    target = {"boxes": torch.tensor([[30.3, 20.2, 309.7, 299.6]]), "labels": torch.tensor([1]), "masks": masks}
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model([torch.rand(3, SIDE, SIDE)], [target])
+    sum(losses.values()).backward()
+    assert layers == {torch.bfloat16}
+    assert len(geometry) == 6
+    assert {name: found for name, found in geometry.items() if found != {torch.float32}} == {}
+    assert dtypes(losses) == {torch.float32}
+
+
+@pytest.mark.parametrize("refinement", ["stack", "ifr"])
+def test_bf16_evaluation_finds_boxes_scores_and_masks_in_float32(refinement):
+    model = small_detector(refinement).eval()
+    layers, kept = layer_dtypes(model), {}
+    for name in ("rpn.anchor_generator", "rpn"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: kept.update({name: floating(output)})
+        )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = model([torch.rand(3, SIDE, SIDE)])
+    assert layers == {torch.bfloat16}
+    assert len(found["boxes"]) > 0
+    kept["output"] = [found[name] for name in ("boxes", "scores", "masks")]
+    for name, tensors in kept.items():
+        assert dtypes(tensors) == {torch.float32}, name
+        for tensor in tensors:
+            assert not torch.equal(tensor, tensor.bfloat16().float()), f"{name}: rounded to bfloat16"

@@ -102,6 +102,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         checkpoints.save(model, optimizer, [{"loss": 1.0}, {"loss": 2.0}])
     assert checkpoints.load(model, optimizer) == [{"loss": 1.0}]
+    assert list(tmp_path.iterdir()) == [checkpoints.path]
 
 
 def test_a_checkpoint_is_neither_overwritten_nor_resumed_otherwise(shapes, tmp_path, capsys):
