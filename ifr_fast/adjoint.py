@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from .config import check_int, choice
-from .kernels import State, is_channels_last
-from .residual import Block
+from .kernels import State, is_channels_last, pick
+from .residual import Block, Linearised
 from .rules import Broyden, Rule, Unroll, check_solver
 from .solve import solve
 
 # The map of Eq. 8, (w, ∂L/∂H, the solve's state) → wᵀ ∂F/∂H + ∂L/∂H, as solve takes it.
-AdjointMap = Callable[[Tensor, Tensor, State], Tensor]
+AdjointMap = Callable[[Tensor, Tensor, "State | None"], Tensor]
+# What has the map of some of the samples, given their indices, as `affine`.
+Select = Callable[[Tensor], Linearised]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,13 @@ class Adjoint:
         return Broyden()
 
     def cotangent(
-        self, adjoint_map: AdjointMap, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
+        self,
+        adjoint_map: AdjointMap,
+        grad: Tensor,
+        compute: torch.dtype,
+        kernels: ModuleType,
+        memory: Memory | None,
+        select: Select | None = None,
     ) -> tuple[Tensor, Tensor]:
         """w, like grad (n, …), and per sample (n,) ‖wᵀ ∂F/∂H + ∂L/∂H - wᵀ‖ / ‖∂L/∂H‖, inf where nothing is solved."""
         raise NotImplementedError
@@ -67,7 +75,13 @@ class Implicit(Adjoint):
         return Broyden(self.max_iter, self.rtol, self.history_dtype, self.workspace)
 
     def cotangent(
-        self, adjoint_map: AdjointMap, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
+        self,
+        adjoint_map: AdjointMap,
+        grad: Tensor,
+        compute: torch.dtype,
+        kernels: ModuleType,
+        memory: Memory | None,
+        select: Select | None = None,
     ) -> tuple[Tensor, Tensor]:
         # The equation is linear: with every sample's gradient scaled to 1, squares neither underflow nor overflow. One
         # that is not finite passes unsolved, for loss scaling to see; of zero the solution is zero.
@@ -76,6 +90,11 @@ class Implicit(Adjoint):
         scaled = torch.where(solvable, grad / scale, 0)
         # At w⁰ = 0 the map's value is the right-hand side itself: one product with the Jacobian saved.
         rule = self.rule.resolve(compute)
+
+        def some(index: Tensor) -> Callable[[Tensor, State | None], Tensor]:
+            linearised, constant = select(index), pick(scaled, index)
+            return lambda w, state: linearised.affine(w, constant, state)
+
         state = solve(
             lambda w, state: adjoint_map(w, scaled, state),
             torch.zeros_like(grad),
@@ -83,6 +102,7 @@ class Implicit(Adjoint):
             kernels,
             from_zero=True,
             constant=scaled,
+            select=some if select else None,
         )
         return torch.where(solvable, state.value * scale, grad), state.residual
 
@@ -93,7 +113,13 @@ class JacobianFree(Adjoint):
     """w = ∂L/∂H: one product with the Jacobian in all (Fung et al., 2022)."""
 
     def cotangent(
-        self, adjoint_map: AdjointMap, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
+        self,
+        adjoint_map: AdjointMap,
+        grad: Tensor,
+        compute: torch.dtype,
+        kernels: ModuleType,
+        memory: Memory | None,
+        select: Select | None = None,
     ) -> tuple[Tensor, Tensor]:
         return grad, _unsolved(grad)
 
@@ -107,7 +133,13 @@ class Shine(Adjoint):
     """
 
     def cotangent(
-        self, adjoint_map: AdjointMap, grad: Tensor, compute: torch.dtype, kernels: ModuleType, memory: Memory | None
+        self,
+        adjoint_map: AdjointMap,
+        grad: Tensor,
+        compute: torch.dtype,
+        kernels: ModuleType,
+        memory: Memory | None,
+        select: Select | None = None,
     ) -> tuple[Tensor, Tensor]:
         # (I - ∂F/∂H)ᵀ w = grad and J⁻¹ = -I + U Vᵀ of J = ∂F/∂H - I: w = grad - V Uᵀ grad, U = G Pᵀ, V = G Qᵀ.
         # Coefficients of rows that were never filled are zero, but what stands there may not be finite.

@@ -66,7 +66,7 @@ def _solve_batch(x, params, form, groups, eps, solver, steps, dtype, history_dty
         injection = staged(x[chunk], wide(dtype) if x.device.type == "cpu" else x.dtype, kernels)
         here = block.at(injection) if block else Block(injection, params, form, groups, eps, kernels, dtype)
         z = torch.zeros_like(injection, dtype=wide(dtype))
-        state = solve(here, z, rule, kernels, from_zero=True)
+        state = solve(here, z, rule, kernels, from_zero=True, select=here.select)
         value[chunk], residual[chunk], iterations[chunk] = state.value, state.residual, state.iterations
         trace[:, chunk], status[chunk] = state.trace, state.status
         if keep:
@@ -117,7 +117,7 @@ def _solve_backward_batch(grad, value, x, params, memory, form, groups, eps, dty
         else:
             linearised = here.linearise(z)
             w, residual[chunk] = adjoint.cotangent(
-                linearised.affine, g, dtype, kernels, Memory(*(t[chunk] for t in memory))
+                linearised.affine, g, dtype, kernels, Memory(*(t[chunk] for t in memory)), linearised.select
             )
             grad_x[chunk], grads = linearised.vjp_params(w)
         for total, part in zip(grad_params, grads, strict=True):

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .kernels import State, memory_format, plain
+from .kernels import State, memory_format, pick, plain
 from .kernels.plain import Convolution
 
 FORMS = ("released", "paper", "plain")
@@ -60,6 +60,10 @@ class Block:
         other.x = x
         return other
 
+    def select(self, index: Tensor) -> Block:
+        """F of some of the samples."""
+        return self.at(pick(self.x, index))
+
     def __call__(self, z: Tensor, state: State | None = None) -> Tensor:
         """F(z) for the solver's step, whose state may hold z + X already."""
         y, r, partial, _ = self._until_tail(z, state, keep=False)
@@ -92,6 +96,15 @@ class Linearised:
             y, r, block.norm2, block.norm3, block.groups, block.eps, partial=partial
         )
         self.saved = head, (y, r, statistics)
+
+    def select(self, index: Tensor) -> Linearised:
+        """That of some of the samples."""
+        (r, y1, statistics1, h), (y2, residual, statistics2) = self.saved
+        r, y1, h, y2, *statistics = (pick(t, index) for t in (r, y1, h, y2, *statistics1, *statistics2))
+        other = copy(self)
+        head = r, y1, statistics[: len(statistics1)], h
+        other.saved = head, (y2, None if residual is None else r, statistics[len(statistics1) :])
+        return other
 
     def vjp(self, w: Tensor) -> Tensor:
         """wᵀ ∂F/∂z = wᵀ ∂F/∂X, like w."""

@@ -15,9 +15,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .kernels import State
+from .kernels import RUNNING, State, memory_order, pick
 from .rules import Rule
 
+WORTHWHILE = 3 / 4  # of the samples still run: to gather them takes the time of a fraction of F
 DIVERGENCE = 1e3  # a sample whose residual norm has grown by this factor is given up
 
 
@@ -65,19 +66,29 @@ def solve(
     *,
     from_zero: bool = False,
     constant: Tensor | None = None,
+    select: Callable[[Tensor], Callable[[Tensor, State | None], Tensor]] | None = None,
 ) -> State:
     """The equilibrium of f from z (n, …), float32 or float64 and dense in kernels.memory_format(z); z is overwritten.
 
     f maps an iterate and the solve's state to a tensor of the iterate's shape, or to what kernels.tail or kernels.total
     give. rule must be resolved. from_zero: z is zero everywhere. constant: f there, where f is affine; residuals are
-    then relative to it, as ‖f(z)‖ grows with the error and would make the wildest iterate the best.
+    then relative to it, as ‖f(z)‖ grows with the error and would make the wildest iterate the best. select: f of some
+    samples, given their indices; on a CPU those that have stopped are not evaluated any more.
     Returns the solver's state; its value, residual, iterations, trace and status are a Solution's fields.
     """
     state = kernels.new_state(
         z, rows=rule.rows, evaluations=rule.max_iter + 1, history_dtype=rule.history_dtype, from_zero=from_zero
     )
+    index = None  # of the samples that are evaluated, None for all
     for k in range(rule.max_iter + 1):
-        fz = constant if k == 0 and constant is not None else f(z, state)
+        if k == 0 and constant is not None:
+            fz = constant
+        elif index is None:
+            fz = f(z, state)
+        else:
+            order = memory_order(z)
+            fz = torch.empty_like(z)
+            fz.permute(order).index_copy_(0, index, f(pick(z, index), None).permute(order))
         if isinstance(fz, Tensor) and (fz.stride() != z.stride() or fz.dtype != z.dtype):
             fz = torch.empty_like(z).copy_(fz)
         running = kernels.step(
@@ -95,6 +106,9 @@ def solve(
         if running == 0:
             state.trace[k + 1 :] = state.trace[k]
             break
+        if select and running is not None and running <= WORTHWHILE * (len(z) if index is None else len(index)):
+            index = (state.status == RUNNING).nonzero().squeeze(1)
+            f = select(index)
     kernels.finish(state, z)
     return state
 

@@ -1,11 +1,12 @@
 """The engine: iterates against the specification, and that samples never see each other."""
 
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
 
-from ifr_fast import Anderson, Broyden, Picard, Status, fixed_point, reference
+import ifr_fast.solve as solve_module
+from ifr_fast import Anderson, Broyden, Implicit, Picard, Status, fixed_point, reference
 from ifr_fast.kernels import native, plain
 from ifr_fast.solve import solve
 
@@ -180,3 +181,45 @@ def test_workspace_bounds_the_chunk(samples, most):
     chunk = rule.chunk(samples, size, torch.device("cpu"))
     assert 1 <= chunk <= max(1, most)
     assert -(-samples // chunk) == -(-samples // max(1, most))  # no more chunks than needed
+
+
+@backends
+def test_stopped_samples_are_not_evaluated_and_nothing_else_changes(kernels):
+    rate = torch.tensor([0.9, 0.0, 0.1, 0.5, 0.05, 0.0]).view(-1, 1, 1, 1)
+    shift = torch.randn(6, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    seen = []
+
+    def some(index):
+        def f(z, state):
+            seen.append(index.tolist())
+            assert z.is_contiguous(memory_format=torch.channels_last)
+            return rate[index] * z.sin() + shift[index]
+
+        return f
+
+    rule = Broyden(9, rtol=1e-3).resolve(torch.float32)
+    z0 = torch.zeros_like(shift)
+    all_along, restricted = (
+        solve(some(torch.arange(6)), z0.clone(), rule, kernels, select=select) for select in (None, some)
+    )
+    evaluated = [set(index) for index in seen[len(seen) // 2 :]]
+    assert evaluated[-1] <= {0, 3}
+    assert all(after <= before for before, after in pairwise(evaluated))
+    for name in ("value", "residual", "trace", "iterations", "status"):
+        assert torch.equal(getattr(all_along, name), getattr(restricted, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_heads_gradients_do_not_depend_on_who_has_stopped(dtype, make_head, monkeypatch):
+    adjoint = Implicit(9, rtol=1e-2)
+    head = make_head(32, post_gain=0.4, mid_channels=8, solver=Broyden(9, rtol=1e-2), adjoint=adjoint, dtype=dtype)
+    scale = torch.logspace(-0.5, 1.5, 9).view(-1, 1, 1, 1)
+    x = (torch.randn(9, 32, 7, 6) * scale).to(dtype).requires_grad_()
+    results = []
+    for worthwhile in (0.0, 0.9):
+        monkeypatch.setattr(solve_module, "WORTHWHILE", worthwhile)
+        y = head(x)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *head.parameters()])])
+        assert head.last_solution.iterations.unique().numel() > 2
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -28,6 +28,17 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
+def memory_order(x: Tensor) -> list[int]:
+    """The dimensions of x in the order of its memory."""
+    return [0, 2, 3, 1] if is_channels_last(x) else list(range(x.dim()))
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """Some of the samples, laid out as all are."""
+    order = memory_order(x)
+    return x.permute(order).index_select(0, index).permute([order.index(d) for d in range(x.dim())])
+
+
 def at(*tensors: Tensor | None, fill: int = 0) -> list[int]:
     """What the compiled kernels take for tensors: addresses, 0 for None, padded with zeros to `fill`."""
     found = [0 if t is None else t.data_ptr() for t in tensors]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import RUNNING, State, is_channels_last, memory_format, ridge
+from . import RUNNING, State, memory_format, memory_order, ridge
 
 Norm = tuple[Tensor, Tensor]
 Convolution = Callable[[Tensor, "State | None"], tuple[Tensor, "Tensor | None"]]
@@ -189,7 +189,7 @@ def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> Non
 
     row < 0 takes the norms only. The products are of the stored (rounded) residuals.
     """
-    g = (f - z).permute(*_order(z)).reshape(state.n, state.size)
+    g = (f - z).permute(*memory_order(z)).reshape(state.n, state.size)
     state.norms[:, 0] = g.square().sum(1)
     state.norms[:, 1] = f.square().reshape(state.n, state.size).sum(1)
     if row < 0:
@@ -306,14 +306,9 @@ def combine(state: State, z: Tensor, *, count: int, advance: bool) -> None:
     update = torch.zeros(state.n, state.size, dtype=z.dtype, device=z.device)
     for j in range(count):
         update += state.step[:, j : j + 1].to(z.dtype) * state.history[:, j]
-    order = _order(z)
+    order = memory_order(z)
     update = update.view(z.permute(*order).shape).permute(*(order.index(d) for d in range(z.dim())))
     z.copy_(torch.where((state.status == RUNNING).view(shape), z + update, z))
-
-
-def _order(z: Tensor) -> list[int]:
-    """The dimensions of z in the order of its memory."""
-    return [0, 2, 3, 1] if is_channels_last(z) else list(range(z.dim()))
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
