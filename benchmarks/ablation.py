@@ -30,7 +30,8 @@ from environment import environment
 from files import refuse_changes, write_json, write_whole
 from mask_branch import MaskBranch, Splits, train_branch
 from objects import Objects, load_objects
-from results_page import spread
+from resampling import paired_gain, together
+from results_page import REFERENCES, spread
 from strategies import STRATEGIES, TABLES
 from tqdm import tqdm
 from training import use_deterministic_algorithms
@@ -131,6 +132,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def check_report(run: Run, folder: Path) -> None:
+    """Raises DataError where the run was done with another definition of its row."""
+    path = run.path(folder)
+    if path.exists():
+        definition = json.loads(json.dumps(asdict(STRATEGIES[run.row])))
+        refuse_changes(path, json.loads(path.read_text()), definition)
+
+
 def _train(run: Run, folder: Path, settings: Settings) -> tuple[Run, dict[str, Any]]:
     strategy = STRATEGIES[run.row]
     lengths = {"channels": settings.channels, "epochs": settings.epochs, "batch_size": settings.batch_size}
@@ -159,6 +168,8 @@ class Sweep:
 
     def train(self, runs: list[Run], title: str) -> None:
         """ablation.json is written anew after every training."""
+        for run in runs:
+            check_report(run, self.folder)
         left = [run for run in runs if not run.path(self.folder).exists()]
         with tqdm(total=len(runs), initial=len(runs) - len(left), desc=title, dynamic_ncols=True) as bar:
             for future in as_completed([self.pool.submit(_train, run, self.folder, self.settings) for run in left]):
@@ -174,12 +185,48 @@ def best_rates(reports: list[dict[str, Any]]) -> dict[str, float]:
     scores = defaultdict(lambda: defaultdict(list))
     for report in reports:
         if STRATEGIES[report["row"]].tuned == report["row"] and report["seed"] < SEARCH_SEEDS:
-            scores[report["row"]][report["lr"]].append(report.get("validation_iou", 0.0))
+            scores[report["row"]][report["lr"]].append(validation_iou(report) or 0.0)
     return {row: max(rates, key=lambda lr: statistics.mean(rates[lr])) for row, rates in scores.items()}
 
 
+def validation_iou(report: dict[str, Any]) -> float | None:
+    return None if "failed" in report else report["validation"]["iou"]
+
+
+def gains(rows: dict[str, list[dict[str, Any]]], reference: str) -> dict[str, dict[str, Any]]:
+    """Each row's IoU less the reference's of equal seeds, on the test's images, and on those for validation too."""
+    found = {}
+    references = {report["seed"]: report for report in rows.get(reference, []) if "failed" not in report}
+    for row, reports in rows.items():
+        own = [report for report in reports if "failed" not in report and report["seed"] in references]
+        if row == reference or len(own) < 2:
+            continue
+        others = [references[report["seed"]] for report in own]
+        found[row] = {"seeds": len(own)}
+        for name, of in (("test", test_of), ("held_out", held_out_of)):
+            found[row][name] = paired_gain([of(report) for report in own], [of(report) for report in others])
+    return found
+
+
+def test_of(report: dict[str, Any]) -> dict[str, Any]:
+    return report["test"]
+
+
+def held_out_of(report: dict[str, Any]) -> dict[str, Any]:
+    return together(report["test"], report["validation"])
+
+
+def without_objects(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without what it says of every object."""
+    return {
+        key: {k: v for k, v in value.items() if k not in ("ious", "images")} if isinstance(value, dict) else value
+        for key, value in report.items()
+    }
+
+
 def write_report(folder: Path, settings: Settings) -> dict[str, Any]:
-    """ablation.json: settings, environment, the learning rates' search, and each row's trainings at the chosen one."""
+    """ablation.json: settings, environment, the learning rates' search, each row's trainings at the chosen one, and
+    what they gain on the rows that others are compared with."""
     reports = [json.loads(path.read_text()) for path in folder.glob("trainings/*.json")]
     reports.sort(key=lambda report: (list(STRATEGIES).index(report["row"]), report["lr"], report["seed"]))
     rates = best_rates(reports)
@@ -187,13 +234,17 @@ def write_report(folder: Path, settings: Settings) -> dict[str, Any]:
     for report in reports:
         if report["lr"] == rates.get(report["tuned"]):
             rows[report["row"]].append(report)
-    searched = ("row", "lr", "seed", "validation_iou", "failed")
     content = {
         "settings": asdict(settings),
         "environment": environment(torch.device(settings.device)),
         "learning_rates": rates,
-        "search": [{key: report.get(key) for key in searched} for report in reports if report["row"] in rates],
-        "rows": rows,
+        "search": [
+            {**asdict(Run(report["row"], report["lr"], report["seed"])), "validation_iou": validation_iou(report)}
+            for report in reports
+            if report["row"] in rates
+        ],
+        "rows": {row: [without_objects(report) for report in of_row] for row, of_row in rows.items()},
+        "gains": {reference: gains(rows, reference) for reference in REFERENCES},
     }
     write_json(folder / "ablation.json", content)
     return content

@@ -1,22 +1,30 @@
-"""How the plain iteration and the solvers converge on a trained block: Sec. 3.5 of the paper.
+"""How the plain iteration and the solvers converge on trained blocks: Sec. 3.5 of the paper.
 
     python benchmarks/convergence.py DATA --sweep runs/ablation
-    python benchmarks/convergence.py DATA --sweep runs/ablation --row "IFR, 4 groups" --rois 4 --steps 10000
+    python benchmarks/convergence.py DATA --sweep runs/ablation --rows "IFR, 4 groups" --objects 12 --steps 10000
 
-DATA and the block are those of ablation.py's finished sweep; X is what the block is given for some of DATA's unseen
-objects, the RoIs. In float64, in float32 (IEEE, never TF32) and with the convolutions in bfloat16 (iterates stay
-float32, as in the library):
+DATA and the blocks are those of ablation.py's finished sweep; X is what a block is given for one of DATA's unseen
+objects. H* is an equilibrium that Broyden's method finds in float64, from where the plain iteration ended.
 
-* the plain iteration Hⁱ⁺¹ = F(Hⁱ; X) from H⁰ = 0: ‖Hⁱ⁺¹ - Hⁱ‖, and the same relative to ‖Hⁱ⁺¹‖;
-* the spectral radius of ∂F/∂H along the way, in float64: power iteration for every RoI, and the leading eigenvalues of
-  the first one by ARPACK's restarted Arnoldi method;
+For the population, evenly spaced objects, and each row, in float32 (IEEE, never TF32):
+
+* the relative step ‖Hⁱ⁺¹ - Hⁱ‖ / ‖Hⁱ⁺¹‖ that a long plain iteration Hⁱ⁺¹ = F(Hⁱ; X) from H⁰ = 0 ends with: an object
+  has converged where it is below 1e-4 (rounding leaves 1e-7, an oscillation 1e-1);
+* the spectral radius of ∂F/∂H at H*, by power iteration in float64;
+* the distance ‖H - H*‖ of what Broyden's method returns, and that relative to ‖H*‖: median, worst and how many objects
+  are below the paper's bound, e⁻⁸ = 3.4e-4.
+
+For a few RoIs of the first row's population, from the smallest to the largest spectral radius, those that have not
+converged last, far longer and in more detail; in float64, in float32 and with the convolutions in bfloat16 (iterates
+stay float32, as in the library):
+
+* the plain iteration, absolute and relative step; where it has converged in float64, H* is its end;
+* the spectral radius along the way, in float64, and the last RoI's leading eigenvalues by ARPACK's restarted Arnoldi
+  method;
 * each solver's relative residual ‖F(H) - H‖ / ‖F(H)‖ step by step, with F in the solver's own precision;
-* the distance of what it returns from the limit H*, ‖H - H*‖, and that relative to ‖H*‖, as drawn. The table counts
-  the RoIs for which each is below the paper's bound, e⁻⁸ = 3.4e-4. H* is where the float64 iteration ended if it has
-  converged there, else what Broyden's method makes of that in float64; the report says which, and how well H* itself
-  solves the equation.
+* the distance of what it returns from H*.
 
-A run that was stopped goes on where it was. Writes convergence.json and convergence.png.
+A run that was stopped goes on where its plain iterations were. Writes convergence.json and convergence.png.
 """
 
 import argparse
@@ -35,7 +43,7 @@ import numpy as np
 import torch
 from ablation import load_test_objects, trained_branch
 from coco import DataError
-from convergence_report import CONVERGED, PLAIN, print_report, save_picture
+from convergence_report import CONVERGED, PLAIN, STEADY, print_report, save_picture
 from environment import environment
 from files import refuse_changes, write_json, write_whole
 from pictures import evenly_spaced
@@ -51,6 +59,7 @@ PRECISIONS = ("float64", "float32", "bfloat16")
 SOLVERS = {"Broyden": Broyden, "Anderson": Anderson, "Picard": Picard}
 EIGENVALUES = 6
 PRODUCTS = 200  # of the power iteration
+POPULATION_STEPS = (Broyden().max_iter, 50)  # of Broyden's method
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -59,10 +68,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("data", help="the sweep's folder in COCO format", type=Path)
     add("--sweep", help="ablation.py's output (%(default)s)", type=Path, default=Path("runs/ablation"))
-    add("--row", help="of the sweep (%(default)s)", default="IFR")
+    add("--rows", help="of the sweep (%(default)s)", nargs="+", default=["IFR", "IFR, 4 groups"], metavar="ROW")
     add("--seed", help="of the training, and of the spectrum's first vectors (%(default)s)", type=int, default=0)
-    add("--rois", help="how many (%(default)s)", type=int, default=2)
-    add("--steps", help="of the plain iteration (%(default)s)", type=int, default=100_000)
+    add("--objects", help="of the population (%(default)s)", type=int, default=48)
+    add("--object-steps", help="of their plain iteration (%(default)s)", type=int, default=1000)
+    add("--rois", help="of the first row's population to study longer (%(default)s)", type=int, default=3)
+    add("--steps", help="of the RoIs' plain iteration (%(default)s)", type=int, default=100_000)
     add("--solver-steps", help="(%(default)s)", type=int, nargs="+", default=[15, 50, 200])
     others = list(PRECISIONS[1:])
     add("--precisions", help="beside float64 (%(default)s)", nargs="*", choices=others, default=others)
@@ -70,10 +81,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="(%(default)s)", choices=("cpu", "cuda"), default=device)
     add("--output", help="folder (%(default)s)", type=Path, default=Path("runs/convergence"))
     options = parser.parse_args(arguments)
-    for name in ("rois", "steps", "solver_steps"):
+    for name in ("objects", "object_steps", "rois", "steps", "solver_steps"):
         value = getattr(options, name)
         if np.min(value) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {np.min(value)}")
+    if options.rois > options.objects:
+        parser.error(f"--rois: expected at most {options.objects}, the population's objects, got {options.rois}")
     if options.seed < 0:
         parser.error(f"--seed: expected zero or more, got {options.seed}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -127,10 +140,12 @@ def iterate(equation: Equation, steps: int, path: Path, config: dict[str, Any]) 
     """The plain iteration from 0, saved at `path` as it goes; picked up from there if it is of the same config.
 
     Returns the last step and iterate z, for every recorded step "steps" the "norm" and the "relative" norm of the step
-    that led there, RoI by RoI, the "iterates" at powers of ten, and the "seconds" spent.
+    that led there, RoI by RoI, the "iterates" at powers of ten, and the "seconds" spent, "before" of them in an earlier
+    start of the program.
     """
     start = {"step": 0, "z": torch.zeros_like(equation.x), "seconds": 0.0, "iterates": {}}
     state = restored(path, config, equation.x.device) or start | {"steps": [], "norm": [], "relative": []}
+    state["before"] = state["seconds"]
     z, left = state["z"], [step for step in recorded_steps(steps) if step > state["step"]]
     with tqdm(total=steps, initial=state["step"], desc=equation.precision, dynamic_ncols=True) as bar:
         for step in left:
@@ -166,26 +181,30 @@ def restored(path: Path, config: dict[str, Any], device: torch.device) -> dict[s
 
 
 def limit(equation: Equation, z: Tensor) -> tuple[Tensor, list[str]]:
-    """H* given where the float64 iteration ended, and what it was found by, RoI by RoI."""
+    """H* given where the plain iteration ended, in float64, and what it was found by, RoI by RoI."""
     converged = equation.residual(z) <= CONVERGED
-    found, polish = z, Broyden(max_iter=100, rtol=1e-14)
+    found, polish = z, Broyden(max_iter=50, rtol=1e-13)
     if not converged.all():
-        for _ in tqdm(range(5), "limit", dynamic_ncols=True):  # each starts from the last one's best iterate
+        for _ in tqdm(range(10), "limit", dynamic_ncols=True):  # each starts from the last one's best iterate
             found = fixed_point(equation, found, solver=polish)[0]
     names = [PLAIN if reached else "Broyden" for reached in converged.tolist()]
     return torch.where(converged.view(-1, 1, 1, 1), z, found), names
 
 
 def spectrum(equation: Equation, z: Tensor, seed: int) -> dict[str, Any]:
-    """Of ∂F/∂H at z: "radius" by power iteration, RoI by RoI; "eigenvalues" (real, imaginary) of the first RoI, those
+    """Of ∂F/∂H at z: "radius" by power iteration, RoI by RoI; "eigenvalues" (real, imaginary) of the last RoI, those
     of the largest modulus that Arnoldi's method found, largest first."""
-    w = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=z.dtype).to(z.device)
-    first = replace(equation, x=equation.x[:1])
-    eigenvalues = arnoldi(first.product(z[:1]), w[:1])
+    w = random_like(z, seed)
+    last = replace(equation, x=equation.x[-1:])
+    eigenvalues = arnoldi(last.product(z[-1:]), w[-1:])
     return {
         "radius": finite(power_iteration(equation.product(z), w)),
         "eigenvalues": [[value.real, value.imag] for value in sorted(eigenvalues, key=lambda v: (-abs(v), -v.imag))],
     }
+
+
+def random_like(z: Tensor, seed: int) -> Tensor:
+    return torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=z.dtype).to(z.device)
 
 
 def power_iteration(product: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
@@ -237,17 +256,48 @@ def finite(values: Tensor) -> list[float | None]:
 
 
 @torch.no_grad()
-def problem(options: argparse.Namespace) -> tuple[IFRHead, Tensor]:
-    """The trained head, and X of objects spread evenly over the unseen ones, on the device."""
-    branch = trained_branch(options.sweep, options.row, options.seed)
+def problem(options: argparse.Namespace, row: str) -> tuple[IFRHead, Tensor]:
+    """The row's trained head, and X of the population, objects spread evenly over the unseen ones, on the device."""
+    branch = trained_branch(options.sweep, row, options.seed)
     head = branch.refine
     if not isinstance(head, IFRHead) or isinstance(head.solver, Unroll) or head.block.form == "paper":
-        raise DataError(f"row: {options.row!r} has no equilibrium to study")
+        raise DataError(f"rows: {row!r} has no equilibrium to study")
     objects = load_test_objects(options.data, options.sweep)
-    if options.rois > len(objects):
-        raise DataError(f"rois: expected at most {len(objects)}, the objects of {options.data}, got {options.rois}")
-    chosen = evenly_spaced(range(len(objects)), options.rois)
+    if options.objects > len(objects):
+        raise DataError(f"objects: expected at most {len(objects)}, those of {options.data}, got {options.objects}")
+    chosen = evenly_spaced(range(len(objects)), options.objects)
     return head.to(options.device), branch.to(options.device).reduced(objects.features[chosen].to(options.device))
+
+
+def population(head: IFRHead, x: Tensor, steps: int, seed: int) -> dict[str, Any]:
+    """What `steps` plain steps and Broyden's method make of every object, as the module's docstring has it."""
+    equation, exact = (Equation.make(head, x, precision) for precision in ("float32", "float64"))
+    z = torch.zeros_like(equation.x)
+    with parametrize.cached():
+        for _ in tqdm(range(steps), "population", dynamic_ncols=True):
+            previous, z = z, equation(z)
+    relative = norms(z - previous) / norms(z)
+    h, _ = limit(exact, z.double())
+    entries = [{"solver": PLAIN, "steps": steps, "residual": finite(equation.residual(z))} | distances(z, h)]
+    for solver_steps in POPULATION_STEPS:
+        solution = equation.solve(Broyden(max_iter=solver_steps, rtol=0.0))
+        entry = {"solver": "Broyden", "steps": solver_steps, "residual": finite(solution.residual)}
+        entries.append(entry | distances(solution.value, h))
+    return {
+        "relative": finite(relative),
+        "converged": (relative < STEADY).tolist(),
+        "radius": finite(power_iteration(exact.product(h), random_like(h, seed))),
+        "limit": {"residual": finite(exact.residual(h)), "norm": norms(h).tolist()},
+        "solves": entries,
+    }
+
+
+def representatives(found: dict[str, Any], count: int) -> list[int]:
+    """Objects of a population from the smallest spectral radius to the largest, those that have not converged last:
+    one of them is among two or more representatives wherever there is one."""
+    radius = [math.inf if value is None else value for value in found["radius"]]
+    order = sorted(range(len(radius)), key=lambda i: (not found["converged"][i], radius[i]))
+    return evenly_spaced(order, count)
 
 
 def fingerprint(head: IFRHead, x: Tensor) -> str:
@@ -258,9 +308,14 @@ def fingerprint(head: IFRHead, x: Tensor) -> str:
 @torch.no_grad()
 def run(options: argparse.Namespace) -> dict[str, Any]:
     clock = time.perf_counter()
-    head, x = problem(options)
+    problems = {row: problem(options, row) for row in options.rows}
+    populations = {row: population(*of, options.object_steps, options.seed) for row, of in problems.items()}
+    row = options.rows[0]
+    head, x = problems[row]
+    chosen = representatives(populations[row], options.rois)
+    x = x[chosen]
     settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
-    config = {name: settings[name] for name in ("row", "seed", "rois", "steps", "device")}
+    config = {"row": row} | {name: settings[name] for name in ("seed", "rois", "steps", "device")}
     config["weights and X"] = fingerprint(head, x)
     options.output.mkdir(parents=True, exist_ok=True)
     equations = {name: Equation.make(head, x, name) for name in PRECISIONS if name in ("float64", *options.precisions)}
@@ -283,7 +338,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "settings": settings,
         "environment": environment(x.device),
-        "elapsed_seconds": time.perf_counter() - clock,
+        "elapsed_seconds": time.perf_counter() - clock + sum(state["before"] for state in plain.values()),
+        "population": populations,
+        "row": row,
+        "chosen": chosen,
+        "converged": [populations[row]["converged"][i] for i in chosen],
         "shape": list(x.shape),
         "plain": {
             name: {key: state[key] for key in ("steps", "norm", "relative")}

@@ -1,100 +1,189 @@
-"""What convergence.py found, printed and drawn: of several RoIs the worst."""
+"""What convergence.py found, printed and drawn."""
 
 import math
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 PLAIN = "plain iteration"
 PAPER_BOUND = math.exp(-8)
 CONVERGED = 1e-10  # relative residual of an equilibrium in float64
+STEADY = 1e-4  # relative step of a plain iteration that has converged in float32 or float64
 STYLES = {"float64": "-", "float32": "--", "bfloat16": ":"}
 COLOURS = {"Broyden": "tab:blue", "Anderson": "tab:orange", "Picard": "tab:green", PLAIN: "black"}
+ROIS = matplotlib.colormaps["Dark2"].colors
+ROWS = matplotlib.colormaps["tab10"].colors
+STEP, DISTANCE = "‖Hⁱ⁺¹ - Hⁱ‖ / ‖Hⁱ⁺¹‖", "‖H - H*‖ / ‖H*‖"
+
+
+def numbers(values: list[float | None]) -> list[float]:
+    return [math.inf if value is None else value for value in values]
 
 
 def worst(values: list[float | None]) -> float:
-    return max(math.inf if value is None else value for value in values)
+    return max(numbers(values))
+
+
+def median(values: list[float | None]) -> float:
+    return statistics.median(numbers(values))
 
 
 def near(values: list[float | None]) -> int:
-    return sum(value is not None and value < PAPER_BOUND for value in values)
+    return sum(value < PAPER_BOUND for value in numbers(values))
+
+
+def moving(population: dict[str, Any]) -> str:
+    """How many objects have not converged, and what relative steps they go on with."""
+    left = [step for step, done in zip(population["relative"], population["converged"], strict=True) if not done]
+    steps = f", relative steps of {min(numbers(left)):.0e} to {worst(left):.0e}" if left else ""
+    return f"{len(left)} of {len(population['converged'])}{steps}"
+
+
+def roi_name(report: dict[str, Any], roi: int) -> str:
+    radius, converged = numbers(report["spectrum"][-1]["radius"])[roi], report["converged"][roi]
+    return f"object {report['chosen'][roi]}, radius {radius:.2f}" + ", not converged" * (not converged)
 
 
 def print_report(report: dict[str, Any]) -> None:
-    rois = report["shape"][0]
-    print(f"\n{report['settings']['row']}, the worst of {rois} RoIs")
-    print("plain iteration, relative step ‖Hⁱ⁺¹ - Hⁱ‖ / ‖Hⁱ⁺¹‖:")
+    for row, population in report["population"].items():
+        radius = population["radius"]
+        print(f"\n{row}: not converged {moving(population)}")
+        print(f"spectral radius: median {median(radius):.3f}, largest {worst(radius):.3f}")
+        print("distance to H*, relative and absolute: median, worst (objects below e⁻⁸) [worst relative residual]:")
+        for entry in population["solves"]:
+            cells = (
+                f"{median(values):.1e}, {worst(values):.1e} ({near(values)})"
+                for values in (entry["relative_distance"], entry["distance"])
+            )
+            print(f"  {entry['solver']:16}{entry['steps']:>7}  {'   '.join(cells)} [{worst(entry['residual']):.1e}]")
+        warn_of(population["limit"])
+
+    names = [roi_name(report, roi) for roi in range(len(report["chosen"]))]
+    print(f"\n{report['row']}, {'; '.join(names)}")
+    print("plain iteration, relative step ‖Hⁱ⁺¹ - Hⁱ‖ / ‖Hⁱ⁺¹‖ of each:")
     for name, plain in report["plain"].items():
-        reached = dict(zip(plain["steps"], map(worst, plain["relative"]), strict=True))
+        reached = dict(zip(plain["steps"], plain["relative"], strict=True))
         shown = [step for step in reached if math.log10(step).is_integer() or step == plain["steps"][-1]]
-        line = ", ".join(f"{step}: {reached[step]:.1e}" for step in shown)
+        line = "; ".join(f"{step}: {each(reached[step])}" for step in shown)
         print(f"  {name:9} {line} ({1e3 * plain['seconds_per_step']:.2f} ms a step)")
     found = report["limit"]
-    print(f"limit H*: {' / '.join(sorted(set(found['found_by'])))}, relative residual {worst(found['residual']):.1e}")
-    if worst(found["residual"]) > CONVERGED:
-        print("  H* is no equilibrium: none was found, and distances to it say little")
-    print("spectral radius by power iteration (first RoI: by power iteration and by Arnoldi's method):")
+    print(f"limits H*: {', '.join(found['found_by'])}; relative residual {worst(found['residual']):.1e}")
+    warn_of(found)
+    print("spectral radius of each by power iteration (of the last also by Arnoldi's method):")
     for point in report["spectrum"]:
         largest = f"{math.hypot(*point['eigenvalues'][0]):.3f}" if point["eigenvalues"] else "none converged"
-        print(f"  {point['step']:>9}: {worst(point['radius']):.3f} ({point['radius'][0]:.3f}, {largest})")
-    print(f"relative distance to H* (RoIs of {rois} below e⁻⁸, relative and absolute) [relative residual]:")
-    print(f"  {'':16}{'steps':>7}  " + "".join(f"{name:28}" for name in report["plain"]))
+        print(f"  {point['step']:>9}: {each(point['radius'], '.3f')} ({largest})")
+    print("relative distance of each to H* [worst relative residual]:")
+    width = 9 * len(names) + 13
+    print(f"  {'':16}{'steps':>7}  " + "".join(f"{name:{width}}" for name in report["plain"]))
     for solver, steps in dict.fromkeys((e["solver"], e["steps"]) for e in report["solves"]):
         row = [e for e in report["solves"] if (e["solver"], e["steps"]) == (solver, steps)]
-        cells = (
-            f"{worst(e['relative_distance']):.1e} ({near(e['relative_distance'])}, {near(e['distance'])})"
-            f" [{worst(e['residual']):.1e}]"
-            for e in row
-        )
-        print(f"  {solver:16}{steps:>7}  " + "".join(f"{cell:28}" for cell in cells))
+        cells = (f"{each(e['relative_distance'])} [{worst(e['residual']):.1e}]" for e in row)
+        print(f"  {solver:16}{steps:>7}  " + "".join(f"{cell:{width}}" for cell in cells))
+
+
+def each(values: list[float | None], form: str = ".1e") -> str:
+    return ", ".join(f"{value:{form}}" for value in numbers(values))
+
+
+def warn_of(found: dict[str, Any]) -> None:
+    if worst(found["residual"]) > CONVERGED:
+        print("  H* is no equilibrium: none was found, and distances to it say little")
 
 
 def save_picture(path: Path, report: dict[str, Any]) -> None:
-    """Five panels: steps, spectral radius, eigenvalues; residuals, distances."""
-    figure = Figure(figsize=(14, 8.5), layout="constrained", dpi=110)
-    axes = figure.subplot_mosaic([["steps", "radius", "plane"], ["residual", "residual", "distance"]])
-    shades = np.linspace(0.85, 0, len(report["spectrum"])).astype(str)
+    """Seven panels: the populations' steps and distances; the RoIs' steps, radii, eigenvalues, residuals, distances."""
+    figure = Figure(figsize=(19, 8.5), layout="constrained", dpi=110)
+    axes = figure.subplot_mosaic(
+        [["population", "nearness", "steps", "radius"], ["plane", "residual", "residual", "distance"]]
+    )
+    draw_populations(axes["population"], axes["nearness"], report["population"])
+    draw_way(axes["steps"], axes["radius"], report)
+    draw_eigenvalues(axes["plane"], report["spectrum"])
+    draw_solvers(axes["residual"], axes["distance"], report)
+    for panel in ("population", "steps", "residual", "distance"):
+        axes[panel].set_yscale("log", nonpositive="mask")
+    figure.savefig(path)
 
-    for name, plain in report["plain"].items():
-        axes["steps"].plot(plain["steps"], [worst(row) for row in plain["relative"]], STYLES[name], color="black")
-    axes["steps"].set(title=PLAIN, xlabel="step", ylabel="‖Hⁱ⁺¹ - Hⁱ‖ / ‖Hⁱ⁺¹‖", xscale="log")
 
-    radii = [[math.nan if radius is None else radius for radius in point["radius"]] for point in report["spectrum"]]
-    axes["radius"].plot([str(point["step"]) for point in report["spectrum"]], radii, "o-", alpha=0.7)
-    axes["radius"].axhline(1, color="grey", linewidth=0.8)
-    axes["radius"].set(title="spectral radius along the way, a line a RoI", xlabel="step")
+def draw_populations(steps: Axes, nearness: Axes, populations: dict[str, Any]) -> None:
+    for (row, population), colour in zip(populations.items(), ROWS, strict=False):
+        radius, relative = drawable(population["radius"]), drawable(population["relative"])
+        steps.plot(radius, relative, "o", color=colour, label=row, alpha=0.6)
+        shares = np.arange(1, len(radius) + 1) / len(radius)
+        for entry, style in zip(population["solves"][1:], ("-", "--"), strict=True):
+            line = f"{row}, {entry['steps']} steps"
+            nearness.step(sorted(drawable(entry["relative_distance"])), 100 * shares, style, color=colour, label=line)
+    taken = next(iter(populations.values()))["solves"][0]["steps"]
+    steps.axhline(STEADY, color="grey", linewidth=0.8)
+    steps.axvline(1, color="grey", linewidth=0.8)
+    steps.set(title=f"objects after {taken:,} plain steps", xlabel="spectral radius at H*", ylabel=STEP)
+    steps.legend(fontsize=8)
+    nearness.axvline(PAPER_BOUND, color="grey", linewidth=0.8)
+    nearness.set(title="objects so near to H* after Broyden's method", xlabel=DISTANCE, ylabel="%", xscale="log")
+    nearness.legend(fontsize=8)
 
-    plane, turn, found = axes["plane"], np.linspace(0, 2 * np.pi, 2000), [[1.0, 0.0]]
+
+def draw_way(steps: Axes, radius: Axes, report: dict[str, Any]) -> None:
+    """A colour a RoI, a style a precision."""
+    for roi, colour in zip(range(len(report["chosen"])), ROIS, strict=False):
+        for name, plain in report["plain"].items():
+            steps.plot(plain["steps"], drawable(row[roi] for row in plain["relative"]), STYLES[name], color=colour)
+        radii = drawable(point["radius"][roi] for point in report["spectrum"])
+        label = roi_name(report, roi)
+        radius.plot([str(point["step"]) for point in report["spectrum"]], radii, "o-", color=colour, label=label)
+    steps.set(title=PLAIN, xlabel="step", ylabel=STEP, xscale="log")
+    radius.axhline(1, color="grey", linewidth=0.8)
+    radius.set(title="spectral radius along the way", xlabel="step")
+    radius.margins(y=0.35)  # for the legend
+    radius.legend(fontsize=8, loc="upper center")
+
+
+def draw_eigenvalues(plane: Axes, spectra: list[dict[str, Any]]) -> None:
+    turn, found = np.linspace(0, 2 * np.pi, 2000), [[1.0, 0.0]]
     plane.plot(np.cos(turn), np.sin(turn), color="grey", linewidth=0.8)
-    for point, shade in zip(report["spectrum"], shades, strict=True):
+    shades = np.linspace(0.85, 0, len(spectra)).astype(str)
+    for point, shade in zip(spectra, shades, strict=True):
         eigenvalues = np.reshape(point["eigenvalues"], (-1, 2))
         plane.plot(*eigenvalues.T, "x" if point["step"] == "limit" else "o", color=shade, label=point["step"])
         found.extend(eigenvalues)
     left, right, top = np.min(found, 0)[0] - 0.05, np.max(found, 0)[0] + 0.05, np.max(found, 0)[1]
     top = max(1.2 * top, (right - left) / 2)
     plane.set(xlim=(left, right), ylim=(-top, top), aspect="equal", xlabel="real", ylabel="imaginary")
-    plane.set_title("leading eigenvalues of the first RoI and unit circle")
+    plane.set_title("leading eigenvalues of the last RoI and unit circle")
     plane.legend(title="step", fontsize=8)
 
+
+def draw_solvers(residual: Axes, distance: Axes, report: dict[str, Any]) -> None:
+    """Of several RoIs the worst; of the plain iteration's ends all."""
     lines = {}
     for entry in report["solves"]:
         lines.setdefault((entry["solver"], entry["precision"]), []).append(entry)
     for (solver, precision), entries in lines.items():
         look = {"color": COLOURS[solver], "linestyle": STYLES[precision]}
-        if "trace" in entries[-1]:
-            axes["residual"].plot([worst(row) for row in entries[-1]["trace"]], **look)
-        named = [str(entry["steps"]) if solver != PLAIN else f"{entry['steps']}, plain" for entry in entries]
-        axes["distance"].plot(named, [worst(entry["relative_distance"]) for entry in entries], marker="o", **look)
-    axes["residual"].set(title="solvers", xlabel="step", ylabel="‖F(H) - H‖ / ‖F(H)‖")
+        if solver == PLAIN:
+            (entry,) = entries
+            ends = drawable(entry["relative_distance"])
+            distance.plot([f"{entry['steps']:,}, plain"] * len(ends), ends, "o", color="black")
+            continue
+        residual.plot([worst(row) for row in entries[-1]["trace"]], **look)
+        named = [str(entry["steps"]) for entry in entries]
+        distance.plot(named, [worst(entry["relative_distance"]) for entry in entries], marker="o", **look)
+    residual.set(title="solvers, the worst RoI", xlabel="step", ylabel="‖F(H) - H‖ / ‖F(H)‖")
     of_solvers = [Line2D([], [], color=colour, label=name) for name, colour in COLOURS.items()]
     of_precisions = [Line2D([], [], color="grey", linestyle=STYLES[name], label=name) for name in report["plain"]]
-    axes["residual"].legend(handles=of_solvers + of_precisions, fontsize=8, ncols=2)
-    axes["distance"].axhline(PAPER_BOUND, color="grey", linewidth=0.8)
-    axes["distance"].annotate("e⁻⁸", (0.98, PAPER_BOUND), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    axes["distance"].set(title="distance to the limit", xlabel="steps", ylabel="‖H - H*‖ / ‖H*‖")
-    for panel in ("steps", "residual", "distance"):
-        axes[panel].set_yscale("log", nonpositive="mask")
-    figure.savefig(path)
+    residual.legend(handles=of_solvers + of_precisions, fontsize=8, ncols=2)
+    distance.axhline(PAPER_BOUND, color="grey", linewidth=0.8)
+    distance.annotate("e⁻⁸", (0.98, PAPER_BOUND), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    distance.set(title="distance to H*, the worst RoI (plain: each)", xlabel="steps", ylabel=DISTANCE)
+
+
+def drawable(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]

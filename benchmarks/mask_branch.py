@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from objects import FINE, PREDICTED, Objects
@@ -71,7 +72,7 @@ def train_branch(
 ) -> tuple[MaskBranch, dict]:
     """Train one strategy; returns the branch, and what is to be reported of it.
 
-    "test" and "validation_iou" are of the end of the training, when the learning rate has come down; "best_epoch" is
+    "test" and "validation" are of the end of the training, when the learning rate has come down; "best_epoch" is
     the one that validated best, and "stopped_early" what the test finds in its weights. On a CPU "seconds" are of
     processor time, so that several trainings may share the machine.
     Raises FloatingPointError where the loss is not finite.
@@ -94,14 +95,15 @@ def train_branch(
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is not finite in epoch {epoch}")
         spent = seconds(device) - clock
-        iou = evaluate(model, splits.validation, bf16=plan.bf16)["iou"]
+        validation = evaluate(model, splits.validation, bf16=plan.bf16)
+        iou = validation["iou"]
         epochs_done.append({"loss": loss, "validation_iou": iou, "seconds": spent})
         if iou == max(entry["validation_iou"] for entry in epochs_done):
             best_state = deepcopy(model.state_dict())
     report = {
         "parameters": sum(parameter.numel() for parameter in model.refine.parameters()),
         "epochs": epochs_done,
-        "validation_iou": iou,
+        "validation": validation,
         "seconds_per_epoch": statistics.median(entry["seconds"] for entry in epochs_done),
         "test": evaluate(model, splits.test, bf16=plan.bf16),
         "backward_residual": backward_residual(model, splits.test[: 4 * batch_size], bf16=plan.bf16),
@@ -148,9 +150,10 @@ def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: MaskBranch, objects: Objects, *, bf16: bool) -> dict[str, float]:
+def evaluate(model: MaskBranch, objects: Objects, *, bf16: bool) -> dict[str, Any]:
     """Mean mask IoU, the shares of objects above 0.5 and 0.75, and where the refinement solves its median relative
-    residual and mean iterations. Objects are seen in their annotated boxes, and masks compared at 112×112."""
+    residual and mean iterations; "ious", of every object, and "images", whose it is. Objects are seen in their
+    annotated boxes, and masks compared at 112×112."""
     model.eval()
     ious, residuals, iterations = [], [], []
     for indices in torch.arange(len(objects), device=objects.images.device).split(64):
@@ -169,7 +172,8 @@ def evaluate(model: MaskBranch, objects: Objects, *, bf16: bool) -> dict[str, fl
     figures = {"iou": iou.mean(), "above_50": (iou > 0.5).float().mean(), "above_75": (iou > 0.75).float().mean()}
     if residuals:
         figures |= {"residual": torch.cat(residuals).median(), "iterations": torch.cat(iterations).float().mean()}
-    return {name: value.item() for name, value in figures.items()}
+    found = {name: value.item() for name, value in figures.items()}
+    return {**found, "ious": [round(value, 5) for value in iou.tolist()], "images": objects.images.tolist()}
 
 
 def backward_residual(model: MaskBranch, objects: Objects, *, bf16: bool) -> float | None:

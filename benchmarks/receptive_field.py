@@ -3,13 +3,18 @@
     python benchmarks/receptive_field.py DATA --sweep runs/ablation --output runs/receptive_field
 
 Takes the branches that ablation.py trained, and DATA's unseen objects. Four stacked 3×3 convolutions see 9×9 positions;
-what lies outside of them is the share that only a larger field can give. Writes receptive_field.json and .png.
+what lies outside of them is the share that only a larger field can give. GroupNorm alone has one, as its mean and
+variance are of all positions; the second figure is of the gradient with these held constant, at the equilibrium where
+there is one: what convolutions and the equilibrium alone reach. Writes receptive_field.json and .png.
 """
 
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from ablation import load_test_objects, trained_branches
@@ -20,13 +25,18 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from pictures import evenly_spaced
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from ifr_fast import IFRHead, Implicit, ResidualBlock, Unroll, fixed_point
 from ifr_fast.diagnostics import effective_receptive_field
+from ifr_fast.reference import residual_block
 
-ROWS = ["4 convolutions", "unroll", "IFR"]
+ROWS = ["4 convolutions", "4 convolutions, GroupNorm", "unroll", "IFR"]
 REACH = 4  # positions that four 3×3 convolutions see to each side
+ADJOINT = Implicit(max_iter=100, rtol=1e-5)  # the gradient itself, however a row was trained
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,6 +59,47 @@ def outside(field: Tensor) -> float:
     return max(0.0, 1 - (seen.sum() / field.sum()).item())
 
 
+class HeldStatistics(TorchFunctionMode):
+    """To autograd the mean and variance of torch's group norms are constants."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return (held_norm if func in (torch.group_norm, F.group_norm) else func)(*args, **(kwargs or {}))
+
+
+def held_norm(y: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *_: bool) -> Tensor:
+    grouped = y.unflatten(1, (groups, -1))
+    variance, mean = torch.var_mean(grouped.detach(), (2, 3, 4), correction=0, keepdim=True)
+    normalised = ((grouped - mean) / (variance + eps).sqrt()).flatten(1, 2)
+    return normalised * weight[:, None, None] + bias[:, None, None]
+
+
+def specified(refinement: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The same refinement made of torch's own operators, which a mode can change."""
+    refinement = deepcopy(refinement)
+    for block in refinement.modules():
+        if isinstance(block, ResidualBlock):
+            block.forward = lambda z, x, dtype=None, block=block: residual_block(
+                z, x, block.tensors(), form=block.form, groups=block.groups
+            )
+    if not isinstance(refinement, IFRHead) or isinstance(refinement.solver, Unroll):
+        return refinement
+    return lambda x: fixed_point(
+        lambda z: refinement.block(z, x), torch.zeros_like(x), solver=refinement.solver, adjoint=refinement.adjoint
+    )[0]
+
+
+def fields(refinement: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
+    """Receptive fields (H, W): of the refinement, and with GroupNorm's statistics held."""
+    refinement = deepcopy(refinement)
+    if isinstance(refinement, IFRHead):
+        refinement.adjoint = ADJOINT
+    torch.manual_seed(seed)  # of the mixture of channels that is differentiated
+    gradient = effective_receptive_field(refinement, x)
+    torch.manual_seed(seed)
+    with HeldStatistics():
+        return {"gradient": gradient, "statistics held": effective_receptive_field(specified(refinement), x)}
+
+
 def run(options: argparse.Namespace) -> dict:
     branches = {row: trained_branches(options.sweep, row) for row in options.rows}
     objects = load_test_objects(options.data, options.sweep)
@@ -56,13 +107,16 @@ def run(options: argparse.Namespace) -> dict:
     features = objects.features[chosen]
     rows = {}
     for row, of_seed in tqdm(branches.items(), "receptive fields", dynamic_ncols=True):
-        fields = []
+        found = {"gradient": [], "statistics held": []}
         for seed, branch in enumerate(of_seed):
-            torch.manual_seed(seed)  # of the mixture of channels that is differentiated
             with torch.no_grad():
                 x = branch.reduced(features)
-            fields.append(effective_receptive_field(branch.refine, x))
-        rows[row] = {"outside": [outside(field) for field in fields], "field": torch.stack(fields).mean(0).tolist()}
+            for name, field in fields(branch.refine, x, seed).items():
+                found[name].append(field)
+        rows[row] = {
+            name: {"outside": [outside(field) for field in of], "field": torch.stack(of).mean(0).tolist()}
+            for name, of in found.items()
+        }
     report = {"rois": len(chosen), "environment": environment(torch.device("cpu")), "rows": rows}
     write_json(options.output / "receptive_field.json", report)
     save_picture(options.output / "receptive_field.png", rows)
@@ -70,18 +124,20 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def save_picture(path: Path, rows: dict[str, dict]) -> None:
-    """Heat maps side by side, in one logarithmic scale."""
-    figure = Figure(figsize=(3.4 * len(rows) + 0.8, 3.8), layout="constrained", dpi=110)
-    grid = figure.subplots(1, len(rows), squeeze=False)[0]
-    top = max(max(map(max, entry["field"])) for entry in rows.values())
-    for axes, (row, entry) in zip(grid, rows.items(), strict=True):
-        height, width = len(entry["field"]), len(entry["field"][0])
-        image = axes.imshow(entry["field"], norm=LogNorm(1e-4 * top, top, clip=True), cmap="magma")
-        corner = (width // 2 - REACH - 0.5, height // 2 - REACH - 0.5)
-        axes.add_patch(Rectangle(corner, 2 * REACH + 1, 2 * REACH + 1, fill=False, edgecolor="white", linestyle="--"))
-        axes.set_title(f"{row}: {100 * statistics.mean(entry['outside']):.1f} % outside 9×9", fontsize=10)
-        axes.set_xticks([])
-        axes.set_yticks([])
+    """Heat maps in one logarithmic scale: a column a row of the sweep, the gradient above that with held statistics."""
+    figure = Figure(figsize=(3.4 * len(rows) + 0.8, 7.6), layout="constrained", dpi=110)
+    grid = figure.subplots(2, len(rows), squeeze=False)
+    top = max(max(map(max, entry["field"])) for found in rows.values() for entry in found.values())
+    for column, (row, found) in zip(grid.T, rows.items(), strict=True):
+        for axes, (name, entry) in zip(column, found.items(), strict=True):
+            height, width = len(entry["field"]), len(entry["field"][0])
+            image = axes.imshow(entry["field"], norm=LogNorm(1e-4 * top, top, clip=True), cmap="magma")
+            corner, side = (width // 2 - REACH - 0.5, height // 2 - REACH - 0.5), 2 * REACH + 1
+            axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="white", linestyle="--"))
+            share = f"{100 * statistics.mean(entry['outside']):.1f} % outside 9×9"
+            axes.set_title(f"{row}\n{name}: {share}", fontsize=10)
+            axes.set_xticks([])
+            axes.set_yticks([])
     figure.colorbar(image, ax=grid, label="|gradient of the centre|, sum 1")
     figure.savefig(path)
 
@@ -89,9 +145,10 @@ def save_picture(path: Path, rows: dict[str, dict]) -> None:
 def main(arguments: list[str] | None = None) -> dict:
     options = parse(arguments)
     report = run(options)
-    for row, entry in report["rows"].items():
-        shares = ", ".join(f"{100 * share:.2f}" for share in entry["outside"])
-        print(f"{row}: {shares} % of the gradient outside 9×9, one figure a seed")
+    for row, found in report["rows"].items():
+        for name, entry in found.items():
+            shares = ", ".join(f"{100 * share:.2f}" for share in entry["outside"])
+            print(f"{row}, {name}: {shares} % outside 9×9, one figure a seed")
     print(f"wrote {options.output / 'receptive_field.json'} and {options.output / 'receptive_field.png'}")
     return report
 

@@ -6,16 +6,16 @@ python benchmarks/results_page.py
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from comparison import cell
-from convergence_report import worst
+from convergence_report import PAPER_BOUND, STEADY, each, median, moving, near, numbers, roi_name, worst
 from strategies import STRATEGIES, TABLES
 
 RESULTS = Path(__file__).parent / "results"
-BASELINE = "4 convolutions"
+REFERENCES = BASELINE, IFR = "4 convolutions", "IFR"  # what rows are compared with
 
 Content = dict[str, Any]
 
@@ -29,13 +29,9 @@ def spread(values: Iterable[float | None], scale: float = 1.0, digits: int = 1) 
     return f"{statistics.mean(found):.{digits}f}{deviation}"
 
 
-def gain(own: list[Content], others: list[Content], figure: Callable[[Content], float]) -> str:
-    """Mean ± standard error of the differences between trainings of equal seeds, which see the same batches."""
-    reference = {report["seed"]: figure(report) for report in others}
-    pairs = [figure(report) - reference[report["seed"]] for report in own if report["seed"] in reference]
-    if len(pairs) < 2 or own is others:
-        return "–"
-    return f"{100 * statistics.mean(pairs):+.1f} ± {100 * statistics.stdev(pairs) / math.sqrt(len(pairs)):.1f}"
+def interval(gain: dict[str, float]) -> str:
+    """In points of a hundred, with its 95 % interval."""
+    return f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -62,41 +58,50 @@ def ablation(content: Content) -> str:
         f"Mask branch alone on {settings['data']}, C = {settings['channels']}, {settings['epochs']} epochs "
         f"with batches of {settings['batch_size']}, {len(trainings)} trainings in {hours:.1f} h of {clock} time, the "
         f"learning rates' search not counted; {machine(content)}. Chosen learning rates: {rates}.",
-        f"`{command}` makes all rows; `--rows` with a row's name makes one. Convolutions: what a forward pass costs, "
-        "in 3×3 convolutions between all C channels.",
+        f"`{command}` makes all rows; `--rows` with a row's name makes one. − {BASELINE}, − {IFR}: mean difference of "
+        "trainings of equal seeds in points, with its 95 % interval by the bootstrap over seeds and images: those "
+        "of the test, or all held out, with those for validation. Convolutions: the evaluations that a sample's solve "
+        "needs, in 3×3 convolutions between all C channels.",
     ]
-    head = ["", "mask IoU, %", f"− {BASELINE}", "stopped early, %", "IoU > 0.5, %", "IoU > 0.75, %", "parameters"]
-    head += ["residual forward", "residual backward", "steps", "convolutions", "s / epoch", "seeds"]
+    head = ["", "mask IoU, %", f"− {BASELINE}", f"− {BASELINE}, all", f"− {IFR}, all", "stopped early, %"]
+    head += ["IoU > 0.5 / 0.75, %", "parameters", "residual forth / back", "steps"]
+    head += ["convolutions", "s / epoch", "seeds"]
     for title, names in TABLES.items():
         present = [name for name in names if rows.get(name)]
         if present:
-            lines = [ablation_row(name, rows[name], rows.get(BASELINE, [])) for name in present]
+            lines = [ablation_row(name, rows[name], content["gains"]) for name in present]
             parts += [f"**{title}**", table(head, lines)]
     return "\n\n".join(parts)
 
 
-def ablation_row(name: str, reports: list[Content], baseline: list[Content]) -> list[str]:
+def ablation_row(name: str, reports: list[Content], gains: Content) -> list[str]:
     done = [report for report in reports if "failed" not in report]
     if not done:
         return [name, reports[0]["failed"], *["–"] * 10, f"{len(reports)} failed"]
     tests = [report["test"] for report in done]
-    standing = [report for report in baseline if "failed" not in report]
     steps = [test.get("iterations") for test in tests]
     return [
-        f"**{name}**" if name == "IFR" else name,
+        f"**{name}**" if name == IFR else name,
         spread((test["iou"] for test in tests), 100),
-        "–" if name == BASELINE else gain(done, standing, lambda report: report["test"]["iou"]),
+        *(
+            interval(gains[reference][name][images]) if name in gains[reference] else "–"
+            for reference, images in ((BASELINE, "test"), (BASELINE, "held_out"), (IFR, "held_out"))
+        ),
         spread((report["stopped_early"]["iou"] for report in done), 100),
-        spread((test["above_50"] for test in tests), 100),
-        spread((test["above_75"] for test in tests), 100),
+        " / ".join(f"{100 * statistics.mean(test[share] for test in tests):.1f}" for share in ("above_50", "above_75")),
         f"{done[0]['parameters'] / 1e6:.2f} M",
-        median_power(test.get("residual") for test in tests),
-        median_power(report["backward_residual"] for report in done),
+        residuals(tests, done),
         spread(steps),
         f"{statistics.mean(map(STRATEGIES[name].convolutions, steps)):.1f}",
         f"{statistics.median(report['seconds_per_epoch'] for report in done):.1f}",
         f"{len(done)}" + f", {len(reports) - len(done)} failed" * (len(done) < len(reports)),
     ]
+
+
+def residuals(tests: list[Content], reports: list[Content]) -> str:
+    forth = median_power(test.get("residual") for test in tests)
+    back = median_power(report["backward_residual"] for report in reports)
+    return "–" if forth == "–" else f"{forth} / {back}"
 
 
 def median_power(values: Iterable[float | None]) -> str:
@@ -106,13 +111,16 @@ def median_power(values: Iterable[float | None]) -> str:
 
 def receptive_field(content: Content) -> str:
     rows = [
-        [row, spread(entry["outside"], 100, 2), str(len(entry["outside"]))] for row, entry in content["rows"].items()
+        [row, *(spread(field["outside"], 100, 2) for field in fields.values()), str(len(fields["gradient"]["outside"]))]
+        for row, fields in content["rows"].items()
     ]
     return "\n\n".join(
         [
             f"Share of the centre's gradient outside of the 9×9 positions that four 3×3 convolutions see, mean of "
-            f"{content['rois']} RoIs; `python benchmarks/receptive_field.py DATA --sweep runs/ablation`.",
-            table(["", "outside 9×9, %", "seeds"], rows),
+            f"{content['rois']} RoIs. GroupNorm alone sees all positions, through its mean and variance; with these "
+            "held constant, only what passes through convolutions and the equilibrium is left. "
+            "`python benchmarks/receptive_field.py DATA --sweep runs/ablation`.",
+            table(["", "outside 9×9, %", "with GroupNorm's statistics held, %", "seeds"], rows),
         ]
     )
 
@@ -138,41 +146,55 @@ def comparison(content: Content) -> str:
 
 
 def convergence(content: Content) -> str:
-    settings, found = content["settings"], content["limit"]
-    count = content["shape"][0]
-    methods = sorted(set(found["found_by"]))
-    plain = [
-        [
-            name,
-            *(f"{worst(dict(zip(run['steps'], run['relative'], strict=True))[step]):.0e}" for step in powers(run)),
-        ]
-        for name, run in content["plain"].items()
-    ]
+    settings, found, chosen = content["settings"], content["limit"], content["chosen"]
+    counted, nearness, populations = [], [], content["population"]
+    exactness = max(worst(population["limit"]["residual"]) for population in populations.values())
+    for row, population in populations.items():
+        radius = population["radius"]
+        above = sum(value > 1 for value in numbers(radius))
+        counted.append([row, moving(population), f"{median(radius):.2f}", f"{worst(radius):.2f}", str(above)])
+        for entry in population["solves"]:
+            nearness.append([row, entry["solver"], f"{entry['steps']:,}"])
+            for values in (entry["relative_distance"], entry["distance"]):
+                nearness[-1] += [f"{median(values):.0e}", f"{worst(values):.0e}", str(near(values))]
+    plain = []
+    for roi in range(len(chosen)):
+        for name, run in content["plain"].items():
+            reached = {step: numbers(row)[roi] for step, row in zip(run["steps"], run["relative"], strict=True)}
+            plain.append([roi_name(content, roi), name, *(f"{reached[step]:.0e}" for step in powers(run))])
     steps = [f"{step:,}" for step in powers(content["plain"]["float64"])]
-    radii = [f"{point['step']}: {worst(point['radius']):.3f}" for point in content["spectrum"]]
-    largest = [f"{point['step']}: {math.hypot(*point['eigenvalues'][0]):.3f}" for point in content["spectrum"]]
+    radii = [f"{point['step']}: {each(point['radius'], '.2f')}" for point in content["spectrum"]]
+    leading = ", ".join(f"{complex(*value):.2f}" for value in content["spectrum"][-1]["eigenvalues"][:3])
     precisions = list(content["plain"])
     distances = []
     for solver, length in dict.fromkeys((entry["solver"], entry["steps"]) for entry in content["solves"]):
         of = [e for e in content["solves"] if (e["solver"], e["steps"]) == (solver, length)]
-        cells = [f"{worst(e['relative_distance']):.0e} / {worst(e['distance']):.0e}" for e in of]
-        residuals = [f"{worst(e['residual']):.0e}" for e in of]
-        distances.append([solver, f"{length:,}", *cells, *residuals])
-    command = (
-        f'--row "{settings["row"]}" --seed {settings["seed"]} --rois {settings["rois"]} --steps {settings["steps"]}'
+        cells = [each(e["relative_distance"], ".0e") for e in of]
+        distances.append([solver, f"{length:,}", *cells, *(f"{worst(e['residual']):.0e}" for e in of)])
+    command = " ".join(
+        f"--{name.replace('_', '-')} {settings[name]}" for name in ("seed", "objects", "object_steps", "rois", "steps")
     )
+    command += "".join(f' "{row}"' if i else f' --rows "{row}"' for i, row in enumerate(settings["rows"]))
+    columns = ["median", "worst", "below e⁻⁸"]
     return "\n\n".join(
         [
-            f"The block of row {settings['row']}, seed {settings['seed']}, on {count} unseen objects; figures are of "
-            f"the worst. {content['elapsed_seconds'] / 60:.0f} minutes on {machine(content)}.",
+            f"Trained blocks, seed {settings['seed']}, on unseen objects; "
+            f"{content['elapsed_seconds'] / 60:.0f} minutes on {machine(content)}.",
             f"`python benchmarks/convergence.py {settings['data'].upper()} {command}`",
-            "**Relative step of the plain iteration, ‖Hⁱ⁺¹ - Hⁱ‖ / ‖Hⁱ⁺¹‖, after so many steps**",
-            table(["", *steps], plain),
-            f"Spectral radius along the way by power iteration, {', '.join(radii)}; of the first object by Arnoldi's "
-            f"method, {', '.join(largest)}.",
-            f"**Distance to the limit, relative / absolute, and relative residual.** The limit was found by "
-            f"{' and '.join(methods)} in float64, its own relative residual is {worst(found['residual']):.0e} and its "
-            f"norm {statistics.mean(found['norm']):.0f}. The paper's bound is e⁻⁸ = {math.exp(-8):.1e}.",
+            f"**{settings['objects']} objects, {settings['object_steps']:,} plain steps each in float32.** An object "
+            f"has converged where the last step is below {STEADY:.0e} of the iterate; the spectral radius is that of "
+            "∂F/∂H at H*, the equilibrium that Broyden's method finds in float64.",
+            table(["", "not converged", "radius, median", "radius, largest", "radius above 1"], counted),
+            f"**Their distance to H*, first relative, then absolute,** float32. The paper's bound is e⁻⁸ = "
+            f"{PAPER_BOUND:.1e}; the relative residual of H* is at most {exactness:.0e}.",
+            table(["", "solver", "steps", *(f"relative, {c}" for c in columns), *columns], nearness),
+            f"**{content['row']}, {len(chosen)} of these objects longer:** relative step of the plain iteration after "
+            "so many steps",
+            table(["", "", *steps], plain),
+            f"Spectral radius of each along the way by power iteration, {'; '.join(radii)}. The last one's leading "
+            f"eigenvalues at H*, by Arnoldi's method: {leading or 'none found'}.",
+            f"**Relative distance of each to H*, and the worst relative residual.** H* was found by "
+            f"{', '.join(found['found_by'])}, its own relative residual in float64 is {worst(found['residual']):.0e}.",
             table(["solver", "steps", *precisions, *(f"residual, {name}" for name in precisions)], distances),
         ]
     )

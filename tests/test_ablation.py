@@ -29,7 +29,7 @@ def test_every_row_trains_and_is_reported(sweep):
         assert 0 <= training["test"]["above_75"] <= training["test"]["above_50"] <= 1, row
         assert math.isfinite(training["epochs"][0]["loss"]), row
     solved = {row for row, (training,) in report["rows"].items() if "residual" in training["test"]}
-    assert solved == {row for row, s in STRATEGIES.items() if s.kind == "ifr"} - {"unroll"}
+    assert solved == {row for row, s in STRATEGIES.items() if s.kind == "ifr"} - {"unroll", "unroll, paper's form"}
 
 
 def test_every_row_stands_in_a_table():
@@ -69,11 +69,35 @@ def test_a_folder_of_other_trainings_is_refused(shapes, sweep):
         sweep_again(shapes, sweep, "--epochs", "2")
 
 
+def test_trainings_of_a_row_of_another_definition_are_refused(shapes, sweep, monkeypatch):
+    monkeypatch.setitem(ablation.STRATEGIES, "no convolution", STRATEGIES["1 convolution"])
+    with pytest.raises(DataError, match=r"was made with \{'kind': 'none', 'options': \{\}\}"):
+        sweep_again(shapes, sweep, "--lrs", "1e-3")
+
+
+def test_gains_are_those_of_common_seeds_that_did_not_fail():
+    def report(seed, iou):
+        seen = {"images": [1, 2], "ious": [iou, iou]}
+        return {"seed": seed, "test": seen, "validation": {"images": [3], "ious": [0.0]}}
+
+    baseline = [report(0, 0.5), report(1, 0.6), {"seed": 2, "failed": "so"}]
+    rows = {
+        "4 convolutions": baseline,
+        "IFR": [report(0, 0.7), report(1, 0.7), report(2, 0.1)],
+        "IFR, Picard": [report(0, 0.9), {"seed": 1, "failed": "so"}],
+    }
+    found = ablation.gains(rows, "4 convolutions")
+    assert list(found) == ["IFR"]
+    assert found["IFR"]["seeds"] == 2
+    assert found["IFR"]["test"]["mean"] == pytest.approx(0.15)
+    assert found["IFR"]["held_out"]["mean"] == pytest.approx(0.1)
+
+
 def test_the_learning_rate_that_validates_best_is_taken():
     scores = {(1e-3, 0): 0.5, (1e-3, 1): 0.5, (3e-3, 0): 0.9, (3e-3, 1): 0.4, (1e-2, 0): 0.8, (1e-2, 4): 1.0}
-    reports = [{"row": "IFR", "lr": lr, "seed": seed, "validation_iou": iou} for (lr, seed), iou in scores.items()]
+    reports = [{"row": "IFR", "lr": lr, "seed": seed, "validation": {"iou": iou}} for (lr, seed), iou in scores.items()]
     failed = {"row": "IFR", "lr": 1e-2, "seed": 1, "failed": "the loss is not finite"}
-    other = {"row": "IFR, 3 steps", "lr": 1e-4, "seed": 0, "validation_iou": 0.99}
+    other = {"row": "IFR, 3 steps", "lr": 1e-4, "seed": 0, "validation": {"iou": 0.99}}
     assert ablation.best_rates([*reports, failed, other]) == {"IFR": 3e-3}
 
 

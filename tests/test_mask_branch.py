@@ -121,7 +121,7 @@ def test_the_last_epoch_is_returned_and_the_best_one_tested_too(splits, monkeypa
     monkeypatch.setattr(mask_branch, "evaluate", evaluate)
     options = {"channels": 32, "epochs": 3, "batch_size": 4, "lr": 1e-2, "seed": 0}
     model, report = train_branch(STRATEGIES["1 convolution"], splits, **options)
-    assert (report["validation_iou"], report["best_epoch"]) == (0.5, 1)
+    assert (report["validation"]["iou"], report["best_epoch"]) == (0.5, 1)
     assert (report["test"], report["stopped_early"]) == ({"iou": 0.6}, {"iou": 0.8})
     torch.testing.assert_close(dict(model.state_dict()), states[2], rtol=0, atol=0)
     torch.testing.assert_close(states[3], states[2], rtol=0, atol=0)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import statistics
 from pathlib import Path
 
 import results_page
@@ -11,27 +10,13 @@ from strategies import TABLES
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
-def trainings(ious):
-    return [{"seed": seed, "iou": iou} for seed, iou in ious.items()]
-
-
-def iou(report):
-    return report["iou"]
-
-
 def test_spread_is_mean_and_standard_deviation():
     assert results_page.spread([0.70, 0.72, None, 0.74], 100) == "72.0 ± 2.0"
     assert results_page.spread([None]) == "–"
 
 
-def test_gain_compares_trainings_of_equal_seeds():
-    ours, others = trainings({0: 0.72, 1: 0.64, 5: 0.9}), trainings({1: 0.62, 0: 0.71, 2: 0.1})
-    error = statistics.stdev([1.0, 2.0]) / 2**0.5
-    assert results_page.gain(ours, others, iou) == f"+1.5 ± {error:.1f}"
-
-
-def test_one_common_seed_has_no_error():
-    assert results_page.gain(trainings({0: 0.7, 1: 0.7}), trainings({1: 0.6}), iou) == "–"
+def test_intervals_are_in_points():
+    assert results_page.interval({"mean": 0.0062, "low": -0.0016, "high": 0.0133}) == "+0.6 [-0.2, +1.3]"
 
 
 def test_every_table_of_a_sweep_is_on_the_page(sweep, tmp_path):
