@@ -60,7 +60,10 @@ class Adjoint:
 @choice
 @dataclass(frozen=True)
 class Implicit(Adjoint):
-    """Solves Eq. 8 by Broyden's method, from w⁰ = 0; options as the solvers' (rules.Rule)."""
+    """Solves Eq. 8 by Broyden's method, from w⁰ = 0; options as the solvers' (rules.Rule).
+
+    Where F does not contract all w may be worse than none: a sample whose w all are takes JacobianFree's.
+    """
 
     max_iter: int = 15
     rtol: float | None = None
@@ -104,7 +107,11 @@ class Implicit(Adjoint):
             constant=scaled,
             select=some if select else None,
         )
-        return torch.where(solvable, state.value * scale, grad), state.residual
+        # w = 0 leaves all of the right-hand side, and would teach the block nothing; w¹ is the right-hand side.
+        solved = state.residual < 1
+        w = torch.where(solved.view(scale.shape), state.value, scaled)
+        residual = torch.where(solved, state.residual, state.trace[1])
+        return torch.where(solvable, w * scale, grad), residual
 
 
 @choice
