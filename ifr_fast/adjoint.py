@@ -20,11 +20,6 @@ from .residual import Block, Linearised
 from .rules import Broyden, Rule, Unroll, check_solver
 from .solve import solve
 
-# The map of Eq. 8, (w, ∂L/∂H, the solve's state) → wᵀ ∂F/∂H + ∂L/∂H, as solve takes it.
-AdjointMap = Callable[[Tensor, Tensor, "State | None"], Tensor]
-# What has the map of some of the samples, given their indices, as `affine`.
-Select = Callable[[Tensor], Linearised]
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -36,6 +31,22 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Equation:
+    """Eq. 8 for samples whose ∂L/∂H is grad (n, …).
+
+    affine: maps (w, constant, the solve's state) to wᵀ ∂F/∂H + constant. compute: the dtype of F's convolutions.
+    select: what has the map of some of the samples, given their indices, as `affine`.
+    """
+
+    affine: Callable[[Tensor, Tensor, State | None], Tensor]
+    grad: Tensor
+    compute: torch.dtype
+    kernels: ModuleType
+    memory: Memory | None = None
+    select: Callable[[Tensor], Linearised] | None = None
+
+
+@dataclass(frozen=True)
 class Adjoint:
     """Base of the adjoints."""
 
@@ -44,15 +55,7 @@ class Adjoint:
         """The solver of the adjoint's equation, and what bounds the workspace of the backward pass."""
         return Broyden()
 
-    def cotangent(
-        self,
-        adjoint_map: AdjointMap,
-        grad: Tensor,
-        compute: torch.dtype,
-        kernels: ModuleType,
-        memory: Memory | None,
-        select: Select | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor]:
         """w, like grad (n, …), and per sample (n,) ‖wᵀ ∂F/∂H + ∂L/∂H - wᵀ‖ / ‖∂L/∂H‖, inf where nothing is solved."""
         raise NotImplementedError
 
@@ -77,32 +80,24 @@ class Implicit(Adjoint):
     def rule(self) -> Broyden:
         return Broyden(self.max_iter, self.rtol, self.history_dtype, self.workspace)
 
-    def cotangent(
-        self,
-        adjoint_map: AdjointMap,
-        grad: Tensor,
-        compute: torch.dtype,
-        kernels: ModuleType,
-        memory: Memory | None,
-        select: Select | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor]:
         # The equation is linear: with every sample's gradient scaled to 1, squares neither underflow nor overflow. One
         # that is not finite passes unsolved, for loss scaling to see; of zero the solution is zero.
+        grad, select = equation.grad, equation.select
         scale = grad.reshape(len(grad), -1).abs().amax(1).view(-1, *[1] * (grad.dim() - 1)) if grad.numel() else grad
         solvable = scale.isfinite() & (scale > 0)
         scaled = torch.where(solvable, grad / scale, 0)
-        # At w⁰ = 0 the map's value is the right-hand side itself: one product with the Jacobian saved.
-        rule = self.rule.resolve(compute)
 
         def some(index: Tensor) -> Callable[[Tensor, State | None], Tensor]:
             linearised, constant = select(index), pick(scaled, index)
             return lambda w, state: linearised.affine(w, constant, state)
 
+        # At w⁰ = 0 the map's value is the right-hand side itself: one product with the Jacobian saved.
         state = solve(
-            lambda w, state: adjoint_map(w, scaled, state),
+            lambda w, state: equation.affine(w, scaled, state),
             torch.zeros_like(grad),
-            rule,
-            kernels,
+            self.rule.resolve(equation.compute),
+            equation.kernels,
             from_zero=True,
             constant=scaled,
             select=some if select else None,
@@ -119,16 +114,8 @@ class Implicit(Adjoint):
 class JacobianFree(Adjoint):
     """w = ∂L/∂H: one product with the Jacobian in all (Fung et al., 2022)."""
 
-    def cotangent(
-        self,
-        adjoint_map: AdjointMap,
-        grad: Tensor,
-        compute: torch.dtype,
-        kernels: ModuleType,
-        memory: Memory | None,
-        select: Select | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return grad, _unsolved(grad)
+    def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor]:
+        return equation.grad, _unsolved(equation.grad)
 
 
 @choice
@@ -139,17 +126,10 @@ class Shine(Adjoint):
     Needs a Broyden solver, and keeps its residuals for all samples until the backward pass.
     """
 
-    def cotangent(
-        self,
-        adjoint_map: AdjointMap,
-        grad: Tensor,
-        compute: torch.dtype,
-        kernels: ModuleType,
-        memory: Memory | None,
-        select: Select | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor]:
         # (I - ∂F/∂H)ᵀ w = grad and J⁻¹ = -I + U Vᵀ of J = ∂F/∂H - I: w = grad - V Uᵀ grad, U = G Pᵀ, V = G Qᵀ.
         # Coefficients of rows that were never filled are zero, but what stands there may not be finite.
+        grad, memory = equation.grad, equation.memory
         flat = _flatten(grad)
         rows = memory.history.shape[1]
         dots = torch.stack([(memory.history[:, j] * flat).sum(1) for j in range(rows)], 1).nan_to_num(0.0)

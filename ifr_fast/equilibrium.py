@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import backend as backends
 from . import graphs as recordings
-from .adjoint import Memory, Phantom
+from .adjoint import Equation, Memory, Phantom
 from .config import decode
 from .kernels import memory_format
 from .kernels.plain import wide
@@ -109,16 +109,16 @@ def _solve_backward_batch(grad, value, x, params, memory, form, groups, eps, dty
     block = None
 
     def solve_chunk(chunk: slice) -> Block:
-        injection, z, g = (staged(t[chunk], wide(dtype), kernels, like=x) for t in (x, value, grad))
+        injection, z, g = (staged(t[chunk], wide(dtype), kernels, like=x[chunk]) for t in (x, value, grad))
         here = block.at(injection) if block else Block(injection, params, form, groups, eps, kernels, dtype)
         if isinstance(adjoint, Phantom):
             grad_x[chunk], grads = adjoint.backward(here, z, g)
             residual[chunk] = torch.inf
         else:
             linearised = here.linearise(z)
-            w, residual[chunk] = adjoint.cotangent(
-                linearised.affine, g, dtype, kernels, Memory(*(t[chunk] for t in memory)), linearised.select
-            )
+            kept = Memory(*(t[chunk] for t in memory))
+            equation = Equation(linearised.affine, g, dtype, kernels, kept, linearised.select)
+            w, residual[chunk] = adjoint.cotangent(equation)
             grad_x[chunk], grads = linearised.vjp_params(w)
         for total, part in zip(grad_params, grads, strict=True):
             total += part

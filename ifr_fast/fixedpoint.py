@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from .adjoint import Adjoint, Implicit, Memory, Phantom, Shine, Unrolled, check_shine
+from .adjoint import Adjoint, Equation, Implicit, Memory, Phantom, Shine, Unrolled, check_shine
 from .config import build
 from .kernels import State, memory_format
 from .kernels.plain import wide
@@ -86,13 +86,13 @@ def fixed_point(
     memory = Memory(state.history, state.p, state.q) if isinstance(adjoint, Shine) else None
 
     def cotangent(grad: Tensor) -> Tensor:
-        def adjoint_map(w: Tensor, constant: Tensor, state: State) -> Tensor:
+        def affine(w: Tensor, constant: Tensor, state: State) -> Tensor:
             with torch.enable_grad():
                 product = torch.autograd.grad(end, leaf, w, retain_graph=True, allow_unused=True)[0]
             return constant if product is None else product + constant
 
         grad = grad.contiguous(memory_format=memory_format(solved.value))
-        return adjoint.cotangent(adjoint_map, grad, z0.dtype, kernels, memory)[0]
+        return adjoint.cotangent(Equation(affine, grad, z0.dtype, kernels, memory))[0]
 
     return _Attach.apply(end, solved.value, cotangent).to(z0.dtype), solved
 
