@@ -251,11 +251,11 @@ class Pieces:
         cuda = self.modules[0]
         if state.gram_partials is None:
             splits = cuda._native.cuda.splits(state.size)
-            state.gram_partials = torch.empty(state.n, splits, state.rows, device=z.device)
+            state.gram_partials = torch.empty(state.n, splits, state.rows, dtype=torch.float32, device=z.device)
         getattr(cuda._native.cuda, name)(self._solver(state, z, row), cuda.cuda_norm.current_stream(z.device))
 
     def _solver(self, state, z: Tensor, row: int):
-        limits = ENDLESS["rtol"], ENDLESS["divergence"]
+        limits = ENDLESS["rtol"], ENDLESS["divergence"], False
         return self.modules[0]._solver(state, z, state.injection, "broyden", row, state.rows, row, *limits)
 
 
