@@ -126,7 +126,7 @@ class IFRHead(nn.Module):
 
     def _unroll_steps(self) -> int:
         """Blocks to unroll in this forward pass; 0 where the solver runs."""
-        if self.training and self.warmup_steps and self.warmup.next() < self.warmup_steps:
+        if self.training and self.warmup_steps and self.warmup.unrolls(self.warmup_steps):
             return self.warmup_unroll
         return self.solver.steps if isinstance(self.solver, Unroll) else 0
 
@@ -208,9 +208,10 @@ class _Warmup:
     def __init__(self) -> None:
         self.count = 0
 
-    def next(self) -> int:
-        """How many there were before this one; repeated in a backward pass, where checkpointing computes one again."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return self.count - 1
-        self.count += 1
-        return self.count - 1
+    def unrolls(self, steps: int) -> bool:
+        """Is this pass among the first `steps`? Computed again, in a backward pass, it is as it was."""
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        # One past the last that unrolls is as far as it needs to count; compiled code is specialised on it.
+        if not again and self.count <= steps:
+            self.count += 1
+        return self.count <= steps
