@@ -98,12 +98,15 @@ class Linearised:
         self.saved = head, (y, r, statistics)
 
     def select(self, index: Tensor) -> Linearised:
-        """That of some of the samples."""
-        (r, y1, statistics1, h), (y2, residual, statistics2) = self.saved
-        r, y1, h, y2, *statistics = (pick(t, index) for t in (r, y1, h, y2, *statistics1, *statistics2))
+        """That of some of the samples, without what the parameters' gradients alone need."""
+
+        def some(*tensors: Tensor) -> list[Tensor]:
+            return [pick(t, index) for t in tensors]
+
+        (_, y1, statistics1, _), (y2, residual, statistics2) = self.saved
         other = copy(self)
-        head = r, y1, statistics[: len(statistics1)], h
-        other.saved = head, (y2, None if residual is None else r, statistics[len(statistics1) :])
+        tail = *some(y2), None if residual is None else pick(residual, index), some(*statistics2)
+        other.saved = (None, *some(y1), some(*statistics1), None), tail
         return other
 
     def vjp(self, w: Tensor) -> Tensor:
