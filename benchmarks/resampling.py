@@ -3,6 +3,7 @@
 Seeds alone would tell how training scatters on one set of images, and nothing of another set.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,21 @@ def paired_gain(own: list[Evaluation], others: list[Evaluation]) -> dict[str, fl
     images = np.unique(own[0]["images"], return_inverse=True)[1]
     counts = np.bincount(images)
     gains = np.array([sums(a, images) - sums(b, images) for a, b in zip(own, others, strict=True)])
-    generator = np.random.default_rng(0)
-    means = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        seeds = generator.integers(len(gains), size=len(gains))
-        drawn = generator.integers(len(counts), size=len(counts))
-        means[index] = gains[np.ix_(seeds, drawn)].sum() / (len(seeds) * counts[drawn].sum())
+    of_seeds, of_images = draws(*gains.shape)
+    means = (of_seeds @ gains * of_images).sum(1) / (len(gains) * of_images @ counts)
     low, high = np.quantile(means, [0.025, 0.975])
     return {"mean": gains.sum() / (len(gains) * counts.sum()), "low": low, "high": high}
+
+
+@cache
+def draws(seeds: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each resample has each seed (RESAMPLES, seeds) and each image (RESAMPLES, images)."""
+    generator = np.random.default_rng(0)
+    drawn = [[generator.integers(n, size=n) for n in (seeds, images)] for _ in range(RESAMPLES)]
+    return tuple(
+        np.stack([np.bincount(draw, minlength=n) for draw in of]).astype(float)
+        for of, n in zip(zip(*drawn, strict=True), (seeds, images), strict=True)
+    )
 
 
 def sums(evaluation: Evaluation, images: np.ndarray) -> np.ndarray:
