@@ -224,17 +224,24 @@ def coco_metrics(coco: COCO, entries: list[dict]) -> dict[str, dict[str, float |
     A figure is None where the ground truth has no object of that size.
     """
     metrics = {}
-    for kind, field in (("bbox", "bbox"), ("segm", "segmentation")):
-        keys = ("image_id", "category_id", "score", field)
+    for kind in ("bbox", "segm"):
+        evaluation = matched(coco, entries, kind)
         with contextlib.redirect_stdout(io.StringIO()):
-            found = load_results(coco, [{key: entry[key] for key in keys} for entry in entries])
-            evaluation = COCOeval(coco, found, kind)
-            evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
         figures = [None if value < 0 else float(value) for value in evaluation.stats]
         metrics[kind] = dict(zip(METRICS, figures, strict=True))
     return metrics
+
+
+def matched(coco: COCO, entries: list[dict], kind: str) -> COCOeval:
+    """Detections' boxes ("bbox") or masks ("segm") matched with the ground truth, image by image."""
+    keys = ("image_id", "category_id", "score", "bbox" if kind == "bbox" else "segmentation")
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = load_results(coco, [{key: entry[key] for key in keys} for entry in entries])
+        evaluation = COCOeval(coco, found, kind)
+        evaluation.evaluate()
+    return evaluation
 
 
 def load_results(coco: COCO, entries: list[dict]) -> COCO:

@@ -6,7 +6,8 @@
 Takes the options of accuracy.py; those of the solver go to the refinements they apply to. Every training has a folder
 of its own, OUTPUT/REFINEMENT-seedN, with its checkpoint: started again, a sweep that was stopped goes on where it was.
 Several processes may each train other refinements into one folder; a last one with all of them compares what is there.
-Writes comparison.json (each training's figures; mean and standard deviation over the seeds), predictions.png (of the
+Writes comparison.json (each training's figures; mean and standard deviation over the seeds; how much AP is gained over
+the refinement named first, with the 95 % interval of the bootstrap over seeds and images), predictions.png (of the
 first seed's trainings side by side) and features.png (RoI features of objects before and after the refinement, as in
 the paper's Figures 3 and 4).
 """
@@ -23,11 +24,12 @@ from typing import Any
 import accuracy
 import numpy as np
 import torch
-from coco import METRICS, CocoFolder, DataError
+from coco import METRICS, CocoFolder, DataError, matched
 from detector import REFINEMENTS
 from environment import environment
 from files import refuse_changes, write_json, write_whole
 from pictures import Refined, draw_features, draw_predictions, evenly_spaced, overlay
+from resampling import paired_precision_gain
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN
 from tqdm import tqdm
@@ -124,6 +126,21 @@ def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def gains(runs: list[argparse.Namespace], dataset: CocoFolder) -> dict[str, dict[str, dict[str, float]]]:
+    """AP of each refinement but the first, less the first one's: of boxes and masks, with bounds."""
+    found = {}
+    for kind in KINDS:
+        evaluations = {}
+        for run in tqdm(runs, f"AP of {kind}", dynamic_ncols=True):
+            entries = json.loads((run.output / "detections.json").read_text())
+            evaluations.setdefault(run.refine, []).append(matched(dataset.coco, entries, kind))
+        reference, *others = evaluations
+        for refine in others:
+            gain = paired_precision_gain(evaluations[refine], evaluations[reference])
+            found.setdefault(refine, {})[kind] = gain
+    return found
+
+
 def mean_and_std(values: Iterable[float | None]) -> dict[str, float] | None:
     """Sample standard deviation, of one value none; None where COCO gives a figure for no object."""
     values = list(values)
@@ -140,11 +157,19 @@ def cell(figure: dict[str, float] | None, scale: float = 100, form: str = ".1f")
     return " ± ".join(format(scale * value, form) for value in figure.values())
 
 
+def interval(gain: dict[str, float]) -> str:
+    """In points of a hundred, with its 95 % interval."""
+    return f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
+
+
 def table(content: dict[str, Any]) -> str:
     """The refinements side by side; AP in %."""
-    rows = [("refinement", "parameters", "mask AP", "AP50", "AP75", "box AP", "s/iteration", "median residual")]
+    reference = next(iter(content["refinements"]))
+    rows = [("refinement", "parameters", "mask AP", f"less {reference}'s", "AP50", "AP75", "box AP", "s/iteration")]
+    rows[0] += ("median residual",)
     for refine, found in content["refinements"].items():
         masks = [cell(found["segm"][name]) for name in ("AP", "AP50", "AP75")]
+        masks.insert(1, interval(content["gains"][refine]["segm"]) if refine in content["gains"] else "-")
         pace, residual = cell(found["seconds_per_iteration"], 1, ".3f"), cell(found.get("residual_median"), 1, ".1e")
         rows.append((refine, f"{found['parameters']:,}", *masks, cell(found["bbox"]["AP"]), pace, residual))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -228,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
             if reports[number] is None:
                 _, reports[number] = accuracy.run(run, process)
         if process.is_first:
-            content = summarize(reports, process.device)
+            content = {**summarize(reports, process.device), "gains": gains(runs, val_set)}
             write_json(folder / "comparison.json", content)
             save_pictures([run for run in runs if run.seed == 0], val_set, examples, process.device)
             print(f"\n{table(content)}\n\nwrote comparison.json, predictions.png and features.png in {folder}")

@@ -3,10 +3,13 @@
 Seeds alone would tell how training scatters on one set of images, and nothing of another set.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
+from pycocotools.cocoeval import COCOeval
 
 RESAMPLES = 2000
 Evaluation = dict[str, Any]  # of one training: "images", an image's id for every object, and "ious"
@@ -25,6 +28,77 @@ def paired_gain(own: list[Evaluation], others: list[Evaluation]) -> dict[str, fl
     means = (of_seeds @ gains * of_images).sum(1) / (len(gains) * of_images @ counts)
     low, high = np.quantile(means, [0.025, 0.975])
     return {"mean": gains.sum() / (len(gains) * counts.sum()), "low": low, "high": high}
+
+
+def paired_precision_gain(own: list[COCOeval], others: list[COCOeval]) -> dict[str, float]:
+    """As paired_gain, of COCO's AP in place of the mean IoU; own[i] and others[i] evaluate detectors of equal seeds."""
+    of_seeds, of_images = draws(len(own), len(own[0].params.imgIds))
+    weights = np.vstack([np.ones(of_images.shape[1]), of_images])  # first all images, each once
+    values = [[average_precision(evaluation, weights) for evaluation in of] for of in (own, others)]
+    gains = np.subtract(*values)
+    low, high = np.nanquantile((of_seeds * gains.T[1:]).mean(1), [0.025, 0.975])  # NaN: only images without objects
+    return {"mean": gains[:, 0].mean(), "low": low, "high": high}
+
+
+def average_precision(evaluation: COCOeval, weights: np.ndarray) -> np.ndarray:
+    """COCO's AP (resamples,) with images counted as often as `weights` (resamples, images) say; NaN without objects.
+
+    The images are in the order of evaluation.params.imgIds. Equals COCOeval's AP on that many copies of each, for which
+    every resample would be accumulated anew.
+    """
+    params = evaluation.params
+    total, categories = np.zeros((2, len(weights)))
+    results = np.array(evaluation.evalImgs, dtype=object).reshape(len(params.catIds), len(params.areaRng), -1)
+    for of_category in results[:, 0]:  # 0: objects of all sizes
+        present = [image for image, result in enumerate(of_category) if result is not None]
+        if not present:
+            continue
+        weight = weights[:, present]
+        ranked = Ranked.of([of_category[image] for image in present])
+        objects = weight @ ranked.objects
+        shown = objects > 0
+        precisions = [
+            interpolated(weight @ hits.T, weight @ misses.T, np.maximum(objects, 1), params.recThrs)
+            for hits, misses in ranked.counts()
+        ]
+        total += shown * np.mean(precisions, 0)
+        categories += shown
+    with np.errstate(invalid="ignore"):
+        return total / categories
+
+
+@dataclass
+class Ranked:
+    """A category's detections by falling score."""
+
+    images: np.ndarray  # (detections, images), one-hot
+    hits: np.ndarray  # (IoU thresholds, detections)
+    misses: np.ndarray  # likewise; what lies in crowds is neither
+    objects: np.ndarray  # (images,)
+
+    @classmethod
+    def of(cls, results: list[dict[str, Any]]) -> "Ranked":
+        """From COCOeval's results for some images."""
+        order = np.argsort(-np.concatenate([r["dtScores"] for r in results]), kind="mergesort")
+        found, ignored = (
+            np.concatenate([r[key] for r in results], 1)[:, order] > 0 for key in ("dtMatches", "dtIgnore")
+        )
+        images = np.eye(len(results)).repeat([len(r["dtScores"]) for r in results], 0)[order]
+        objects = np.array([np.count_nonzero(np.equal(r["gtIgnore"], 0)) for r in results])
+        return cls(images, found & ~ignored, ~found & ~ignored, objects)
+
+    def counts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each IoU threshold: hits and misses up to each hit, by image (hits, images). Precision peaks at hits."""
+        for hits, misses in zip(self.hits, self.misses, strict=True):
+            yield tuple(np.cumsum(self.images * which[:, None], 0)[hits] for which in (hits, misses))
+
+
+def interpolated(hits: np.ndarray, misses: np.ndarray, objects: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Mean precision at levels of recall, of counts (resamples, hits): at each the best of that recall or more."""
+    precision = hits / np.maximum(hits + misses, 1)
+    best = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+    reached = np.searchsorted(levels, hits / objects[:, None], side="right")
+    return (best * np.diff(reached, axis=1, prepend=0)).sum(1) / len(levels)
 
 
 @cache

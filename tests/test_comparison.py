@@ -64,6 +64,15 @@ def test_figures_of_a_refinement_are_those_of_its_seeds(compared):
     assert content["refinements"]["stack"]["parameters"] == 4 * (16 * 16 * 9 + 16)
 
 
+def test_gains_are_those_of_the_means(compared):
+    _, content = compared
+    assert list(content["gains"]) == ["ifr"]
+    for kind, gain in content["gains"]["ifr"].items():
+        means = [content["refinements"][refine][kind]["AP"]["mean"] for refine in ("ifr", "stack")]
+        assert gain["mean"] == pytest.approx(means[0] - means[1], abs=1e-12)
+        assert gain["low"] <= gain["high"]
+
+
 def test_a_figure_that_coco_does_not_give_is_none():
     assert comparison.mean_and_std([0.5, None]) is None
     assert comparison.mean_and_std([0.5]) == {"mean": 0.5}
@@ -157,10 +166,12 @@ def test_data_without_objects_are_refused(tmp_path):
 def test_the_table_shows_what_there_is():
     metrics = {"AP": {"mean": 0.25, "std": 0.0111}, "AP50": {"mean": 0.5}, "AP75": None}
     row = {"parameters": 2360000, "segm": metrics, "bbox": metrics, "seconds_per_iteration": {"mean": 1.5}}
+    gain = {"mean": 0.021, "low": -0.005, "high": 0.04}
     content = {"refinements": {"stack": row, "ifr": {**row, "residual_median": {"mean": 0.002}}}}
+    content["gains"] = {"ifr": {"segm": gain}}
     _, stack, ifr = (re.split(r" {2,}", line) for line in comparison.table(content).splitlines())
-    assert stack == ["stack", "2,360,000", "25.0 ± 1.1", "50.0", "-", "25.0 ± 1.1", "1.500", "-"]
-    assert ifr == ["ifr", *stack[1:-1], "2.0e-03"]
+    assert stack == ["stack", "2,360,000", "25.0 ± 1.1", "-", "50.0", "-", "25.0 ± 1.1", "1.500", "-"]
+    assert ifr == ["ifr", *stack[1:3], "+2.1 [-0.5, +4.0]", *stack[4:-1], "2.0e-03"]
 
 
 def test_options_go_to_the_refinements_that_have_them(tmp_path):

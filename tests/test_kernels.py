@@ -31,7 +31,7 @@ def draw(shape, dtype, channels_last, count):
 
 def assert_close(actual, expected, dtype, rstds):
     """RMS error against RMS or the inputs' own, 1: single elements near zero say nothing. A group of small variance
-    magnifies roundings by its 1/σ. Parameters' gradients are sums over samples and positions, whose terms may cancel."""
+    magnifies roundings by its 1/σ. Parameters' gradients are sums over positions, whose terms may cancel."""
     tolerance = TOLERANCE[dtype] * max(1.0, *(float(r.max()) for r in rstds))
     for a, b in zip(actual, expected, strict=True):
         assert (a is None) == (b is None)

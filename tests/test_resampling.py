@@ -1,8 +1,16 @@
 """benchmarks/resampling.py: the bootstrap's interval against what is known of it."""
 
+import math
+
 import numpy as np
 import pytest
-from resampling import paired_gain, together
+from coco import load_annotations, matched
+from files import write_json
+from resampling import average_precision, paired_gain, paired_precision_gain, together
+
+SIDE = 40
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
 
 
 @pytest.fixture
@@ -42,3 +50,66 @@ def test_seeds_that_differ_widen_the_interval(generator):
 
 def test_evaluations_of_different_images_are_joined():
     assert together(evaluation([1], [0.5]), evaluation([2, 2], [0.1, 0.2])) == evaluation([1, 2, 2], [0.5, 0.1, 0.2])
+
+
+def boxes(generator, count):
+    """Left, top, width and height (count, 4)."""
+    return generator.integers([0, 0, 1, 1], SIDE // 2, (count, 4)).astype(float)
+
+
+@pytest.fixture
+def scene(generator, tmp_path):
+    """Makes ground truth and detections of so many copies of each of 8 random images: objects of three categories,
+    some of them crowds, two images without any; boxes near the objects, and others."""
+    objects, found = [], []
+    for image in range(8):
+        for box in boxes(generator, 0 if image < 2 else generator.integers(1, 6)):
+            category = int(generator.integers(1, 4))
+            objects.append((image, {"category_id": category, "bbox": box.tolist(), "iscrowd": len(objects) % 5 // 4}))
+            near = (box * generator.uniform(0.85, 1.15, 4)).tolist()
+            found.append((image, {"category_id": category, "bbox": near, "score": generator.random()}))
+        for box in boxes(generator, 3):
+            category = int(generator.integers(1, 5))  # of the fourth there is no object
+            found.append((image, {"category_id": category, "bbox": box.tolist(), "score": generator.random()}))
+
+    def make(copies):
+        ids = [[10 * image + copy for copy in range(count)] for image, count in enumerate(copies)]
+        annotations = [{**entry, "image_id": id} for image, entry in objects for id in ids[image]]
+        for number, annotation in enumerate(annotations, start=1):
+            annotation |= {
+                "id": number,
+                "segmentation": [[0, 0, 9, 0, 9, 9]],
+                "area": math.prod(annotation["bbox"][2:]),
+            }
+        images = [{"id": id, "height": SIDE, "width": SIDE, "file_name": "-"} for of in ids for id in of]
+        categories = [{"id": id, "name": str(id)} for id in range(1, 5)]
+        path = tmp_path / "instances.json"
+        write_json(path, {"images": images, "annotations": annotations, "categories": categories})
+        return load_annotations(path), [{**entry, "image_id": id} for image, entry in found for id in ids[image]]
+
+    return make
+
+
+def test_weighted_precision_is_that_of_copied_images(scene, generator):
+    drawn = [np.bincount(generator.integers(2, 8, size=8), minlength=8) for _ in range(4)]
+    weights = np.array([np.ones(8, int), np.arange(8), *drawn])
+    actual = average_precision(matched(*scene(weights[0]), "bbox"), weights)
+    for copies, value in zip(weights, actual, strict=True):
+        evaluation = matched(*scene(copies), "bbox")
+        evaluation.accumulate()
+        evaluation.summarize()
+        assert value == pytest.approx(evaluation.stats[0], abs=1e-9)
+
+
+def test_images_without_objects_have_no_precision(scene):
+    assert np.isnan(average_precision(matched(*scene([1] * 8), "bbox"), np.eye(8)[:2])).all()
+
+
+def test_a_gain_in_precision_is_told_from_none(scene):
+    coco, entries = scene([1] * 8)
+    given = [{**a, "score": 1.0} for a in coco.dataset["annotations"]]
+    some, all_found = (matched(coco, found, "bbox") for found in (entries, given))
+    assert paired_precision_gain([some, all_found], [some, all_found]) == {"mean": 0, "low": 0, "high": 0}
+    gain = paired_precision_gain([all_found] * 2, [some] * 2)
+    assert gain["mean"] == pytest.approx(1 - average_precision(some, np.ones((1, 8)))[0])
+    assert 0 < gain["low"] < gain["mean"] < gain["high"] <= 1
