@@ -32,7 +32,8 @@ class IFRHead(nn.Module):
         warmup_steps, warmup_unroll: the first `warmup_steps` forward passes in training mode unroll the block
             `warmup_unroll` times in place of solving (the authors' remedy for an untrained block that does not
             contract). The count is part of the state dict where warmup_steps > 0. Under activation checkpointing a
-            head that is called k times an iteration needs a multiple of k: all of them unroll, or none.
+            head that is called k times an iteration needs a multiple of k: all of them unroll, or none. torch.compile
+            would compile every pass of the warm-up anew: let it begin after the last.
         backend: "auto", "reference", "native", "triton", "cuda"; see backends().
         cuda_graphs: on a GPU, record the solve and its backward pass as CUDA graphs and replay them: for small batches,
             where launching takes longer than computing. Batches are padded to one of eight sizes an octave; recordings
