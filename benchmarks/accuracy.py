@@ -50,12 +50,13 @@ POSITIVE = (
     "detections_per_image",
     "checkpoint_every",
 )
+SOLVED = ("ifr", "ifr-narrow")  # refinements by an equilibrium
 IFR_OPTIONS = {
-    "solver": ("ifr",),
-    "adjoint": ("ifr",),
-    "warmup_steps": ("ifr",),
-    "steps": ("ifr", "unroll"),
-    "groups": ("ifr", "unroll"),
+    "solver": SOLVED,
+    "adjoint": SOLVED,
+    "warmup_steps": SOLVED,
+    "steps": (*SOLVED, "unroll"),
+    "groups": (*SOLVED, "unroll"),
 }
 
 
@@ -85,10 +86,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("data", "folder in COCO format", type=Path)
     option("--train-annotations", "instances file to train on, where it is not the usual one", type=Path)
     option("--val-annotations", "instances file to evaluate on, where it is not the usual one", type=Path)
-    option("--solver", "for ifr (broyden)", choices=SOLVERS)
-    option("--steps", "solver iterations, forward and backward, for ifr (15); blocks for unroll (4)", type=int)
-    option("--adjoint", "how gradients pass through the solve, for ifr (implicit)", choices=ADJOINTS)
-    option("--groups", "groups of GroupNorm, for ifr and unroll (32)", type=int)
+    option("--solver", "for ifr, ifr-narrow (broyden)", choices=SOLVERS)
+    option(
+        "--steps", "solver iterations, forward and backward, for ifr, ifr-narrow (15); blocks of unroll (4)", type=int
+    )
+    option("--adjoint", "how gradients pass through the solve, for ifr, ifr-narrow (implicit)", choices=ADJOINTS)
+    option("--groups", "groups of GroupNorm, for ifr, ifr-narrow and unroll (32)", type=int)
     option("--warmup-steps", "training iterations with an unrolled block before ifr solves (a tenth)", type=int)
     option("--backbone", "efficientnet_lite0 or a torchvision classifier's name", default="efficientnet_lite0")
     option(
@@ -135,10 +138,10 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--device: expected cpu, as torch finds no GPU here, got cuda")
     if options.iterations is not None:
         options.epochs = None
-    if options.refine in ("ifr", "unroll"):
+    if options.refine in (*SOLVED, "unroll"):
         options.groups = options.groups or 32
-        options.steps = options.steps or {"ifr": 15, "unroll": 4}[options.refine]
-    if options.refine == "ifr":
+        options.steps = options.steps or (15 if options.refine in SOLVED else 4)
+    if options.refine in SOLVED:
         options.solver = options.solver or "broyden"
         options.adjoint = options.adjoint or "implicit"
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -157,7 +160,7 @@ def settle(options: argparse.Namespace, train_set: CocoFolder) -> None:
     """Fill in the lengths that depend on the data."""
     if options.iterations is None:
         options.iterations = math.ceil(options.epochs * len(train_set) / options.batch_size)
-    if options.refine == "ifr" and options.warmup_steps is None:
+    if options.refine in SOLVED and options.warmup_steps is None:
         options.warmup_steps = options.iterations // 10
 
 

@@ -27,7 +27,7 @@ from ifr_fast import (
     Unrolled,
 )
 
-REFINEMENTS = ("stack", "shared", "unroll", "ifr", "none")
+REFINEMENTS = ("stack", "shared", "unroll", "ifr", "ifr-narrow", "none")
 SOLVERS = {"broyden": Broyden, "anderson": Anderson, "picard": Picard}
 ADJOINTS = {
     "implicit": Implicit,
@@ -58,8 +58,9 @@ def build_refinement(
     """What stands where Mask R-CNN's four mask-head convolutions stand, (N, C, H, W) → the same shape.
 
     "stack": torchvision's four convolutions; "shared": one of them, applied four times; "unroll": the IFR
-    block unrolled `steps` times; "ifr": its equilibrium, by `solver` within `steps` iterations; "none":
-    nothing.
+    block unrolled `steps` times; "ifr": its equilibrium, by `solver` within `steps` iterations; "ifr-narrow":
+    the same with a quarter of the channels between the block's convolutions, stopped at a residual of 1e-1, as
+    are Implicit's gradients; "none": nothing.
     """
     if name == "stack":
         return MaskRCNNHeads(channels, [channels] * 4, dilation=1)
@@ -67,12 +68,14 @@ def build_refinement(
         return SharedConvolution(channels)
     if name == "unroll":
         return IFRHead(channels, groups=groups, solver=Unroll(steps=steps))
-    if name == "ifr":
-        gradient = Implicit(max_iter=steps) if adjoint == "implicit" else ADJOINTS[adjoint]()
+    if name in ("ifr", "ifr-narrow"):
+        mid_channels, rtol = (channels, None) if name == "ifr" else (channels // 4, 1e-1)
+        gradient = Implicit(max_iter=steps, rtol=rtol) if adjoint == "implicit" else ADJOINTS[adjoint]()
         return IFRHead(
             channels,
+            mid_channels=mid_channels,
             groups=groups,
-            solver=SOLVERS[solver](max_iter=steps),
+            solver=SOLVERS[solver](max_iter=steps, rtol=rtol),
             adjoint=gradient,
             warmup_steps=warmup_steps,
         )

@@ -24,6 +24,7 @@ def test_parameters_of_every_refinement():
     }
     assert (counts["stack"], counts["shared"], counts["none"]) == (4 * layer, layer, 0)
     assert 2 * 9 * channels**2 < counts["ifr"] == counts["unroll"] < 2.5 * 9 * channels**2
+    assert counts["ifr"] - counts["ifr-narrow"] == pytest.approx(2 * 9 * channels**2 * 3 / 4, rel=0.05)
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)

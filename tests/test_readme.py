@@ -56,5 +56,5 @@ def test_options_in_the_commands_exist(help_of):
 
 
 def test_refinements_in_the_text_are_the_choices(help_of):
-    (named,) = re.findall(r"--refine\s+([\w|]+\|[\w|]+)", README)
+    (named,) = re.findall(r"--refine\s+([\w|-]+\|[\w|-]+)", README)
     assert f"--refine {{{named.replace('|', ',')}}}" in help_of("accuracy.py")
