@@ -120,6 +120,34 @@ def receptive_field(content: Content) -> str:
     )
 
 
+def inference_steps(content: Content) -> str:
+    baseline = spread(content["baseline"], 100)
+    lines = [
+        [
+            row,
+            name,
+            spread(entry["iou"], 100),
+            interval(entry["gain"]),
+            f"{statistics.median(entry['residual']):.0e}",
+            spread(entry["steps"]),
+            f"{entry['convolutions']:.1f}",
+            str(len(entry["iou"])),
+        ]
+        for row, found in content["rows"].items()
+        for name, entry in found.items()
+    ]
+    head = ["trained as", "tested with", "mask IoU, %", f"− {BASELINE}", "residual", "steps", "convolutions", "seeds"]
+    return "\n\n".join(
+        [
+            f"Trained mask branches, C = {content['channels']}, tested on {content['objects']} objects of "
+            f"{content['data']} with other solves than they were trained with: cut after a number of steps, or stopped "
+            f"at a relative residual; {BASELINE}: {baseline} %. "
+            f"`python benchmarks/inference_steps.py {content['data'].upper()} --sweep runs/ablation`.",
+            table(head, lines),
+        ]
+    )
+
+
 def comparison(content: Content) -> str:
     settings = content["settings"]
     given = ("iterations", "batch_size", "image_size", "channels", "rois_per_image", "lr", "amp", "backbone")
@@ -204,6 +232,7 @@ def powers(run: Content) -> list[int]:
 
 SECTIONS = {
     "ablation": ("The paper's ablations", ablation),
+    "inference_steps": ("Fewer or more steps at inference", inference_steps),
     "comparison": ("Mask R-CNN end to end", comparison),
     "convergence": ("Convergence", convergence),
     "receptive_field": ("Effective receptive field", receptive_field),

@@ -100,6 +100,9 @@ STRATEGIES = {
     "IFR, stopping at 1e-1": solved({"rtol": 1e-1}),
     "IFR, C/4 inside, stopping at 1e-1": solved({"rtol": 1e-1}, width=1 / 4),
     "IFR, C/4 inside, 7 steps": solved({"max_iter": 7, "rtol": 1e-6}, width=1 / 4),
+    "IFR, C/4 inside, 7 steps, adjoint at 1e-1": ifr(
+        solver={"type": "Broyden", "max_iter": 7, "rtol": 1e-6}, adjoint={"type": "Implicit", "rtol": 1e-1}, width=1 / 4
+    ),
     "IFR, plain form": ifr(form="plain"),
     "IFR, paper's form": ifr(form="paper"),
     "IFR, C/8 inside": ifr(width=1 / 8),
@@ -154,6 +157,7 @@ TABLES = {
     "For the price of four convolutions": [
         "4 convolutions",
         "IFR, C/4 inside, 7 steps",
+        "IFR, C/4 inside, 7 steps, adjoint at 1e-1",
         "IFR, C/4 inside, stopping at 1e-1",
         "IFR",
     ],

@@ -1,0 +1,151 @@
+"""What a trained head's masks are worth when its equilibrium is solved for in fewer or more steps than in training.
+
+    python benchmarks/inference_steps.py DATA --sweep runs/ablation --output runs/inference_steps
+
+Takes the branches that ablation.py trained, and tests them on DATA's unseen objects with Broyden's method cut after a
+number of steps, and stopped at a relative residual; beside them stands the baseline, four convolutions. Writes
+inference_steps.json and .png.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablation import load_test_objects, trained_branches
+from coco import DataError
+from environment import environment
+from files import write_json
+from mask_branch import evaluate
+from matplotlib.figure import Figure
+from objects import Objects
+from resampling import paired_gain
+from results_page import BASELINE
+from strategies import STRATEGIES
+from tqdm import tqdm
+
+from ifr_fast import Broyden, IFRHead, Unroll
+
+ROWS = ["IFR", "IFR, C/4 inside, stopping at 1e-1"]
+EXACT = 1e-6  # the residual at which a solve that is cut stops; bfloat16 does not reach it
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("data", help="the sweep's folder in COCO format", type=Path)
+    parser.add_argument("--sweep", help="ablation.py's output (%(default)s)", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--rows", help="of the sweep (%(default)s)", nargs="+", default=ROWS, metavar="ROW")
+    steps, tolerances = [5, 7, 10, 15], [1e-1, 3e-2, 1e-2]
+    parser.add_argument("--steps", help="to cut after (%(default)s)", nargs="+", type=int, default=steps)
+    stop = "residuals to stop at, after at most 15 steps (%(default)s)"
+    parser.add_argument("--rtols", help=stop, nargs="+", type=float, default=tolerances)
+    parser.add_argument("--output", help="folder (%(default)s)", type=Path, default=Path("runs/inference_steps"))
+    options = parser.parse_args(arguments)
+    for name in ("steps", "rtols"):
+        if min(getattr(options, name)) <= 0:
+            parser.error(f"--{name}: expected positive numbers, got {min(getattr(options, name))}")
+    return options
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    branches = {row: trained_branches(options.sweep, row) for row in (BASELINE, *options.rows)}
+    check(branches)
+    objects = load_test_objects(options.data, options.sweep)
+    solvers = {f"{steps} steps": Broyden(max_iter=steps, rtol=EXACT) for steps in options.steps}
+    solvers |= {f"to {rtol:g}": Broyden(rtol=rtol) for rtol in options.rtols}
+    total = sum(len(of_seed) * (len(solvers) if row != BASELINE else 1) for row, of_seed in branches.items())
+    with tqdm(total=total, desc="tests", dynamic_ncols=True) as bar:
+        baseline = evaluations(branches.pop(BASELINE), BASELINE, objects, bar)
+        rows = {
+            row: {
+                name: summary(row, evaluations(of_seed, row, objects, bar, solver), baseline)
+                for name, solver in solvers.items()
+            }
+            for row, of_seed in branches.items()
+        }
+    report = {
+        "data": options.data.resolve().name,
+        "channels": branches[options.rows[0]][0].refine.block.channels,
+        "objects": len(objects),
+        "environment": environment(torch.device("cpu")),
+        "baseline": [test["iou"] for test in baseline],
+        "rows": rows,
+    }
+    write_json(options.output / "inference_steps.json", report)
+    save_picture(options.output / "inference_steps.png", report)
+    return report
+
+
+def check(branches: dict[str, list]) -> None:
+    """Raises DataError for a row that solves nothing, or has other seeds than the baseline."""
+    for row, of_seed in branches.items():
+        refine = of_seed[0].refine
+        if row != BASELINE and (not isinstance(refine, IFRHead) or isinstance(refine.solver, Unroll)):
+            raise DataError(f"rows: expected some that solve for an equilibrium, got {row!r}")
+        if len(of_seed) != len(branches[BASELINE]):
+            raise DataError(f"sweep: {row!r} has {len(of_seed)} seeds, {BASELINE!r} {len(branches[BASELINE])}")
+
+
+def evaluations(
+    of_seed: list, row: str, objects: Objects, bar: tqdm, solver: Broyden | None = None
+) -> list[dict[str, Any]]:
+    """Each seed's branch on the objects, its refinement solved by `solver` where it is one that solves."""
+    found = []
+    for branch in of_seed:
+        if solver is not None:
+            branch.refine.solver = solver
+        found.append(evaluate(branch, objects, bf16=STRATEGIES[row].bf16))
+        bar.update()
+    return found
+
+
+def summary(row: str, own: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
+    steps = [test["iterations"] for test in own]
+    return {
+        "iou": [test["iou"] for test in own],
+        "gain": paired_gain(own, baseline),
+        "residual": [test["residual"] for test in own],
+        "steps": steps,
+        "convolutions": STRATEGIES[row].convolutions(statistics.mean(steps)),
+    }
+
+
+def save_picture(path: Path, report: dict[str, Any]) -> None:
+    """Mask IoU against what it costs: a curve of solves that are cut, points of solves that stop at a residual."""
+    figure = Figure(figsize=(8, 5), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    level = 100 * statistics.mean(report["baseline"])
+    axes.axhline(level, color="black", linestyle="--", label=BASELINE)
+    axes.plot(STRATEGIES[BASELINE].convolutions(None), level, "ko")
+    for number, (row, found) in enumerate(report["rows"].items()):
+        for marker, kind in (("o-", "steps"), ("*", "to")):
+            of = [entry for name, entry in found.items() if kind in name.split()]
+            costs = [entry["convolutions"] for entry in of]
+            ious = [100 * statistics.mean(entry["iou"]) for entry in of]
+            label = f"{row}: cut" if kind == "steps" else f"{row}: stopped at a residual"
+            axes.plot(costs, ious, marker, color=f"C{number}", markersize=6 if kind == "steps" else 12, label=label)
+    axes.set_xlabel("3×3 convolutions between all channels at inference")
+    axes.set_ylabel("mask IoU, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = parse(arguments)
+    report = run(options)
+    for row, found in report["rows"].items():
+        for name, entry in found.items():
+            iou, residual = 100 * statistics.mean(entry["iou"]), statistics.median(entry["residual"])
+            print(f"{row}, {name}: {iou:.1f} %, {entry['convolutions']:.1f} convolutions, residual {residual:.0e}")
+    print(f"wrote {options.output / 'inference_steps.json'} and {options.output / 'inference_steps.png'}")
+    return report
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        sys.exit(f"inference_steps.py: error: {error}")

@@ -1,0 +1,55 @@
+"""benchmarks/inference_steps.py: trained heads tested with other solves than they were trained with."""
+
+import json
+
+import inference_steps
+import pytest
+import results_page
+from ablation import load_test_objects, trained_branches
+from coco import DataError
+from mask_branch import evaluate
+from PIL import Image
+
+NARROW = "IFR, C/4 inside, stopping at 1e-1"
+
+
+def test_more_steps_leave_a_smaller_residual_and_cost_more(shapes, sweep, tmp_path):
+    options = ["--steps", "1", "4", "--rtols", "0.5", "0.01", "--output", str(tmp_path)]
+    report = inference_steps.main([str(shapes), "--sweep", str(sweep), *options])
+    assert report == json.loads((tmp_path / "inference_steps.json").read_text())
+    assert list(report["rows"]) == ["IFR", NARROW]
+    for found in report["rows"].values():
+        assert list(found) == ["1 steps", "4 steps", "to 0.5", "to 0.01"]
+        residuals = [entry["residual"][0] for entry in found.values()]
+        assert residuals[0] > residuals[1]
+        assert 0.5 >= residuals[2] > residuals[3]
+        assert found["to 0.5"]["steps"] < found["to 0.01"]["steps"]
+    assert [report["rows"]["IFR"][cut]["convolutions"] for cut in ("1 steps", "4 steps")] == [4, 10]
+    assert report["rows"][NARROW]["1 steps"]["convolutions"] == 1
+    assert f"| {NARROW} | to 0.5 |" in results_page.inference_steps(report)
+    with Image.open(tmp_path / "inference_steps.png") as picture:
+        assert picture.size[0] > 800
+
+
+def test_with_its_own_solver_a_row_has_the_ious_of_its_training(shapes, sweep, tmp_path):
+    options = ["--rows", NARROW, "--rtols", "0.1", "--steps", "2", "--output", str(tmp_path)]
+    found = inference_steps.main([str(shapes), "--sweep", str(sweep), *options])["rows"][NARROW]
+    (training,) = json.loads((sweep / "ablation.json").read_text())["rows"][NARROW]
+    assert found["to 0.1"]["iou"] == [training["test"]["iou"]]
+    (branch,), (baseline,) = trained_branches(sweep, NARROW), trained_branches(sweep, "4 convolutions")
+    objects = load_test_objects(shapes, sweep)
+    own, other = (evaluate(model, objects, bf16=True)["iou"] for model in (branch, baseline))
+    assert found["to 0.1"]["gain"]["mean"] == pytest.approx(own - other, abs=1e-4)
+
+
+@pytest.mark.parametrize("row", ["no convolution", "unroll"])
+def test_a_row_that_solves_nothing_is_refused(shapes, sweep, tmp_path, row):
+    with pytest.raises(DataError, match=f"solve for an equilibrium, got '{row}'"):
+        inference_steps.main([str(shapes), "--sweep", str(sweep), "--rows", row, "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--steps", "0"), ("--rtols", "-0.01")])
+def test_bad_options_are_refused(shapes, capsys, flag, value):
+    with pytest.raises(SystemExit):
+        inference_steps.main([str(shapes), flag, value])
+    assert f"{flag}: expected positive numbers, got {value}" in capsys.readouterr().err
