@@ -150,13 +150,13 @@ def planned(out: Path, scratch: Path) -> list[Stage]:
         absent = [name for name in names if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(absent)}" if absent else ""
 
-    def tests(name: str, least: float, most: float, pattern: str) -> Stage:
+    def tests(name: str, least: float, most: float, pattern: str, lacking: str = "") -> Stage:
         paths = sorted((ROOT / "tests").glob(pattern))
         options = ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-v", "--tb=short", "--maxfail=15"]
         options += ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=45", "-k", NEED_NO_GPU]
         if not missing("xdist"):  # most of the time kernels are compiled, on one core a process
             options += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
-        absent = missing("pytest", "hypothesis") or ("" if paths else f"there are no tests/{pattern}")
+        absent = lacking or missing("pytest", "hypothesis") or ("" if paths else f"there are no tests/{pattern}")
         return Stage(name, lambda _: [python, "-m", "pytest", *options, *paths], least, most, missing=absent)
 
     def kernels(backend: str, least: float, most: float) -> Stage:
@@ -192,7 +192,7 @@ def planned(out: Path, scratch: Path) -> list[Stage]:
         Stage("environment", lambda _: [python, BENCHMARKS / "environment.py", facts], 10, 40, facts),
         tests("gpu_tests", 75, 150, "test_gpu.py"),
         tests("triton_tests", 35, 80, "test_triton*.py"),
-        tests("cuda_tests", 15, 60, "test_cuda*.py"),
+        tests("cuda_tests", 15, 60, "test_cuda*.py", found["cuda"]),
         sanitizer("memcheck", 20, 70, own),
         sanitizer("racecheck", 15, 50, [name for name in own if name == "cuda"], "--kernels-alone"),
         kernels("triton", 45, 120),

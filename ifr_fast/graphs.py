@@ -2,8 +2,8 @@
 host one launch.
 
 Batches are padded with zero samples up to a bucket, so that varying RoI counts replay few recordings. A shape is run
-eagerly when first met, recorded when met again. Recordings on a stream share one memory pool: what a replay leaves
-there is copied out before the stream's next one. Threads take turns.
+eagerly when first met, recorded when a thread meets it again. Recordings on a stream share one memory pool: what a
+replay leaves there is copied out before the stream's next one. Threads take turns.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from threading import Lock
+from dataclasses import dataclass, field
+from threading import Lock, local
 
 import torch
 from torch import Tensor
@@ -24,10 +24,12 @@ Function = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
 @dataclass
 class Recording:
-    """Inputs that a replay reads, and, once recorded, the graph and the results that it writes."""
+    """Inputs that a replay reads, the threads that ran the function on them, and, once recorded, the graph and the
+    results that it writes."""
 
     batch: list[Tensor]
     shared: list[Tensor]
+    threads: set[object] = field(default_factory=set)
     replay: Callable[[], None] | None = None
     results: Sequence[Tensor] = ()
 
@@ -39,6 +41,14 @@ class Recording:
         torch._foreach_copy_(self.shared, list(shared))
 
 
+class _Thread(local):
+    """Tells a thread from all others, also from those that have ended."""
+
+    def __init__(self) -> None:
+        self.token = object()
+
+
+_thread = _Thread()
 _recordings: OrderedDict[Hashable, Recording] = OrderedDict()
 _pools: dict[Hashable, tuple[tuple[int, int], torch.cuda.Stream]] = {}
 _lock = Lock()  # between filling a recording's inputs and copying its results nobody else may replay
@@ -73,15 +83,17 @@ def run(
         recording = _recordings.get(key)
         if recording is None:
             recording = Recording([_padded(t, bucket(n)) for t in batch], [torch.empty_like(t) for t in shared])
-            recording.fill(batch, shared)
-            results = function(recording.batch, recording.shared)
-        else:
-            recording.fill(batch, shared)
-            if recording.replay is None:
-                record = capture(lambda: function(recording.batch, recording.shared), stream)
-                recording.replay, recording.results = record
+        recording.fill(batch, shared)
+        # cuDNN's and cuBLAS's handles and plans are each thread's own, and must not be made while recording.
+        if recording.replay is None and _thread.token in recording.threads:
+            record = capture(lambda: function(recording.batch, recording.shared), stream)
+            recording.replay, recording.results = record
+        if recording.replay is not None:
             recording.replay()
             results = recording.results
+        else:
+            results = function(recording.batch, recording.shared)
+            recording.threads.add(_thread.token)
         _recordings[key] = recording
         _recordings.move_to_end(key)
         if len(_recordings) > LIMIT:
@@ -98,8 +110,10 @@ def capture(function: Callable[[], Sequence[Tensor]], stream: Hashable) -> tuple
         _pools[stream] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
     pool, side = _pools[stream]
     graph = torch.cuda.CUDAGraph()
-    # thread_local: other threads, as those that load data, may go on allocating.
-    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+    # A capture that fails leaves its stream the current one. thread_local: other threads, as those that load data, may
+    # go on allocating.
+    caller = torch.cuda.stream(torch.cuda.current_stream())
+    with caller, torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
         results = function()
     return graph.replay, results
 

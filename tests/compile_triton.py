@@ -196,7 +196,7 @@ def train_package() -> None:
     train(100, 5, 15, 20, BF16)  # nothing is a power of two
     for form in ("paper", "plain"):
         train(256, 32, 14, 14, BF16, form=form)
-    for rows in (1, 2, 4, 8, 16, 32):
+    for rows in (1, 2, 4, 8, 16, 32, 64):
         train(256, 32, 14, 14, BF16, rules=(Broyden(rows), Anderson(rows), Picard(rows)))
     train(256, 32, 14, 14, FP32, rules=(Broyden(32),))
     start_anywhere()

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
 import pytest
 import torch
 
@@ -34,6 +33,8 @@ def native() -> ModuleType:
     """The extension's `cuda` module, built anew from the sources beside these tests."""
     if (cxx := shutil.which("g++")) is None:
         pytest.skip("g++ compiles the emulated kernels, and is not there")
+    import pybind11
+
     emulation, folder = ROOT / "tests/cuda_emulation", Path(tempfile.mkdtemp(prefix="ifr_fast_emulation"))
     switches = [cxx, "-std=c++17", "-fPIC", "-fno-extern-tls-init", "-w", "-I", emulation, "-I", ROOT / "csrc"]
     includes = ["-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]

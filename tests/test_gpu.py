@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import threading
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ifr_fast import Anderson, Broyden, Implicit, Picard, Status, backends, graphs
 
@@ -279,6 +281,36 @@ def test_replays_take_no_more_memory(pair):
     for _ in range(50):
         after = used()
     assert after == before
+
+
+def test_graphs_on_a_thread_that_comes_later(pair):
+    head, _ = pair(cuda_graphs=True)
+    x, found = features(4), []
+
+    def run():
+        with torch.no_grad():
+            found.extend(head(x) for _ in range(3))
+
+    run()
+    graphs.clear()
+    with torch.no_grad():
+        head(x)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(found) == 6
+    assert all(error(y, found[0]) < 1e-5 for y in found)
+
+
+def test_graphs_under_activation_checkpointing(pair):
+    """The recomputation calls the head on autograd's own thread."""
+    head, _ = pair(cuda_graphs=True)
+    x = features(4).requires_grad_()
+    (expected,) = torch.autograd.grad(head(x).sum(), x)
+    graphs.clear()
+    for _ in range(4):
+        (grad,) = torch.autograd.grad(checkpoint(head, x, use_reentrant=False).sum(), x)
+        assert error(grad, expected) < GRADIENT[torch.float32]
 
 
 def test_graphs_in_inference_mode_then_in_training(pair):

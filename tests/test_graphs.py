@@ -121,6 +121,7 @@ def test_threads_take_turns(recorded):
     results = {}
     for value in (3, 3):  # met, and recorded
         run(value)
+    assert len(recorded) == 1
     first = threading.Thread(target=run, args=(1,))
     first.start()
     entered.wait()
@@ -131,26 +132,72 @@ def test_threads_take_turns(recorded):
     assert results == {1: 2, 3: 6, 5: 10}
 
 
-def test_recordings_of_a_stream_share_pool_and_stream(monkeypatch):
-    """The allocator gives a pool's memory that is free again to the stream alone that had it before."""
-    captured = []
+def test_a_thread_records_only_what_it_has_run_itself(recorded):
+    """The handles and plans of cuDNN and cuBLAS are a thread's own, and must be there before a recording."""
+
+    def run():
+        batch = [torch.full((2,), 3.0)]
+        results.append(graphs.run(lambda b, s: [2 * b[0]], "own", batch, [torch.ones(1)], dims=[0])[0])
+        counts.append(len(recorded))
+
+    results, counts = [], []
+    for _ in range(3):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    run()
+    assert counts == [0, 0, 0, 0]
+    run()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert counts[4:] == [1, 1]
+    assert all(torch.equal(result, torch.full((2,), 6.0)) for result in results)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """What captures call of torch.cuda. A capture's context leaves its own stream behind where it fails, as torch's."""
+    cuda = SimpleNamespace(current="the caller's", captured=[])
 
     @contextlib.contextmanager
     def graph(graph, *, pool, stream, capture_error_mode):
-        captured.append((pool, stream))
+        cuda.captured.append((pool, stream))
+        before, cuda.current = cuda.current, stream
         yield
+        cuda.current = before
+
+    @contextlib.contextmanager
+    def using(stream):
+        before, cuda.current = cuda.current, stream
+        try:
+            yield
+        finally:
+            cuda.current = before
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "Stream", object)
-    try:
-        for stream in ("one", "other", "one"):
-            graphs.capture(list, stream)
-    finally:
-        graphs.clear()
+    monkeypatch.setattr(torch.cuda, "stream", using)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: cuda.current)
+    yield cuda
+    graphs.clear()
+
+
+def test_recordings_of_a_stream_share_pool_and_stream(fake_cuda):
+    """The allocator gives a pool's memory that is free again to the stream alone that had it before."""
+    for stream in ("one", "other", "one"):
+        graphs.capture(list, stream)
+    captured = fake_cuda.captured
     assert captured[0] == captured[2]
     assert not set(captured[0]) & set(captured[1])
+
+
+def test_a_capture_that_fails_gives_the_callers_stream_back(fake_cuda):
+    with pytest.raises(ZeroDivisionError):
+        graphs.capture(lambda: 1 / 0, "stream")
+    assert fake_cuda.current == "the caller's"
 
 
 def test_recordings_made_in_inference_mode_serve_training(recorded, make_head):
