@@ -2,6 +2,11 @@
 // one build serves every torch version.
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
 #include "cpu/kernels.h"
 #ifdef IFR_CUDA_ARCHS
 #include "cuda/bindings.h"
@@ -30,15 +35,27 @@ struct Table {
   decltype(&ifr::generic::step) step;
 };
 
+// The widest variant that IFR_FAST_ISA allows: 0 generic, 1 avx2, 2 avx512.
+int widest_allowed() {
+  const char *asked = std::getenv("IFR_FAST_ISA");
+  if (asked == nullptr || *asked == 0) return 2;
+  const char *const names[] = {"generic", "avx2", "avx512"};
+  for (int i = 0; i < 3; ++i)
+    if (std::strcmp(asked, names[i]) == 0) return i;
+  throw std::invalid_argument(std::string("IFR_FAST_ISA is '") + asked + "'; expected generic, avx2 or avx512.");
+}
+
+// The widest variant that is allowed, compiled and known to the processor.
 const Table &kernels() {
   static const Table table = [] {
+    [[maybe_unused]] const int widest = widest_allowed();
 #ifdef IFR_HAVE_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    if (widest >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       return Table IFR_TABLE(avx512);
 #endif
 #ifdef IFR_HAVE_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Table IFR_TABLE(avx2);
+    if (widest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Table IFR_TABLE(avx2);
 #endif
     return Table IFR_TABLE(generic);
   }();
@@ -50,8 +67,10 @@ const Table &kernels() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "ifr_fast's compiled kernels; called through ifr_fast.kernels.native only.";
   using release = py::call_guard<py::gil_scoped_release>;
+  kernels();  // a wrong IFR_FAST_ISA fails the import, not the first call
 
-  py::enum_<DType>(m, "DType").value("f32", DType::f32).value("f64", DType::f64).value("bf16", DType::bf16);
+  // Types are module_local, so that two builds can be compared in one process.
+  py::enum_<DType>(m, "DType", py::module_local()).value("f32", DType::f32).value("f64", DType::f64).value("bf16", DType::bf16);
   m.def("isa", [] { return kernels().isa; });
 #ifdef IFR_CUDA_ARCHS
   m.attr("cuda_archs") = IFR_CUDA_ARCHS;
@@ -66,7 +85,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("openmp") = false;
 #endif
 
-  py::class_<ifr::NormShape>(m, "NormShape")
+  py::class_<ifr::NormShape>(m, "NormShape", py::module_local())
       .def(py::init([](int64_t n, int64_t channels, int64_t positions, int64_t groups, double eps, bool channels_last,
                        int threads) {
         return ifr::NormShape{n, channels, positions, groups, eps, channels_last, threads};
@@ -119,7 +138,7 @@ PYBIND11_MODULE(_native, m) {
         kernels().norm_tail_vjp(type, shape, a);
       },
       release());
-  py::enum_<ifr::Method>(m, "Method")
+  py::enum_<ifr::Method>(m, "Method", py::module_local())
       .value("broyden", ifr::Method::broyden)
       .value("anderson", ifr::Method::anderson)
       .value("picard", ifr::Method::picard);

@@ -107,7 +107,8 @@ def test_residuals_of_affine_maps_are_plains(cuda, reference, poisoned, rule, si
             with_history(rule, torch.float32),
             kernels,
             from_zero=True,
-            constant=constant,
+            first=constant,
+            affine=True,
         )
         for kernels in (cuda, reference)
     )
@@ -216,6 +217,21 @@ def test_a_step_sums_and_shifts(cuda, poisoned, method, dtype, size):
     torch.testing.assert_close(z, f, rtol=1e-5, atol=1e-5)
     assert state.norms[:, 1].allclose(f.square().sum(1))
     torch.testing.assert_close(cuda.shift(z, x, dtype, state), (z + x).to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [304, 16384])
+def test_residuals_of_zero_and_of_no_scale(cuda, size):
+    """A sample solved exactly, one that is zero and solved, one whose f is zero though z is not, and two failures."""
+    z = torch.randn(5, size)
+    f = torch.stack([z[0], 0 * z[1], 0 * z[2], torch.inf * z[3], torch.nan * z[4]])
+    z[1] = 0
+    state = cuda.new_state(z, rows=2, evaluations=3, history_dtype=torch.float32, from_zero=False)
+    cuda.step(state, f, z, method="broyden", window=2, evaluation=0, last=False, rtol=0.0, divergence=1e3)
+    assert state.residual[:3].tolist() == [0, 0, torch.finfo(torch.float32).max]
+    assert state.trace[0].nan_to_num(-1).tolist() == [*state.residual[:3].tolist(), -1, -1]
+    assert state.residual[3:].isinf().all()
+    expected = [Status.CONVERGED, Status.CONVERGED, Status.MAX_ITER, Status.NONFINITE, Status.NONFINITE]
+    assert state.status.tolist() == expected
 
 
 @pytest.mark.parametrize("size", [304, 16384])

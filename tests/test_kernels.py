@@ -1,12 +1,16 @@
 """The compiled kernels against the plain ones, and the plain ones against autograd."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifr_fast import Anderson, Broyden, Picard, Status
+from ifr_fast import Anderson, Broyden, Picard, Status, _native
 from ifr_fast.kernels import State, native, plain
 from ifr_fast.solve import solve
 
@@ -98,6 +102,47 @@ def test_relu_keeps_nan():
     assert out[1].isfinite().all()
 
 
+@dtypes
+@settings(max_examples=10, deadline=None)
+@given(shape=shapes, channels_last=st.booleans(), exponent=st.integers(-3, 12))
+def test_a_constant_group_is_normalised_to_zero(dtype, shape, channels_last, exponent):
+    """However large its value, and beside groups that are not constant. Exactly; only sums of float64 are rounded."""
+    (y, r, grad), (first, second, _), groups = draw(shape, dtype, channels_last, 3)
+    own, slack = slice(0, shape[2]), 1e-9 if dtype == torch.float64 else 0.0
+
+    def assert_same(actual, expected):
+        torch.testing.assert_close(actual, expected.expand_as(actual), rtol=slack, atol=slack)
+
+    y[0, own], r[0, own] = torch.randn(()).item() * 10.0**exponent, 0.0
+    out, mean, rstd = native.norm_relu(y, first, groups, EPS)
+    assert_same(mean[0, 0], y[0, 0, 0, 0].to(mean.dtype))
+    assert_same(rstd[0, 0], torch.tensor(EPS, dtype=torch.float64).rsqrt().to(rstd.dtype))
+    assert_same(out[0, own], first[1][own].relu().to(dtype).view(-1, 1, 1))
+    y, r, grad = y[:1], r[:1], grad[:1]
+    _, (grad_weight, _) = native.norm_relu_vjp(grad, y, first, mean[:1], rstd[:1], groups, EPS, params=True)
+    assert_same(grad_weight[own], torch.zeros_like(grad_weight[own]))
+    # The second norm's input is the first one's bias: the same in all of the group.
+    first[1][own] = y[0, 0, 0, 0].abs()
+    out, statistics = native.norm_tail(y, r, first, second, groups, EPS)
+    assert_same(out[0, own], second[1][own].view(-1, 1, 1))
+    grads = native.norm_tail_vjp(grad.to(out.dtype), y, r, first, second, statistics, groups, EPS, params=True)[2]
+    for grad_weight in grads[::2]:
+        assert_same(grad_weight[own], torch.zeros_like(grad_weight[own]))
+
+
+@dtypes
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_mean_far_from_zero_costs_no_accuracy(dtype, channels_last):
+    """Of the differences that the dtype can still hold, that is."""
+    (y,), (norm, *_), groups = draw((2, 4, 3, 9, 8), dtype, channels_last, 1)
+    y += 1e-3 / torch.finfo(dtype).eps
+    _, mean, rstd = native.norm_relu(y, norm, groups, EPS)
+    exact = y.double().unflatten(1, (groups, -1)).flatten(2)
+    torch.testing.assert_close(mean.double(), exact.mean(2), rtol=1e-6, atol=0)
+    expected = (exact - exact.mean(2, keepdim=True)).square().mean(2).add(EPS).rsqrt()
+    torch.testing.assert_close(rstd.double(), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 14, 14), (1, 64, 50, 76)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_results_do_not_depend_on_threads_or_batch_mates(shape, channels_last):
@@ -153,7 +198,7 @@ def test_residuals_of_an_affine_map_are_relative_to_its_constant(kernels, growth
         return -growth * z + constant
 
     rule = Picard(6, rtol=1e-9).resolve(torch.float64)
-    state = solve(f, torch.zeros_like(constant), rule, kernels, from_zero=True, constant=constant)
+    state = solve(f, torch.zeros_like(constant), rule, kernels, from_zero=True, first=constant, affine=True)
     expected = [((1 + growth) * z - constant).norm(dim=1) / constant.norm(dim=1) for z in visited]
     torch.testing.assert_close(state.trace[1:], torch.stack(expected))
     torch.testing.assert_close(state.trace[0], torch.ones(3, dtype=torch.float64))
@@ -182,6 +227,41 @@ def test_a_step_touches_running_samples_only(kernels, n):
     torch.testing.assert_close(state.trace[1, 1:], (f - z)[1:].norm(dim=1) / f[1:].norm(dim=1))
 
 
+def judged(kernels, f, z, *, rtol=1e-3):
+    """The state after one evaluation."""
+    state = kernels.new_state(z, rows=1, evaluations=2, history_dtype=z.dtype, from_zero=False)
+    kernels.step(state, f, z.clone(), method="picard", window=1, evaluation=0, last=False, rtol=rtol, divergence=1e3)
+    return state
+
+
+@pytest.mark.parametrize("kernels", [native, plain], ids=["native", "reference"])
+@pytest.mark.parametrize("exponent", [-140, -100, -60, 60, 100, 120])
+def test_residuals_do_not_depend_on_the_scale(kernels, exponent):
+    """Where squares of float32 are zero or infinite; samples of another scale beside them."""
+    z, f = torch.randn(2, 3, 3001)
+    scale = torch.tensor([[1.0], [2.0**exponent], [1.0]])
+    expected, actual = judged(kernels, f, z), judged(kernels, scale * f, scale * z)
+    precision = 1e-5 if exponent > -130 else 1e-3  # denormal numbers have few digits
+    torch.testing.assert_close(actual.residual, expected.residual, rtol=precision, atol=0)
+    assert torch.equal(actual.residual[::2], expected.residual[::2])
+    assert torch.equal(actual.status, expected.status)
+
+
+@pytest.mark.parametrize("kernels", [native, plain], ids=["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_residuals_of_zero_and_of_no_scale(kernels, dtype):
+    """A sample solved exactly, one that is zero and solved, one whose f is zero though z is not, and two failures."""
+    z = torch.randn(5, 9, dtype=dtype)
+    f = torch.stack([z[0], 0 * z[1], 0 * z[2], torch.inf * z[3], torch.nan * z[4]])
+    z[1] = 0
+    state = judged(kernels, f, z, rtol=0.0)
+    assert state.residual[:3].tolist() == [0, 0, torch.finfo(dtype).max]
+    assert state.trace[0].nan_to_num(-1).tolist() == [*state.residual[:3].tolist(), -1, -1]
+    assert state.residual[3:].isinf().all()
+    expected = [Status.CONVERGED, Status.CONVERGED, Status.MAX_ITER, Status.NONFINITE, Status.NONFINITE]
+    assert state.status.tolist() == expected
+
+
 def test_plain_keeps_the_layout_on_a_gpu(monkeypatch):
     """Where group_norm's result is contiguous, whatever its argument: compiled code relies on the layout."""
     contiguous = torch.group_norm
@@ -190,3 +270,24 @@ def test_plain_keeps_the_layout_on_a_gpu(monkeypatch):
     results = [plain.norm_relu(y, first, groups, EPS)[0]]
     results += [plain.norm_tail(y, r, first, norm, groups, EPS)[0] for norm in (second, None)]
     assert all(out.stride() == y.stride() for out in results)
+
+
+ISAS = ("generic", "avx2", "avx512")  # narrow to wide
+
+
+def isa_of(switch: str) -> str:
+    """What a new process runs, or says, where IFR_FAST_ISA is `switch`. Without torch: it would take seconds."""
+    code = (
+        "import importlib.util as u; s = u.spec_from_file_location('ifr_fast._native', {!r});"
+        "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.isa())"
+    ).format(_native.__file__)
+    env = {**os.environ, "IFR_FAST_ISA": switch}
+    done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True)
+    return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+
+
+def test_a_narrower_instruction_set_can_be_asked_for():
+    widest = isa_of("")
+    for asked in ISAS:
+        assert isa_of(asked) == min(asked, widest, key=ISAS.index)
+    assert isa_of("avx1024") == "ImportError: IFR_FAST_ISA is 'avx1024'; expected generic, avx2 or avx512."

@@ -80,7 +80,7 @@ def test_residuals_of_affine_maps_agree(device, rule):
     constant = nhwc(2, 5, 3, 7, device=device)
     zero = torch.zeros_like(constant)
     actual, expected = both(
-        lambda z, state: constant - 1.5 * z, zero, resolved(rule), from_zero=True, constant=constant
+        lambda z, state: constant - 1.5 * z, zero, resolved(rule), from_zero=True, first=constant, affine=True
     )
     torch.testing.assert_close(actual.trace, expected.trace, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(actual.residual, expected.residual, rtol=1e-3, atol=1e-5)
@@ -129,6 +129,20 @@ def test_iterates_are_the_specifications(device, method):
     solve(lambda z, state: visited.append(z.clone()) or f(z), z0.clone(), rule, TRITON)
     for z, (expected, _) in zip(visited, reference(f, z0.double(), steps=6), strict=True):
         torch.testing.assert_close(z.double(), expected.view(z.shape), rtol=1e-4, atol=1e-4)
+
+
+def test_residuals_of_zero_and_of_no_scale(device):
+    """A sample solved exactly, one that is zero and solved, one whose f is zero though z is not, and two failures."""
+    z = torch.randn(5, 77, device=device)
+    f = torch.stack([z[0], 0 * z[1], 0 * z[2], torch.inf * z[3], torch.nan * z[4]])
+    z[1] = 0
+    state = DeviceState(z, rows=2, evaluations=3, history_dtype=torch.float32)
+    solver.step(state, f, z, method="broyden", window=2, evaluation=0, last=False, rtol=0.0, divergence=1e3)
+    assert state.residual[:3].tolist() == [0, 0, torch.finfo(torch.float32).max]
+    assert state.trace[0].nan_to_num(-1).tolist() == [*state.residual[:3].tolist(), -1, -1]
+    assert state.residual[3:].isinf().all()
+    expected = [Status.CONVERGED, Status.CONVERGED, Status.MAX_ITER, Status.NONFINITE, Status.NONFINITE]
+    assert state.status.tolist() == expected
 
 
 @pytest.mark.usefixtures("poisoned")

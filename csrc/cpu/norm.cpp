@@ -92,14 +92,14 @@ struct Chain {
   }
 };
 
-// One GroupNorm: its statistics, and per channel the affine map x_hat = x * inverse + offset,
-// gn(x) = x * scale + shift.
+// One GroupNorm: its statistics, and what they are per channel: x_hat = (x - center) * inverse and
+// gn(x) = (x - center) * scale + bias. Of a group of equal values x_hat is exactly zero.
 template <typename W>
 struct Norm {
   const NormShape &shape;
   const W *weight, *bias;
   W *mean, *rstd;
-  std::vector<W> inverse, offset, scale, shift;  // (n, channels)
+  std::vector<W> center, inverse, scale;         // (n, channels)
   std::vector<W> weighted, constant, slope;      // vjp: grad_x = g * weighted - constant - x_hat * slope
 
   Norm(const NormShape &s, const void *weight, const void *bias, void *mean, void *rstd)
@@ -111,34 +111,53 @@ struct Norm {
 
   int64_t per_group() const { return shape.channels / shape.groups; }
 
-  // sums: per channel sum(x), sum(x^2), turned into the statistics
+  // The statistics of what value(sample, element, channel) gives.
+  template <typename C, typename Value>
+  void measure(C &chain, Value value) {
+    const int64_t channels = shape.channels;
+    std::vector<char> inexact(shape.n * shape.groups);
+    chain.template reduce<false>([=](int64_t n, int64_t e, int64_t c, W &s, W &) { s = value(n, e, c); });
+    from_sums(chain, inexact, false);
+    from_statistics();
+    if (std::find(inexact.begin(), inexact.end(), true) == inexact.end()) return;
+    const W *near = center.data();
+    chain.template reduce<false>([=](int64_t n, int64_t e, int64_t c, W &s, W &) {
+      s = value(n, e, c) - near[n * channels + c];
+    });
+    from_sums(chain, inexact, true);
+    from_statistics();
+  }
+
+  // Statistics from the sums per channel of x and x^2. A variance far below the mean's square is lost in their
+  // difference: such groups are marked as inexact. Again: those groups' from the sums of x - mean and its square.
   template <typename C>
-  void from_sums(C &chain) {
+  void from_sums(C &chain, std::vector<char> &inexact, bool again) {
     const int64_t width = per_group();
     const double count = double(width * shape.positions);
     for (int64_t n = 0; n < shape.n; ++n) {
       const double *sum = chain.total(n), *square = sum + shape.channels;
       for (int64_t g = 0; g < shape.groups; ++g) {
+        const int64_t at = n * shape.groups + g;
+        if (again && !inexact[at]) continue;
         double a = 0, b = 0;
         for (int64_t c = g * width; c < (g + 1) * width; ++c) a += sum[c], b += square[c];
-        const double m = a / count, variance = b / count - m * m;
-        mean[n * shape.groups + g] = W(m);
-        rstd[n * shape.groups + g] = W(1.0 / std::sqrt((variance < 0 ? 0 : variance) + shape.eps));
+        const double m = a / count, variance = std::max(b / count - m * m, 0.0) + shape.eps;
+        inexact[at] = m * m > 1e4 * variance;
+        mean[at] = again ? W(mean[at] + m) : W(m);
+        rstd[at] = W(1.0 / std::sqrt(variance));
       }
     }
-    from_statistics();
   }
 
   void from_statistics() {
     const int64_t channels = shape.channels, width = per_group();
-    for (auto *table : {&inverse, &offset, &scale, &shift}) table->resize(shape.n * channels);
+    for (auto *table : {&center, &inverse, &scale}) table->resize(shape.n * channels);
     for (int64_t n = 0; n < shape.n; ++n)
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t g = n * shape.groups + c / width, at = n * channels + c;
+        center[at] = mean[g];
         inverse[at] = rstd[g];
-        offset[at] = -mean[g] * rstd[g];
         scale[at] = rstd[g] * weight[c];
-        shift[at] = bias[c] - mean[g] * scale[at];
       }
   }
 
@@ -183,11 +202,11 @@ struct Kernels {
     const T *y = static_cast<const T *>(a.y);
     T *out = static_cast<T *>(a.out);
     const int64_t size = chain.size, channels = shape.channels;
-    chain.template reduce<false>([=](int64_t n, int64_t e, int64_t, W &s, W &) { s = load(y[n * size + e]); });
-    norm.from_sums(chain);
-    const W *scale = norm.scale.data(), *shift = norm.shift.data();
+    norm.measure(chain, [=](int64_t n, int64_t e, int64_t) { return load(y[n * size + e]); });
+    const W *center = norm.center.data(), *scale = norm.scale.data(), *bias = norm.bias;
     chain.map([=](int64_t n, int64_t e, int64_t c) {
-      out[n * size + e] = store<T>(relu(load(y[n * size + e]) * scale[n * channels + c] + shift[n * channels + c]));
+      const int64_t t = n * channels + c;
+      out[n * size + e] = store<T>(relu((load(y[n * size + e]) - center[t]) * scale[t] + bias[c]));
     });
   }
 
@@ -198,21 +217,21 @@ struct Kernels {
     const T *y = static_cast<const T *>(a.y), *grad = static_cast<const T *>(a.grad);
     T *grad_y = static_cast<T *>(a.grad_y);
     const int64_t size = chain.size, channels = shape.channels;
-    const W *scale = norm.scale.data(), *shift = norm.shift.data();
-    const W *inverse = norm.inverse.data(), *offset = norm.offset.data();
+    const W *center = norm.center.data(), *scale = norm.scale.data(), *bias = norm.bias;
+    const W *inverse = norm.inverse.data();
     chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
-      const W v = load(y[n * size + e]);
       const int64_t t = n * channels + c;
-      s = v * scale[t] + shift[t] > W(0) ? load(grad[n * size + e]) : W(0);
-      q = s * (v * inverse[t] + offset[t]);
+      const W v = load(y[n * size + e]) - center[t], g = load(grad[n * size + e]);
+      s = v * scale[t] + bias[c] > W(0) ? g : W(0);
+      q = s * (v * inverse[t]);
     });
     norm.vjp_from_sums(chain, a.grad_weight, a.grad_bias);
     const W *weighted = norm.weighted.data(), *constant = norm.constant.data(), *slope = norm.slope.data();
     chain.map([=](int64_t n, int64_t e, int64_t c) {
-      const W v = load(y[n * size + e]);
       const int64_t t = n * channels + c;
-      const W g = v * scale[t] + shift[t] > W(0) ? load(grad[n * size + e]) : W(0);
-      grad_y[n * size + e] = store<T>(g * weighted[t] - constant[t] - (v * inverse[t] + offset[t]) * slope[t]);
+      const W v = load(y[n * size + e]) - center[t], g = load(grad[n * size + e]);
+      const W s = v * scale[t] + bias[c] > W(0) ? g : W(0);
+      grad_y[n * size + e] = store<T>(s * weighted[t] - constant[t] - v * inverse[t] * slope[t]);
     });
   }
 
@@ -223,11 +242,11 @@ struct Kernels {
     const T *y = static_cast<const T *>(a.y), *r = static_cast<const T *>(a.r);
     W *out = static_cast<W *>(a.out);
     const int64_t size = chain.size, channels = shape.channels;
-    chain.template reduce<false>([=](int64_t n, int64_t e, int64_t, W &s, W &) { s = load(y[n * size + e]); });
-    first.from_sums(chain);
-    const W *scale = first.scale.data(), *shift = first.shift.data();
+    first.measure(chain, [=](int64_t n, int64_t e, int64_t) { return load(y[n * size + e]); });
+    const W *center = first.center.data(), *scale = first.scale.data(), *bias = first.bias;
     auto sum = [=](int64_t n, int64_t e, int64_t c) {
-      const W v = load(y[n * size + e]) * scale[n * channels + c] + shift[n * channels + c];
+      const int64_t t = n * channels + c;
+      const W v = (load(y[n * size + e]) - center[t]) * scale[t] + bias[c];
       return RESIDUAL ? v + load(r[n * size + e]) : v;
     };
     if (!POST) {
@@ -235,14 +254,11 @@ struct Kernels {
       return;
     }
     Norm<W> second(shape, a.weight_b, a.bias_b, a.mean_b, a.rstd_b);
-    chain.template reduce<false>([=](int64_t n, int64_t e, int64_t c, W &s, W &) {
-      s = relu(sum(n, e, c));
-      out[n * size + e] = s;
-    });
-    second.from_sums(chain);
-    const W *scale_b = second.scale.data(), *shift_b = second.shift.data();
+    second.measure(chain, [=](int64_t n, int64_t e, int64_t c) { return out[n * size + e] = relu(sum(n, e, c)); });
+    const W *center_b = second.center.data(), *scale_b = second.scale.data(), *bias_b = second.bias;
     chain.map([=](int64_t n, int64_t e, int64_t c) {
-      out[n * size + e] = out[n * size + e] * scale_b[n * channels + c] + shift_b[n * channels + c];
+      const int64_t t = n * channels + c;
+      out[n * size + e] = (out[n * size + e] - center_b[t]) * scale_b[t] + bias_b[c];
     });
   }
 
@@ -256,36 +272,37 @@ struct Kernels {
     W *grad_r = static_cast<W *>(a.grad_r);  // gradient of the sum y_normalised + r
     T *grad_y = static_cast<T *>(a.grad_y);
     const int64_t size = chain.size, channels = shape.channels;
-    const W *inverse = first.inverse.data(), *offset = first.offset.data();
+    const W *center = first.center.data(), *inverse = first.inverse.data();
     if (POST) {
       Norm<W> second(shape, a.weight_b, a.bias_b, a.mean_b, a.rstd_b);
       second.from_statistics();
-      const W *scale = first.scale.data(), *shift = first.shift.data();
-      const W *inverse_b = second.inverse.data(), *offset_b = second.offset.data();
-      auto sum = [=](int64_t n, int64_t e, int64_t t) {
-        const W v = load(y[n * size + e]) * scale[t] + shift[t];
+      const W *scale = first.scale.data(), *bias = first.bias;
+      const W *center_b = second.center.data(), *inverse_b = second.inverse.data();
+      auto sum = [=](int64_t n, int64_t e, int64_t c) {
+        const int64_t t = n * channels + c;
+        const W v = (load(y[n * size + e]) - center[t]) * scale[t] + bias[c];
         return RESIDUAL ? v + load(r[n * size + e]) : v;
       };
       chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
         const int64_t t = n * channels + c;
         s = grad[n * size + e];
-        q = s * (relu(sum(n, e, t)) * inverse_b[t] + offset_b[t]);
+        q = s * ((relu(sum(n, e, c)) - center_b[t]) * inverse_b[t]);
       });
       second.vjp_from_sums(chain, a.grad_weight_b, a.grad_bias_b);
       const W *weighted = second.weighted.data(), *constant = second.constant.data(), *slope = second.slope.data();
       chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
         const int64_t t = n * channels + c;
-        const W u = sum(n, e, t);
-        const W g = grad[n * size + e] * weighted[t] - constant[t] - (relu(u) * inverse_b[t] + offset_b[t]) * slope[t];
+        const W u = sum(n, e, c), u_hat = (relu(u) - center_b[t]) * inverse_b[t];
+        const W g = grad[n * size + e] * weighted[t] - constant[t] - u_hat * slope[t];
         s = u > W(0) ? g : W(0);
-        q = s * (load(y[n * size + e]) * inverse[t] + offset[t]);
+        q = s * ((load(y[n * size + e]) - center[t]) * inverse[t]);
         grad_r[n * size + e] = s;
       });
     } else {
       chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
         const int64_t t = n * channels + c;
         s = grad[n * size + e];
-        q = s * (load(y[n * size + e]) * inverse[t] + offset[t]);
+        q = s * ((load(y[n * size + e]) - center[t]) * inverse[t]);
       });
     }
     first.vjp_from_sums(chain, a.grad_weight_a, a.grad_bias_a);
@@ -293,7 +310,7 @@ struct Kernels {
     const W *gradient = POST ? grad_r : grad;
     chain.map([=](int64_t n, int64_t e, int64_t c) {
       const int64_t t = n * channels + c;
-      const W y_hat = load(y[n * size + e]) * inverse[t] + offset[t];
+      const W y_hat = (load(y[n * size + e]) - center[t]) * inverse[t];
       grad_y[n * size + e] = store<T>(gradient[n * size + e] * weighted[t] - constant[t] - y_hat * slope[t]);
     });
   }

@@ -2,6 +2,8 @@
 // and the step, sample by sample.
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -48,6 +50,19 @@ void four_dots(const S *g, const H *row, int64_t stride, int64_t count, double *
     sum3 += v * double(load(row3[e]));
   }
   sums[0] = sum0, sums[1] = sum1, sums[2] = sum2, sums[3] = sum3;
+}
+
+// Did no square of a piece overflow in float, nor one that counts underflow?
+bool is_safe(double sum) { return sum > 1e-25 && sum < 1e30; }
+
+// |f - z|^2 and |f|^2, where they are too small or too large to be summed in float.
+template <typename S>
+void squares_in_double(const S *f, const S *z, int64_t count, double *sums) {
+  sums[0] = sums[1] = 0;
+  for (int64_t e = 0; e < count; ++e) {
+    const double g = double(f[e] - z[e]), v = double(f[e]);
+    sums[0] += g * g, sums[1] += v * v;
+  }
 }
 
 double inner(const double *a, const double *b, int64_t n) {
@@ -179,6 +194,7 @@ struct Solver {
     }
     out[width] = gg;
     out[width + 1] = ff;
+    if (std::is_same_v<S, float> && !(is_safe(gg) && is_safe(ff))) squares_in_double(f, z, count, out + width);
   }
 
   // gram_row, the whole sample: the sums of its pieces.
@@ -200,16 +216,19 @@ struct Solver {
     double *norms = a.norms + i * 3;
     const double g = std::sqrt(norms[0]);
     if (a.evaluation == 0) norms[2] = g;
-    const double relative = g / std::max(a.affine ? norms[2] : std::sqrt(norms[1]), 1e-30);
-    *trace = S(relative);
+    const double scale = a.affine ? norms[2] : std::sqrt(norms[1]);
     a.iterations[i] = a.evaluation;
-    if (!std::isfinite(relative)) {
+    if (!std::isfinite(g) || !std::isfinite(scale)) {
+      *trace = std::numeric_limits<S>::quiet_NaN();
       a.status[i] = NONFINITE;
       return false;
     }
-    a.improved[i] = S(relative) < *residual;
-    if (a.improved[i]) *residual = S(relative);
-    if (S(relative) <= S(a.rtol))
+    constexpr double LARGEST = std::numeric_limits<S>::max();
+    const S relative = g > 0 ? S(std::min(g / scale, LARGEST)) : S(0);
+    *trace = relative;
+    a.improved[i] = relative < *residual;
+    if (a.improved[i]) *residual = relative;
+    if (relative <= S(a.rtol))
       a.status[i] = CONVERGED;
     else if (g > a.divergence * norms[2])
       a.status[i] = DIVERGED;

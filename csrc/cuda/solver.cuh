@@ -1,6 +1,9 @@
 // The pieces that the solver's kernels are made of: inner products and sums over the history by a whole block, and the
 // rules' small algebra by a warp, in shared memory.
 #pragma once
+#include <cfloat>
+#include <cmath>
+
 #include "common.cuh"
 
 namespace ifr::cuda {
@@ -288,8 +291,10 @@ __device__ __forceinline__ void anderson(int k, int first, float ridge, Small &s
 __device__ __forceinline__ void judge(const Solver &a, int64_t sample, Small &s, const Matrices &m, bool write) {
   const int lane = threadIdx.x % 32, k = a.row;
   const float g = sqrtf(s.norms[0]), f = sqrtf(s.norms[1]), first_norm = a.evaluation == 0 ? g : s.first_norm;
-  const float scale = a.affine ? first_norm : f, relative = g / (scale < 1e-30f ? 1e-30f : scale);
-  const bool finite = isfinite(relative), improved = finite && relative < s.residual;
+  const float scale = a.affine ? first_norm : f;
+  const bool finite = isfinite(g) && isfinite(scale);
+  const float relative = !finite ? NAN : g > 0 ? fminf(g / scale, FLT_MAX) : 0.0f;
+  const bool improved = finite && relative < s.residual;
   int64_t status = MAX_ITER;
   if (!finite)
     status = NONFINITE;

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
 from .tiles import RUNNING
 
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)  # what a relative residual is at most
 CONVERGED, DIVERGED, NONFINITE = (tl.constexpr(code) for code in (0, 2, 3))  # solve.Status
 
 
@@ -102,8 +104,10 @@ def _judge(norm_partials, norms, residual, trace, iterations, sample, n, parts, 
     tl.store(norms + sample * 3 + 2, first_g.to(tl.float32))
 
     scale = tl.where(affine != 0, first_g, f)
-    relative = (g / tl.where(scale < 1e-30, 1e-30, scale)).to(tl.float32)
-    finite = relative < float("inf")  # false for NaN too
+    finite = (g < float("inf")) & (scale < float("inf"))  # false for NaN too
+    relative = tl.where(scale > 0, g / tl.where(scale > 0, scale, 1.0), LARGEST)
+    relative = tl.where(g > 0, tl.minimum(relative, LARGEST), 0.0)
+    relative = tl.where(finite, relative, float("nan")).to(tl.float32)
     is_best = finite & (relative < lowest)
     tl.store(residual + sample, tl.where(is_best, relative, lowest))
     tl.store(trace + evaluation.to(tl.int64) * n + sample, relative)
