@@ -229,7 +229,7 @@ def test_distances_to_no_equilibrium_come_with_a_warning(contraction, given_prob
 
 
 def test_a_trained_block_is_studied(shapes, sweep, tmp_path, capsys):
-    options = ["--sweep", str(sweep), "--objects", "4", "--object-steps", "20", "--rois", "3"]
+    options = ["--sweep", str(sweep), "--objects", "3", "--object-steps", "20", "--rois", "3"]
     options += ["--steps", "10", "--solver-steps", "5", "--device", "cpu"]
     report = convergence.main([str(shapes), *options, "--output", str(tmp_path)])
     assert report["shape"] == [3, 32, 14, 14]
