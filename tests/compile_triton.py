@@ -1,11 +1,11 @@
 """Compiles the package's Triton kernels ahead of time, without a GPU, and fails where one spills or overfills a block.
 
-    python tests/compile_triton.py [90 …] [--launches FILE]
+    python tests/compile_triton.py [90 …] [--few | --launches FILE]
 
 Solves and their gradients run on meta tensors, through the package's own wrappers, at the sizes users meet. Triton's
 launcher is stopped where it would compile: what it would have compiled (types, constants, divisibility, warps, stages)
 is recorded, once each, and compiled for the architectures named. So no kernel is listed here; one that no run launches
-is an error. --launches runs that Python file in place of the package.
+is an error. --few meets every kernel, at small sizes alone; --launches runs that Python file in place of the package.
 
 Not under TRITON_INTERPRET: a process of its own.
 """
@@ -203,6 +203,12 @@ def train_package() -> None:
     convolve()
 
 
+def train_few() -> None:
+    """Every kernel once or twice: channels and positions of a small map, and of one whose samples are split."""
+    train(64, 4, 7, 7, BF16, n=2, rules=(Broyden(), Anderson(), Picard()), statistics=True)
+    train(64, 4, 100, 152, BF16, n=2)
+
+
 def start_anywhere() -> None:
     """The fixed point of any map, from any iterate."""
     for shape, dtype in (((100, 256, 14, 14), BF16), ((7, 33), FP32)):
@@ -274,9 +280,10 @@ def _compile(index: int) -> Usage | str:
         return f"does not compile: {str(error)[-500:]}"
 
 
-def check(arch: int, launches: Path | None) -> bool:
+def check(arch: int, few: bool, launches: Path | None) -> bool:
     recorder = Recorder(arch)
-    variants = recorder.record(train_package if launches is None else lambda: runpy.run_path(str(launches)))
+    package = train_few if few else train_package
+    variants = recorder.record(package if launches is None else lambda: runpy.run_path(str(launches)))
     faults = [] if launches else [f"{name}: no run launches it" for name in unlaunched(variants)]
     print(f"sm_{arch}: {len(variants)} variants\n{'regs':>5} {'local':>6} {'shared':>7}  kernel")
     for variant, usage in compiled(variants, recorder.target):
@@ -292,17 +299,19 @@ def check(arch: int, launches: Path | None) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("archs", nargs="*", type=int, choices=CHIPS, help="all by default")
-    parser.add_argument("--launches", type=Path, help="a Python file that launches kernels on meta tensors")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--few", action="store_true", help="small sizes alone")
+    what.add_argument("--launches", type=Path, help="a Python file that launches kernels on meta tensors")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: interpreted kernels are not compiled")
     if len(options.archs) != 1:  # tiles chosen for one chip are remembered
-        extra = [] if options.launches is None else ["--launches", options.launches]
+        extra = ["--few"] if options.few else ["--launches", options.launches] if options.launches else []
         runs = [subprocess.run([sys.executable, __file__, str(arch), *extra]) for arch in options.archs or CHIPS]
         return max(run.returncode for run in runs)
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache
-        return 0 if check(options.archs[0], options.launches) else 1
+        return 0 if check(options.archs[0], options.few, options.launches) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Fresh random inputs in every run; a failing test prints the seed, and IFR_FAST_SEED repeats it."""
+"""Fresh random inputs in every run; a failing test prints the seed, and IFR_FAST_SEED repeats it.
+
+Tests marked `full` run under `pytest --full` only: what is left is quick, and meets every part of the package.
+"""
 
 import os
 import random
@@ -12,6 +15,25 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from ifr_fast import IFRHead
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the exhaustive tests too")
+
+
+def is_full(item):
+    return item.get_closest_marker("full") is not None
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("full"):
+        config.hook.pytest_deselected(items=[item for item in items if is_full(item)])
+        items[:] = [item for item in items if not is_full(item)]
+
+
+def pytest_terminal_summary(terminalreporter):
+    if number := sum(map(is_full, terminalreporter.stats.get("deselected", []))):
+        terminalreporter.write_line(f"{number} tests left out: each needs --full")
 
 
 @pytest.fixture(autouse=True)
