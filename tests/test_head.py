@@ -310,6 +310,7 @@ def test_compiles_whole_with_gradients(kwargs, make_head):
         torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.full
 def test_compiled_warmup_and_other_batch_sizes(make_head):
     torch._dynamo.reset()
     head = make_head(16, warmup_steps=3).train()
@@ -353,6 +354,7 @@ print("same gradients on rank", rank)
 """
 
 
+@pytest.mark.full
 def test_distributed_data_parallel(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(textwrap.dedent(DDP))

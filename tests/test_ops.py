@@ -50,7 +50,9 @@ def test_norm_tail(residual, norms, dtype, format, backend):
 
 
 @backends
-@pytest.mark.parametrize("form", ["released", "plain", "paper"])
+@pytest.mark.parametrize(
+    "form", ["released", *(pytest.param(form, marks=pytest.mark.full) for form in ("plain", "paper"))]
+)
 @pytest.mark.parametrize("adjoint", [Implicit(4), Shine(), Phantom(2)], ids=lambda a: type(a).__name__)
 @pytest.mark.filterwarnings("ignore:form='paper'")
 def test_solve(adjoint, form, backend, make_head):

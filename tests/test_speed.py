@@ -76,6 +76,7 @@ def test_profile_ignores_what_was_there_before():
     assert measure.profile(call, CPU).peak_bytes == MIB
 
 
+@pytest.mark.full
 def test_profiled_peak_is_what_the_process_really_takes():
     """The released solver's peak against VmHWM, in a process of its own that returns freed blocks at once.
 
