@@ -25,6 +25,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # which cannot read the licence in pyproject.toml
+    advice = "pip install 'setuptools>=77', or install without --no-build-isolation"
+    sys.exit(f"ifr_fast is built with setuptools 77 or newer, and this is {setuptools.__version__}: {advice}.")
+
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -186,7 +192,10 @@ def protect(command: list[str]) -> str:
 
 def write_graph(graph: Graph, output: Path, sources: list[Path]) -> None:
     """Decide what is compiled and how; the one line printed says so."""
-    import pybind11
+    try:
+        import pybind11
+    except ImportError as error:
+        raise PlatformError(f"ifr_fast is bound by pybind11 ({error}): pip install pybind11.") from error
 
     python_include = sysconfig.get_path("include")
     if not Path(python_include, "Python.h").exists():
@@ -269,9 +278,12 @@ def packages(name: str, folder: str) -> list[str]:
 
 
 kernels = [*Path("csrc").glob("cpu/*.cpp"), *Path("csrc").glob("cuda/*.cu")]
+# ifr_fast/integrations is a symbolic link, which an archive may have lost: pip unpacks none from a zip file.
+lost = {} if Path("ifr_fast/integrations").is_dir() else {"ifr_fast.integrations": "integrations"}
+folders = {"ifr_fast": "ifr_fast"} | lost
 setup(
-    packages=packages("ifr_fast", "ifr_fast") + packages("ifr_fast.integrations", "integrations"),
-    package_dir={"ifr_fast": "ifr_fast", "ifr_fast.integrations": "integrations"},
+    packages=[package for name, folder in folders.items() for package in packages(name, folder)],
+    package_dir=folders,
     ext_modules=[Extension("ifr_fast._native", ["csrc/bindings.cpp", *sorted(map(str, kernels))])],
     cmdclass={"build": FreshBuild, "build_ext": NinjaBuildExt},
 )

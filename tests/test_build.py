@@ -71,13 +71,15 @@ def install(folder: Path, *what: str | Path) -> Path:
 
 
 def source_files(scratch: Path) -> list[str]:
-    """What belongs to the project: all that git tracks or, without git, all that MANIFEST.in and setup.py name."""
+    """What belongs to the project, links to folders included: all that git tracks or, without git, all that MANIFEST.in
+    and setup.py name."""
     if (ROOT / ".git").exists() and shutil.which("git"):
         names = run(["git", "ls-files", "-z"], ROOT).split("\0")
     else:
         run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", scratch], ROOT)
         names = (scratch / "ifr_fast.egg-info/SOURCES.txt").read_text().splitlines()
-    return [name for name in names if (ROOT / name).is_file() and scratch not in Path(name).parents]
+    found = [name for name in names if (ROOT / name).is_file() or (ROOT / name).is_symlink()]
+    return [name for name in found if scratch not in Path(name).parents]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def built(tmp_path_factory) -> Path:
     tree = tmp_path_factory.mktemp("built") / "tree"
     for name in source_files(tmp_path_factory.mktemp("listing")):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, tree / name)
+        shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
     build(tree)
     return tree
 
@@ -94,7 +96,7 @@ def built(tmp_path_factory) -> Path:
 @pytest.fixture
 def tree(built: Path, tmp_path: Path) -> Path:
     """A copy of the built tree to change; it keeps file times, so that nothing in it is out of date."""
-    return shutil.copytree(built, tmp_path / "tree")
+    return shutil.copytree(built, tmp_path / "tree", symlinks=True)
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +125,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, built):
         if path.is_file() and "__pycache__" not in path.parts:
             expected.add("ifr_fast/integrations" / path.relative_to(built / "integrations"))
     expected.add(Path("ifr_fast", "_native" + sysconfig.get_config_var("EXT_SUFFIX")))
-    names = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
-    assert {name for name in names if not name.parts[0].endswith(".dist-info")} == expected
+    names = [Path(name) for name in zipfile.ZipFile(wheel).namelist()]
+    assert sorted(name for name in names if not name.parts[0].endswith(".dist-info")) == sorted(expected)
 
 
 def test_wheel_metadata(wheel):
@@ -151,6 +153,7 @@ def test_sdist_holds_what_a_build_and_the_tests_need(sdist):
     needed += [path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.*")]
     needed += [path.relative_to(ROOT) for path in (ROOT / "benchmarks").glob("*.py")]
     assert not set(needed) - names
+    assert sum(name.name == "towers.py" for name in names) == 1, "integrations/ is there under two names"
 
 
 def test_sdist_installs_and_imports(sdist, tmp_path):
@@ -159,12 +162,29 @@ def test_sdist_installs_and_imports(sdist, tmp_path):
         assert Path(path).is_relative_to(tmp_path / "env")
 
 
-def test_editable_install_imports_the_tree_itself(tree, tmp_path):
-    python = install(tmp_path, "-e", tree)
+@pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
+def test_editable_install_imports_the_tree_itself(tree, tmp_path, mode):
+    python = install(tmp_path, "--config-settings", f"editable_mode={mode}", "-e", tree)
     package, native, integrations = map(Path, run([python, "-c", IMPORTS], tmp_path).splitlines())
-    assert package == tree / "ifr_fast/__init__.py"
-    assert native.parent == tree / "ifr_fast"
-    assert integrations == tree / "integrations/__init__.py"
+    assert package.resolve() == tree / "ifr_fast/__init__.py"
+    assert integrations.resolve() == tree / "integrations/__init__.py"
+    assert native.is_relative_to(tree)
+
+
+def test_a_start_inside_the_tree_finds_the_integrations(wheel, tree, tmp_path):
+    """Of the package that is installed only the native module is not found, and none is needed."""
+    python = install(tmp_path, wheel)
+    program = "import ifr_fast, ifr_fast.integrations.layers as layers; print(layers.__file__, ifr_fast.backends())"
+    assert run([python, "-c", program], tree).startswith(str(tree / "ifr_fast/integrations/layers.py"))
+
+
+def test_an_archive_without_links_gives_the_whole_wheel(wheel, tree, tmp_path):
+    link = tree / "ifr_fast/integrations"
+    link.unlink()
+    link.write_text("../integrations")  # as pip unpacks it from a zip file
+    run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."], tree)
+    (unlinked,) = tmp_path.glob("*.whl")
+    assert zipfile.ZipFile(unlinked).namelist() == zipfile.ZipFile(wheel).namelist()
 
 
 def test_native_module_needs_no_torch(built):
@@ -215,9 +235,17 @@ def test_compile_error_is_shown_with_its_place(tree):
     assert "building ifr_fast._native failed; the compiler's own words are above. IFR_FAST_CUDA=0" in last
 
 
-def test_missing_ninja_is_named(tree, tmp_path):
-    (tmp_path / "ninja.py").write_text("raise ImportError('No module named ninja')\n")
-    assert "pip install ninja" in build(tree, fails=True, PYTHONPATH=str(tmp_path))
+@pytest.mark.parametrize("tool", ["ninja", "pybind11"])
+def test_missing_tool_is_named(tree, tmp_path, tool):
+    (tmp_path / f"{tool}.py").write_text("raise ImportError('No module of that name')\n")
+    assert f"pip install {tool}" in build(tree, fails=True, PYTHONPATH=str(tmp_path)).splitlines()[-1]
+
+
+def test_old_setuptools_gets_one_sentence(tree, tmp_path):
+    (tmp_path / "setuptools.py").write_text("__version__ = '76.1.0'\n")
+    (message,) = build(tree, fails=True, PYTHONPATH=str(tmp_path)).splitlines()
+    assert "76.1.0" in message
+    assert "pip install 'setuptools>=77'" in message
 
 
 @pytest.mark.parametrize(("name", "value"), [("IFR_FAST_CUDA", "yes"), ("MAX_JOBS", "0"), ("CXX", "no-such-compiler")])
