@@ -156,13 +156,14 @@ def test_sdist_holds_what_a_build_and_the_tests_need(sdist):
     assert sum(name.name == "towers.py" for name in names) == 1, "integrations/ is there under two names"
 
 
+@pytest.mark.full
 def test_sdist_installs_and_imports(sdist, tmp_path):
     python = install(tmp_path, sdist)
     for path in run([python, "-c", IMPORTS], tmp_path).splitlines():
         assert Path(path).is_relative_to(tmp_path / "env")
 
 
-@pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
+@pytest.mark.parametrize("mode", ["lenient", pytest.param("strict", marks=pytest.mark.full), "compat"])
 def test_editable_install_imports_the_tree_itself(tree, tmp_path, mode):
     python = install(tmp_path, "--config-settings", f"editable_mode={mode}", "-e", tree)
     package, native, integrations = map(Path, run([python, "-c", IMPORTS], tmp_path).splitlines())
@@ -198,6 +199,7 @@ def test_second_build_compiles_nothing(tree):
     assert not compiled(log)
 
 
+@pytest.mark.full
 def test_deleted_module_is_not_shipped(tree, tmp_path):
     module = tree / "ifr_fast/probe.py"
     pip_wheel = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w"]
@@ -222,6 +224,7 @@ def test_changed_header_recompiles_its_users_only(tree):
     assert compiled(build(tree)) == first
 
 
+@pytest.mark.full
 def test_changed_switch_recompiles(tree):
     names = {Path(source).name for source, _ in compiled(build(tree, CXXFLAGS="-O0 -fsyntax-only"))}
     assert names == {path.name for path in tree.glob("csrc/**/*.cpp")}
@@ -281,6 +284,7 @@ def cuda_tree(tree) -> Path:
     return tree
 
 
+@pytest.mark.full
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc on PATH or in /usr/local/cuda")
 def test_cuda_sources_are_compiled_and_need_no_driver_to_import(cuda_tree):
     log = build(cuda_tree, IFR_FAST_CUDA="auto", IFR_FAST_ARCHS="80")

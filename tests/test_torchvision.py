@@ -56,7 +56,9 @@ def pictures_and_targets():
     return list(torch.rand(2, 3, 64, 64)), [target, target]
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name.endswith("_v2") else []) for name in DETECTORS]
+)
 def test_detector(name):
     _, paths, channels = DETECTORS[name]
     model = build(name)

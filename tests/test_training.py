@@ -128,6 +128,7 @@ torch.save({"model": model.state_dict(), "losses": losses}, f"{sys.argv[1]}/rank
 """
 
 
+@pytest.mark.full
 def test_two_processes_agree(shapes, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(TORCHRUN_SCRIPT)
