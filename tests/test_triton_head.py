@@ -102,7 +102,9 @@ def test_no_samples(device, make_head):
     assert all((p.grad == 0).all() for p in head.parameters())
 
 
-@pytest.mark.parametrize("size", [(4, 4), (40, 30)], ids=["small map", "large map"])
+@pytest.mark.parametrize(
+    "size", [(4, 4), pytest.param((40, 30), marks=pytest.mark.full)], ids=["small map", "large map"]
+)
 def test_on_the_implicit_gemm(device, make_head, monkeypatch, size):
     head = make_head(16, groups=2, solver=Broyden(2, rtol=0.0), backend="triton").to(device)
     x = torch.randn(1, 16, *size, device=device)

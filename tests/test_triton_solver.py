@@ -86,7 +86,15 @@ def test_residuals_of_affine_maps_agree(device, rule):
     torch.testing.assert_close(actual.residual, expected.residual, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", [Broyden(19, rtol=0.0), Anderson(18, rtol=0.0, m=18), Broyden(35, rtol=0.0)], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(Broyden(19, rtol=0.0), marks=pytest.mark.full),
+        Anderson(18, rtol=0.0, m=18),
+        pytest.param(Broyden(35, rtol=0.0), marks=pytest.mark.full),
+    ],
+    ids=str,
+)
 def test_many_rows(device, rule):
     """More rows than a program loads at a time, and more than one warp's matrices. No map to solve, whose residuals
     would reach rounding first: residuals are drawn."""
@@ -108,7 +116,7 @@ def test_many_rows(device, rule):
 
 
 @pytest.mark.parametrize("rule", [Broyden(6, rtol=0.0), Anderson(6, rtol=0.0, m=4), Picard(6, rtol=0.0)], ids=str)
-@pytest.mark.parametrize("channels", [8, 5])  # rows aligned for wide loads, and not
+@pytest.mark.parametrize("channels", [8, pytest.param(5, marks=pytest.mark.full)])  # aligned for wide loads, and not
 def test_bfloat16_history(device, rule, channels):
     z0 = nhwc(3, channels, 13, 11, device=device)
     actual, expected = both(sines(z0, slowest=0.4), z0, resolved(rule, torch.bfloat16))
@@ -193,7 +201,7 @@ def test_the_best_iterate_need_not_be_the_last(device, rule):
 
 
 @pytest.mark.parametrize("rule", [Broyden(4, rtol=1e-3), Anderson(4, rtol=1e-3, m=3), Picard(4, rtol=1e-3)], ids=str)
-@pytest.mark.parametrize("history", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("history", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)
 def test_a_samples_result_does_not_depend_on_batch_mates(device, rule, history):
     z0 = nhwc(3, 16, 9, 8, device=device)
     f = sines(z0)
