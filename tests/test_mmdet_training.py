@@ -74,6 +74,7 @@ def test_training_is_saved_resumed_and_evaluated(shapes, tmp_path):
     assert "ifr_residual" not in first[1]  # still unrolled
 
 
+@pytest.mark.full
 def test_training_on_photographs(tmp_path):
     images = {"train": "images", "val": "images"}
     first, again = train_save_resume(shared("pennfudan"), images, tmp_path)
@@ -81,6 +82,7 @@ def test_training_on_photographs(tmp_path):
     check(again, [5, 6])
 
 
+@pytest.mark.full
 def test_two_processes_train_one_model(shapes, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [mmdet_training.__file__, str(shapes), str(tmp_path)]

@@ -57,9 +57,9 @@ planted[(1,)](operand, operand, SIZE={size}, STAGES={stages}, num_stages={stages
     ("size", "stages", "warps", "fault"),
     [
         (64, 3, 4, None),
-        (128, 2, 1, "bytes of local memory a thread"),
+        pytest.param(128, 2, 1, "bytes of local memory a thread", marks=pytest.mark.full),
         (128, 8, 8, "bytes of shared memory, more than"),
-        (64, 2, 2, "mma.sync"),
+        pytest.param(64, 2, 2, "mma.sync", marks=pytest.mark.full),
         (100, 2, 4, "does not compile"),
     ],
 )
