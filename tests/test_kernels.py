@@ -278,9 +278,9 @@ ISAS = ("generic", "avx2", "avx512")  # narrow to wide
 def isa_of(switch: str) -> str:
     """What a new process runs, or says, where IFR_FAST_ISA is `switch`. Without torch: it would take seconds."""
     code = (
-        "import importlib.util as u; s = u.spec_from_file_location('ifr_fast._native', {!r});"
+        f"import importlib.util as u; s = u.spec_from_file_location('ifr_fast._native', {_native.__file__!r});"
         "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.isa())"
-    ).format(_native.__file__)
+    )
     env = {**os.environ, "IFR_FAST_ISA": switch}
     done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True)
     return done.stdout.strip() or done.stderr.strip().splitlines()[-1]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -39,13 +40,61 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
     return x.permute(order).index_select(0, index).permute([order.index(d) for d in range(x.dim())])
 
 
-def at(*tensors: Tensor | None, fill: int = 0) -> list[int]:
-    """What the compiled kernels take for tensors: addresses, 0 for None, padded with zeros to `fill`."""
-    found = [0 if t is None else t.data_ptr() for t in tensors]
-    return found + [0] * (fill - len(found))
+def address(tensor: Tensor, name: str, dtype: torch.dtype, count: int, device: torch.device) -> int:
+    """Where compiled code finds the tensor's `count` numbers of dtype, side by side in memory: the one way to get it.
+
+    ValueError, naming the tensor, what came and what was expected, where the dtype, the count or the device is another,
+    where there are gaps, and where nothing is in memory (meta, fake and wrapped tensors).
+    """
+    try:
+        fits = tensor.dtype is dtype and tensor.numel() == count and tensor.device == device
+        if fits and (tensor.is_contiguous() or is_channels_last(tensor)):
+            found = tensor.data_ptr()
+            # Of a subclass the memory itself is asked for: a view's address is no zero even where there is none.
+            plain = type(tensor) in (Tensor, torch.nn.Parameter)
+            if not count or (found if plain else tensor.untyped_storage().data_ptr()):
+                return found
+    except (AttributeError, RuntimeError):  # no tensor, or one that stands for others
+        pass
+    raise ValueError(f"{name} is {describe(tensor)}: expected {count} contiguous numbers of {dtype} on {device}")
 
 
-class State:
+def optional(tensor: Tensor | None, name: str, dtype: torch.dtype, count: int, device: torch.device) -> int:
+    """The address of what may be left out: then 0."""
+    return 0 if tensor is None else address(tensor, name, dtype, count, device)
+
+
+def describe(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    return f"a {type(tensor).__name__} of shape {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
+
+
+class Checked:
+    """A solver's state: its tensors' addresses, checked by `address` against what the constructor made."""
+
+    def seal(self) -> None:
+        """The end of the constructor."""
+        made = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
+        self.device = self.history.device
+        self.made = {name: (t.dtype, t.numel(), t.device) for name, t in made.items()}
+        self.known: dict[tuple[str, ...], tuple[list[Tensor | None], list[int]]] = {}
+
+    def addresses(self, names: tuple[str, ...]) -> list[int]:
+        """Of these tensors, 0 where the constructor left one out; checked anew where one was replaced."""
+        tensors = [getattr(self, name) for name in names]
+        before, found = self.known.get(names, ([], []))
+        if len(before) == len(tensors) and all(map(operator.is_, before, tensors)):
+            return found
+        found = [
+            0 if t is None and name not in self.made else address(t, f"state.{name}", *self.made[name])
+            for name, t in zip(names, tensors, strict=True)
+        ]
+        self.known[names] = tensors, found
+        return found
+
+
+class State(Checked):
     """Everything a solve keeps for a chunk of n samples of `size` unknowns each.
 
     history (n, rows, size): the residuals g_j. gram (n, rows, rows): their inner products. p, q (n, rows, rows): the
@@ -71,3 +120,4 @@ class State:
         self.status = torch.full((n,), RUNNING, dtype=torch.int64, device=device)
         self.iterations = torch.zeros(n, dtype=torch.int64, device=device)
         self.improved = torch.zeros(n, dtype=torch.bool, device=device)
+        self.seal()

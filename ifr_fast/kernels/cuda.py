@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from . import at, cuda_norm, ridge
+from . import address, cuda_norm, describe, optional, ridge
 from .cuda_norm import DTYPES, norm_relu, norm_relu_vjp, norm_tail, norm_tail_vjp, residual_tail
-from .device import DeviceState, Tail, Total, shift, tail, total
+from .device import STATE, DeviceState, Tail, Total, shift, tail, total
 from .plain import convolution, wide
 
 __all__ = [
@@ -64,13 +64,13 @@ def step(
         state.reserve_norms(kernels.splits(state.size))
     if state.gram_partials is None:
         shape = state.n, kernels.splits(state.size), state.rows
-        state.gram_partials = torch.empty(shape, dtype=torch.float32, device=z.device)
-    injection = None if state.injection is None else _laid_out(state.injection, z)
+        state.gram_partials = torch.empty(shape, dtype=torch.float32, device=state.device)
+    injection = None if state.injection is None else _laid_out(state.injection, "injection", z)
     solver = _solver(state, z, injection, method, row, window, evaluation, rtol, divergence, affine)
     stream = cuda_norm.current_stream(z.device)
     if not isinstance(f, Tail):
-        addends = [_laid_out(a, z) for a in (f.addends if isinstance(f, Total) else (f,))]
-        kernels.residual(solver, [(a.data_ptr(), DTYPES[a.dtype]) for a in addends], stream)
+        addends = [_laid_out(a, "f", z) for a in (f.addends if isinstance(f, Total) else (f,))]
+        kernels.residual(solver, [_typed(a, "f", z) for a in addends], stream)
     if last:
         kernels.rule(solver, stream)
     elif one_kernel(state.size, state.rows, window, state.history.dtype, _capability(z.device)):
@@ -99,24 +99,40 @@ def _solver(
     divergence: float,
     affine: bool,
 ) -> _native.cuda.Solver:
-    def typed(tensor: Tensor | None) -> tuple[int, _native.cuda.DType]:
-        return at(tensor)[0], DTYPES[torch.float32 if tensor is None else tensor.dtype]
-
-    previous = state.trace[evaluation - 1] if evaluation else None
+    value, start, history, *algebra, residual, trace, status, iterations, improved = state.addresses(STATE)
+    if not 0 <= evaluation < len(state.trace) or window < 1:
+        raise ValueError(f"evaluation={evaluation}, window={window}: the state has room for {len(state.trace)}")
+    parts = 0 if state.norm_partials is None else state.norm_partials.shape[1]
+    sums = {"norm_partials": 2 * parts, "gram_partials": _native.cuda.splits(state.size) * state.rows}
+    norm_sums, gram_sums = (
+        optional(getattr(state, name), f"state.{name}", torch.float32, state.n * count, state.device)
+        for name, count in sums.items()
+    )
+    trace += evaluation * state.n * torch.float32.itemsize
+    previous = trace - state.n * torch.float32.itemsize if evaluation else 0
     return _native.cuda.Solver(
         getattr(_native.cuda.Method, method), state.n, state.size, state.rows, row, window, evaluation, rtol,
-        divergence, ridge(state.gram.dtype), affine, *at(z, state.value, state.start), *typed(injection),
-        *typed(state.r), *typed(state.history),
-        *at(state.gram, state.p, state.q, state.step, state.total, state.best, state.norms),
-        *at(state.residual, state.trace[evaluation], previous, state.status, state.iterations, state.improved),
-        *at(state.norm_partials), 0 if state.norm_partials is None else state.norm_partials.shape[1],
-        *at(state.gram_partials),
+        divergence, ridge(state.gram.dtype), affine, address(z, "z", torch.float32, state.n * state.size, state.device),
+        value, start, *_typed(injection, "injection", z), *_typed(state.r, "state.r", z), history,
+        DTYPES[state.history.dtype], *algebra, residual, trace, previous, status, iterations, improved,
+        norm_sums, parts, gram_sums,
     )  # fmt: skip
 
 
-def _laid_out(tensor: Tensor, z: Tensor) -> Tensor:
+def _typed(tensor: Tensor | None, name: str, z: Tensor) -> tuple[int, _native.cuda.DType]:
+    """The address of an array like z, and its numbers' type."""
+    if tensor is None:
+        return 0, DTYPES[torch.float32]
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} is {describe(tensor)}: expected {', '.join(map(str, DTYPES))}")
+    return address(tensor, name, tensor.dtype, z.numel(), z.device), DTYPES[tensor.dtype]
+
+
+def _laid_out(tensor: Tensor, name: str, z: Tensor) -> Tensor:
     """tensor with z's memory layout, from an address that 16 divides: a convolution, autograd or a caller may hand over
     another one."""
+    if tensor.shape != z.shape or tensor.device != z.device:
+        raise ValueError(f"{name} is {describe(tensor)}: expected z's shape {tuple(z.shape)} on {z.device}")
     if tensor.stride() == z.stride() and tensor.data_ptr() % 16 == 0:
         return tensor
     return torch.empty_like(z, dtype=tensor.dtype).copy_(tensor)

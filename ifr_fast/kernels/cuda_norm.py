@@ -1,20 +1,21 @@
 """The CUDA kernels of the GroupNorm chains (csrc/cuda/norm*.cu): `plain`'s functions, addresses passed on.
 
-NHWC activations in float32, bfloat16 or float16. How a sample is cut into tiles depends on its shape and the GPU alone,
-never on the batch, and sums are formed in a fixed order.
+NHWC activations in float32, bfloat16 or float16; ValueError for tensors that do not fit each other. How a sample is cut
+into tiles depends on its shape and the GPU alone, never on the batch, and sums are formed in a fixed order.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from . import at
-from .device import DeviceState, Tail, status_of
+from . import address, describe, optional
+from .device import DeviceState, Tail, activation, affine, given, like, moments, status_of
 from .plain import Norm
 
 DTYPES = {
@@ -37,14 +38,14 @@ def norm_relu(
     partial: Tensor | None = None,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = _nhwc(y, y.dtype)
+    y = activation(y, groups)
     plan = _plan(y, groups, eps, staged=y.element_size())
     workspace = _workspace(plan, y)
     mean, rstd = _statistics(y, groups, 2)
     out = y if consume else torch.empty_like(y)
     _native.cuda.norm_relu(
-        DTYPES[y.dtype], plan, *at(y, *norm, mean, rstd, out), *_sums(partial), *at(workspace, status_of(state)),
-        current_stream(y.device),
+        DTYPES[y.dtype], plan, y.data_ptr(), *affine(y, norm), *_made([mean, rstd, out], 3), *_sums(y, partial),
+        *_made([workspace], 1), _status(y, state), current_stream(y.device),
     )  # fmt: skip
     return out, mean, rstd
 
@@ -61,14 +62,15 @@ def norm_relu_vjp(
     params: bool,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    y = _nhwc(y, y.dtype)
-    grad, grad_y = _nhwc(grad, y.dtype), torch.empty_like(y)
+    y = activation(y, groups)
+    grad, grad_y = like(grad, "grad", y, y.dtype), torch.empty_like(y)
     plan = _plan(y, groups, eps, staged=2 * y.element_size())
     workspace = _workspace(plan, y)
     grads = _affine_grads(y, 2 if params else 0)
     _native.cuda.norm_relu_vjp(
-        DTYPES[y.dtype], plan, *at(grad, y, *norm, mean, rstd, grad_y), *at(*grads, fill=2),
-        *at(workspace, None if params else status_of(state)), current_stream(y.device),
+        DTYPES[y.dtype], plan, grad.data_ptr(), y.data_ptr(), *affine(y, norm), *given(y, groups, [mean, rstd], 1),
+        grad_y.data_ptr(), *_made(grads, 2), *_made([workspace], 1), 0 if params else _status(y, state),
+        current_stream(y.device),
     )  # fmt: skip
     return grad_y, [g.sum(0) for g in grads]
 
@@ -85,20 +87,28 @@ def norm_tail(
     partial: Tensor | None = None,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    y = _nhwc(y, y.dtype)
+    y = activation(y, groups)
     out = y if consume and y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
-    ending = [*at(out, fill=3), DTYPES[torch.float32], 0, 0]
+    ending = [out.data_ptr(), 0, 0, DTYPES[torch.float32], 0, 0]
     return out, _tail(y, r, first, second, groups, eps, partial, state, ending)
 
 
 def residual_tail(state: DeviceState, tail: Tail, z: Tensor, *, row: int) -> None:
     """g = F(z) - z, where `tail` is F's end, of the running samples: stored as the history's row `row` (row < 0: not
     stored), with partial sums of g² and F(z)² in state.norm_partials. z (n, C, H, W): float32 NHWC."""
-    y = _nhwc(tail.y, tail.y.dtype)
+    y = activation(tail.y, tail.groups)
+    if z.shape != y.shape or not z.is_contiguous(memory_format=torch.channels_last) or row >= state.rows:
+        raise ValueError(
+            f"z is {describe(z)}: expected y's shape {tuple(y.shape)} in channels_last, row={row} a history's"
+        )
     plan = _plan(y, tail.groups, tail.eps, staged=_tail_bytes(y, tail.r))
     state.reserve_norms(plan.blocks)
-    history = None if row < 0 else state.history[:, row]
-    ending = [*at(None, z, history), DTYPES[state.history.dtype], state.history.stride(0), *at(state.norm_partials)]
+    (history,), dtype = state.addresses(("history",)), state.history.dtype
+    ending = [
+        0, address(z, "z", torch.float32, state.n * state.size, y.device),
+        0 if row < 0 else history + row * state.size * dtype.itemsize, DTYPES[dtype], state.rows * state.size,
+        address(state.norm_partials, "state.norm_partials", torch.float32, 2 * state.n * plan.blocks, y.device),
+    ]  # fmt: skip
     _tail(y, *tail[1:], state, ending)
 
 
@@ -115,18 +125,19 @@ def norm_tail_vjp(
     params: bool,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    y, grad = _nhwc(y, y.dtype), _nhwc(grad, torch.float32)
-    two = second is not None
-    r = None if r is None else _nhwc(r, y.dtype)
+    y = activation(y, groups)
+    grad, two = like(grad, "grad", y, torch.float32), second is not None
+    r = None if r is None else like(r, "r", y, y.dtype)
     staged = grad.element_size() + (_tail_bytes(y, r) if two else y.element_size())
     plan = _plan(y, groups, eps, staged=staged)
     workspace = _workspace(plan, y)
     grad_y, grad_r = torch.empty_like(y), torch.empty_like(grad) if two else grad
     grads = _affine_grads(y, (4 if two else 2) if params else 0)
     _native.cuda.norm_tail_vjp(
-        DTYPES[y.dtype], plan, *at(grad, y, r, *first), *at(*(second or ()), fill=2), *at(*statistics, fill=4),
-        *at(grad_y, grad_r if two else None), *at(*grads, fill=4),
-        *at(workspace, None if params else status_of(state)), current_stream(y.device),
+        DTYPES[y.dtype], plan, *_made([grad, y, r], 3), *affine(y, first, "first "), *affine(y, second, "second "),
+        *given(y, groups, statistics, 1 + two), *([] if two else [0, 0]),
+        *_made([grad_y, grad_r if two else None], 2), *_made(grads, 4), *_made([workspace], 1),
+        0 if params else _status(y, state), current_stream(y.device),
     )  # fmt: skip
     return grad_y, None if r is None else grad_r, [g.sum(0) for g in grads]
 
@@ -143,13 +154,14 @@ def _tail(
     ending: list,
 ) -> list[Tensor]:
     """Runs norm_tail's kernel, told by `ending` where the result goes, and returns the statistics."""
-    r = None if r is None else _nhwc(r, y.dtype)
+    r = None if r is None else like(r, "r", y, y.dtype)
     plan = _plan(y, groups, eps, staged=_tail_bytes(y, r))
     workspace = _workspace(plan, y)
     statistics = _statistics(y, groups, 2 if second is None else 4)
     _native.cuda.norm_tail(
-        DTYPES[y.dtype], plan, *at(y, r, *first), *at(*(second or ()), fill=2), *at(*statistics, fill=4), *ending,
-        *_sums(partial), *at(workspace, status_of(state)), current_stream(y.device),
+        DTYPES[y.dtype], plan, *_made([y, r], 2), *affine(y, first, "first "), *affine(y, second, "second "),
+        *_made(statistics, 4), *ending, *_sums(y, partial), *_made([workspace], 1), _status(y, state),
+        current_stream(y.device),
     )  # fmt: skip
     return statistics
 
@@ -212,11 +224,6 @@ def _tail_bytes(y: Tensor, r: Tensor | None) -> int:
     return y.element_size() * (1 if r is None else 2)
 
 
-def _nhwc(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in the layout that the kernels read: a convolution or autograd may hand over another one."""
-    return x.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
 def _statistics(y: Tensor, groups: int, count: int) -> list[Tensor]:
     return list(torch.empty(count, y.shape[0], groups, dtype=torch.float32, device=y.device))
 
@@ -226,5 +233,14 @@ def _affine_grads(y: Tensor, count: int) -> list[Tensor]:
     return list(torch.empty(count, *y.shape[:2], dtype=torch.float32, device=y.device))
 
 
-def _sums(partial: Tensor | None) -> list[int]:
-    return [0, 0] if partial is None else [partial.data_ptr(), partial.shape[1]]
+def _made(tensors: Sequence[Tensor | None], fill: int) -> list[int]:
+    """Addresses of what was checked or allocated here, 0 for None, padded with zeros to `fill`."""
+    return [0 if t is None else t.data_ptr() for t in tensors] + [0] * (fill - len(tensors))
+
+
+def _sums(y: Tensor, partial: Tensor | None) -> list[int]:
+    return [moments(y, partial), 0 if partial is None else partial.shape[1]]
+
+
+def _status(y: Tensor, state: DeviceState | None) -> int:
+    return optional(status_of(state), "state.status", torch.int64, y.shape[0], y.device)

@@ -7,15 +7,23 @@ its coefficients, the best one is remembered as coefficients, and F's last opera
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import RUNNING
+from . import RUNNING, Checked, address, describe, optional
 from .plain import Norm
 
 MOST_ROWS = 64  # of a history: its K×K matrices are held on chip
+
+
+STATE = (  # a DeviceState's tensors, in the order in which `addresses` is asked for them
+    "value", "start", "history", "gram", "p", "q", "step", "total", "best", "norms", "residual", "trace", "status",
+    "iterations", "improved",
+)  # fmt: skip
+ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Tail(NamedTuple):
@@ -36,7 +44,7 @@ class Total(NamedTuple):
     addends: tuple[Tensor, ...]
 
 
-class DeviceState:
+class DeviceState(Checked):
     """A solve's state for n samples of `size` unknowns each; names as kernels.State's.
 
     start: z⁰ in the iterate's own memory layout, None for zero. total, best (n, rows): coefficients of the iterate and
@@ -73,11 +81,52 @@ class DeviceState:
         self.r: Tensor | None = None
         self.norm_partials: Tensor | None = None
         self.gram_partials: Tensor | None = None
+        self.seal()
 
     def reserve_norms(self, parts: int) -> None:
         """Makes room for the norms' sums in so many parts; a solve's kernels share it."""
         if self.norm_partials is None or self.norm_partials.shape[1] != parts:
             self.norm_partials = torch.empty(self.n, parts, 2, dtype=torch.float32, device=self.norms.device)
+
+
+def activation(y: Tensor, groups: int) -> Tensor:
+    """y in the layout that the kernels read, checked: a convolution or autograd may hand over another one."""
+    if y.dim() != 4 or y.dtype not in ACTIVATIONS or groups < 1 or y.shape[1] % groups:
+        expected = f"(N, C, H, W) in {', '.join(map(str, ACTIVATIONS))}, C divisible by groups={groups}"
+        raise ValueError(f"y is {describe(y)}: expected {expected}")
+    return like(y, "y", y)
+
+
+def like(tensor: Tensor, name: str, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """tensor, checked and in dtype (None: its own), laid out as the kernels read y."""
+    if tensor.shape != y.shape or tensor.device != y.device:
+        raise ValueError(f"{name} is {describe(tensor)}: expected y's shape {tuple(y.shape)} on {y.device}")
+    tensor = tensor.to(dtype or tensor.dtype).contiguous(memory_format=torch.channels_last)
+    address(tensor, name, tensor.dtype, y.numel(), y.device)
+    return tensor
+
+
+def affine(y: Tensor, norm: Norm | None, prefix: str = "") -> list[int]:
+    """Addresses of the parameters of y's norm, checked; zeros where there is none."""
+    if norm is None:
+        return [0, 0]
+    names = f"{prefix}weight", f"{prefix}bias"
+    return [address(t, name, torch.float32, y.shape[1], y.device) for t, name in zip(norm, names, strict=True)]
+
+
+def given(y: Tensor, groups: int, statistics: Sequence[Tensor], norms: int) -> list[int]:
+    """Addresses of the statistics that the forward pass left, checked: two a norm."""
+    names = ("mean", "rstd", "second mean", "second rstd")[: 2 * norms]
+    if len(statistics) != len(names):
+        raise ValueError(f"{len(statistics)} statistics: expected {', '.join(names)}")
+    size = y.shape[0] * groups
+    return [address(t, name, torch.float32, size, y.device) for t, name in zip(statistics, names, strict=True)]
+
+
+def moments(y: Tensor, partial: Tensor | None) -> int:
+    """The address of y's moments, (n, parts, C, 3) from its convolution, checked; 0 where there are none."""
+    parts = 0 if partial is None else partial.shape[1]
+    return optional(partial, "partial", torch.float32, 3 * y.shape[0] * parts * y.shape[1], y.device)
 
 
 def status_of(state: DeviceState | None) -> Tensor | None:

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import DeviceState, Tail, status_of
+from .. import address, optional
+from ..device import DeviceState, Tail, activation, like, moments, status_of
+from ..device import affine as affine_of
 from ..plain import Norm
 from .tiles import (
     RUNNING,
@@ -20,7 +22,6 @@ from .tiles import (
     affine,
     group_moments,
     groups_at,
-    nhwc,
     normalised,
     relu,
     split_tile,
@@ -44,7 +45,7 @@ def norm_relu(
     state: DeviceState | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """plain.norm_relu. partial: the convolution's moments of y, (n, parts, channels, 3) = (count, mean, M2)."""
-    y, status = nhwc(y), status_of(state)
+    y, status = _checked(y, groups, norm, None, partial, state), status_of(state)
     n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
     out = y if consume else torch.empty_like(y)
     mean, rstd = torch.empty((2, n, groups), dtype=torch.float32, device=y.device)
@@ -75,7 +76,7 @@ def norm_tail(
     state: DeviceState | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """plain.norm_tail. partial: as norm_relu's."""
-    y = nhwc(y)
+    y = _checked(y, groups, first, second, partial, state)
     out = y if consume and y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
     shape = (2 if second is None else 4, y.shape[0], groups)
     statistics = list(torch.empty(shape, dtype=torch.float32, device=y.device))
@@ -86,8 +87,21 @@ def norm_tail(
 def residual_tail(state: DeviceState, tail: Tail, z: Tensor, row: int) -> None:
     """Finishes f = norm_tail(tail) and takes the residual g = f - z: g, rounded, is the history's row `row` (none if
     row < 0); sums of g² and f² go to state.norm_partials. f itself is never in memory."""
-    tail = tail._replace(y=nhwc(tail.y))
-    _tail(tail, None, None, nhwc(z), state, state.status, state.rows, row)
+    y = _checked(tail.y, tail.groups, tail.first, tail.second, tail.partial, state)
+    address(state.history, "state.history", state.history.dtype, state.rows * y.numel(), y.device)
+    _tail(tail._replace(y=y), None, None, like(z, "z", y), state, state.status, state.rows, row)
+
+
+def _checked(
+    y: Tensor, groups: int, first: Norm, second: Norm | None, partial: Tensor | None, state: DeviceState | None
+) -> Tensor:
+    """y as the kernels read it; ValueError where what belongs to it would not fit."""
+    y = activation(y, groups)
+    affine_of(y, first, "first " if second else "")
+    affine_of(y, second, "second ")
+    moments(y, partial)
+    optional(status_of(state), "state.status", torch.int64, y.shape[0], y.device)
+    return y
 
 
 def _tail(
@@ -101,7 +115,7 @@ def _tail(
     row: int,
 ) -> None:
     y, r, first, second, groups, eps, partial = tail
-    r = None if r is None else nhwc(r)
+    r = None if r is None else like(r, "r", y)
     n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
     affines = (*first, *(second or (None, None)))
     tile = whole_tile(positions, channels, groups, y.itemsize, TAIL)

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import DeviceState, status_of
+from .. import optional
+from ..device import DeviceState, activation, given, like, status_of
+from ..device import affine as affine_of
 from ..plain import Norm
 from .tiles import (
     RUNNING,
@@ -21,7 +23,6 @@ from .tiles import (
     affine,
     group_sums,
     groups_at,
-    nhwc,
     normalised,
     relu,
     split_tile,
@@ -49,7 +50,9 @@ def norm_relu_vjp(
     state: DeviceState | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """plain.norm_relu_vjp. params asks for sums over all samples: none is skipped then."""
-    return _norm_vjp(nhwc(grad), nhwc(y), norm, mean, rstd, groups, params, _status(state, params), relu=True)
+    y = _checked(y, groups, norm, None, [mean, rstd], state)
+    grad, status = like(grad, "grad", y), _status(state, params)
+    return _norm_vjp(grad, y, norm, mean, rstd, groups, params, status, relu=True)
 
 
 def norm_tail_vjp(
@@ -66,7 +69,8 @@ def norm_tail_vjp(
     state: DeviceState | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """plain.norm_tail_vjp. params: as norm_relu_vjp's."""
-    grad, y, r, status = nhwc(grad), nhwc(y), None if r is None else nhwc(r), _status(state, params)
+    y = _checked(y, groups, first, second, statistics, state)
+    grad, r, status = like(grad, "grad", y), None if r is None else like(r, "r", y), _status(state, params)
     if second is None:
         grad_y, grads = _norm_vjp(grad, y, first, *statistics, groups, params, status, relu=False)
         return grad_y, None if r is None else grad, grads
@@ -81,6 +85,18 @@ def norm_tail_vjp(
         **tile.constants(channels, groups),
     )  # fmt: skip
     return grad_y, grad_r, _over_samples(grads)
+
+
+def _checked(
+    y: Tensor, groups: int, first: Norm, second: Norm | None, statistics: list[Tensor], state: DeviceState | None
+) -> Tensor:
+    """y as the kernels read it; ValueError where what belongs to it would not fit."""
+    y = activation(y, groups)
+    affine_of(y, first, "first " if second else "")
+    affine_of(y, second, "second ")
+    given(y, groups, statistics, 1 if second is None else 2)
+    optional(status_of(state), "state.status", torch.int64, y.shape[0], y.device)
+    return y
 
 
 def _norm_vjp(

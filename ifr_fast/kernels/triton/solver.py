@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import ridge
-from ..device import DeviceState, Tail, Total
+from .. import address, describe, ridge
+from ..device import STATE, DeviceState, Tail, Total
 from .norm import residual_tail
 from .rule import rule_kernel, rule_tile
 from .tiles import RUNNING
@@ -70,6 +70,9 @@ def step(
     affine: bool = False,
 ) -> None:
     """plain.step without its result. f: (N, …) fp32 laid out as z, or a pending result."""
+    check(state, z)
+    if not 0 <= evaluation < len(state.trace) or window < 1:
+        raise ValueError(f"evaluation={evaluation}, window={window}: the state has room for {len(state.trace)}")
     row = -1 if last else evaluation % state.rows
     if isinstance(f, Tail):
         residual_tail(state, f, z, row)
@@ -82,6 +85,16 @@ def step(
     )
     if not last:
         combine(state, z, row)
+
+
+def check(state: DeviceState, z: Tensor) -> None:
+    """ValueError where a tensor of the solve is not of its size, in which the kernels would read past its end."""
+    state.addresses(STATE)
+    address(z, "z", torch.float32, state.n * state.size, state.device)
+    for name in ("injection", "r"):
+        tensor = getattr(state, name)
+        if tensor is not None:
+            address(tensor, f"state.{name}", tensor.dtype, state.n * state.size, z.device)
 
 
 def residual(state: DeviceState, f: Tensor | Total, z: Tensor, row: int) -> None:
@@ -148,6 +161,7 @@ def combine(state: DeviceState, z: Tensor, row: int) -> None:
 
 def finish(state: DeviceState, z: Tensor) -> None:
     """state.value, the best iterate; z takes it where the history's coefficients give it."""
+    check(state, z)
     if state.value is not z:
         state.value = torch.where(state.improved.view(-1, *[1] * (z.dim() - 1)), z, state.value)
     else:
@@ -176,9 +190,12 @@ def _combine(
 
 def _laid_out(tensor: Tensor, z: Tensor) -> Tensor:
     """tensor with z's memory layout: a convolution or autograd may hand over another one."""
-    if tensor.stride() == z.stride():
-        return tensor
-    return torch.empty_like(z, dtype=tensor.dtype).copy_(tensor)
+    if tensor.shape != z.shape or tensor.device != z.device:
+        raise ValueError(f"f is {describe(tensor)}: expected z's shape {tuple(z.shape)} on {z.device}")
+    if tensor.stride() != z.stride():
+        tensor = torch.empty_like(z, dtype=tensor.dtype).copy_(tensor)
+    address(tensor, "f", tensor.dtype, z.numel(), z.device)
+    return tensor
 
 
 @triton.jit(do_not_specialize=["size", "rows", "row"])
