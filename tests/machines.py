@@ -79,7 +79,7 @@ def run(arguments: list[str], variables: dict[str, str]) -> str:
     ).stdout
 
 
-def test_as(switches: dict[str, str], options: list[str]) -> Result:
+def run_as(switches: dict[str, str], options: list[str]) -> Result:
     start = time.perf_counter()
     seen = run(["-c", PROBE], switches | {"ONEDNN_VERBOSE": "1"})
     ineffective = [name for name, value in switches.items() if EFFECTS.get((name, value), "") not in seen]
@@ -94,7 +94,7 @@ def test_as(switches: dict[str, str], options: list[str]) -> Result:
 def main(options: list[str]) -> int:
     seed = os.environ.setdefault("IFR_FAST_SEED", str(random.SystemRandom().randrange(2**31)))
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda switches: test_as(switches, options), MACHINES.values()))
+        results = list(pool.map(lambda switches: run_as(switches, options), MACHINES.values()))
     for (name, switches), result in zip(MACHINES.items(), results, strict=True):
         if not result.good:
             print(f"\n{name}: {' '.join(f'{key}={value}' for key, value in switches.items())}\n{result.output}")
