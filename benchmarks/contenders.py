@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Unroll, backends, reference
 from ifr_fast.backend import kernels
-from ifr_fast.block import EPS
 from ifr_fast.diagnostics import spectral_radius
 from ifr_fast.equilibrium import staged
-from ifr_fast.residual import Block
+from ifr_fast.residual import EPS, Block
 from ifr_fast.rules import Rule
 
 BASE = "4 convolutions, NCHW"

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ifr_fast import Broyden, IFRHead, Implicit, backends
 from ifr_fast import backend as implementations
-from ifr_fast.block import EPS
-from ifr_fast.config import encode
-from ifr_fast.residual import Block
+from ifr_fast.residual import EPS, Block
 
 ENDLESS = {"rtol": -1.0, "divergence": 1e3}  # no sample stops
 
@@ -202,8 +200,9 @@ class Bench:
         head, x = self.head(), self.draw()
         params = [t.detach() for t in head.block.tensors()]
         memory = [x.new_empty(len(x), 0) for _ in range(3)]
-        options = head.block.form, head.block.groups, EPS, self.dtype, encode(head.adjoint), self.backend, False
-        return partial(torch.ops.ifr_fast.solve_backward, self.draw(), head(x), x, params, memory, *options)
+        return partial(
+            torch.ops.ifr_fast.solve_backward, self.draw(), head(x), x, params, memory, head.call(self.dtype)
+        )
 
 
 class Pieces:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
 from ifr_fast import IFRHead, ResidualBlock
+from ifr_fast.block import compute_dtype
 
 DEPTH = 4  # of Mask R-CNN's tower
 GROUPS = 32
@@ -26,7 +27,7 @@ class UnsharedBlocks(nn.Module):
         injection = x.float()
         z = torch.zeros_like(injection)
         for block in self.blocks:
-            z = block(z, injection, block.compute_dtype(x))
+            z = block(z, injection, compute_dtype(x))
         return z.to(x.dtype)
 
 

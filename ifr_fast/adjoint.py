@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -18,7 +18,9 @@ from .config import check_int, choice
 from .kernels import State, is_channels_last, pick
 from .residual import Block, Linearised
 from .rules import Broyden, Rule, Unroll, check_solver
-from .solve import solve
+from .solve import largest, solve
+
+LEAST_STEPS = 15  # that Implicit may take
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,26 @@ class Adjoint:
         """The solver of the adjoint's equation, and what bounds the workspace of the backward pass."""
         return Broyden()
 
-    def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor]:
-        """w, like grad (n, …), and per sample (n,) ‖wᵀ ∂F/∂H + ∂L/∂H - wᵀ‖ / ‖∂L/∂H‖, inf where nothing is solved."""
+    def fitted(self, solver: Rule, compute: torch.dtype) -> Adjoint:
+        """The adjoint with what it takes from the forward solver filled in."""
+        return self
+
+    def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor, Tensor]:
+        """w, like grad (n, …), and per sample (n,) ‖wᵀ ∂F/∂H + ∂L/∂H - wᵀ‖ / ‖∂L/∂H‖, inf where nothing is solved, and
+        the steps taken."""
         raise NotImplementedError
 
 
 @choice
 @dataclass(frozen=True)
 class Implicit(Adjoint):
-    """Solves Eq. 8 by Broyden's method, from w⁰ = 0; options as the solvers' (rules.Rule).
+    """Solves Eq. 8 by Broyden's method, from w⁰ = 0; options as the solvers' (rules.Rule), but what is None follows the
+    forward solve: max_iter is its, and at least 15; rtol is its where that is tighter than the default.
 
     Where F does not contract all w may be worse than none: a sample whose w all are takes JacobianFree's.
     """
 
-    max_iter: int = 15
+    max_iter: int | None = None
     rtol: float | None = None
     history_dtype: torch.dtype | None = None
     workspace: int | None = None
@@ -78,13 +86,21 @@ class Implicit(Adjoint):
 
     @property
     def rule(self) -> Broyden:
-        return Broyden(self.max_iter, self.rtol, self.history_dtype, self.workspace)
+        steps = LEAST_STEPS if self.max_iter is None else self.max_iter
+        return Broyden(steps, self.rtol, self.history_dtype, self.workspace)
 
-    def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor]:
+    def fitted(self, solver: Rule, compute: torch.dtype) -> Implicit:
+        """The same with max_iter and rtol of their own, after a forward solve of an F that computes in `compute`."""
+        steps = max(LEAST_STEPS, solver.max_iter) if self.max_iter is None else self.max_iter
+        default = self.rule.resolve(compute).rtol
+        asked = solver.resolve(compute).rtol or default  # 0 is no tolerance: the solver was to take all of its steps
+        return replace(self, max_iter=steps, rtol=min(default, asked) if self.rtol is None else self.rtol)
+
+    def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor, Tensor]:
         # The equation is linear: with every sample's gradient scaled to 1, squares neither underflow nor overflow. One
         # that is not finite passes unsolved, for loss scaling to see; of zero the solution is zero.
         grad, select = equation.grad, equation.select
-        scale = grad.reshape(len(grad), -1).abs().amax(1).view(-1, *[1] * (grad.dim() - 1)) if grad.numel() else grad
+        scale = largest(grad).view(-1, *[1] * (grad.dim() - 1))
         solvable = scale.isfinite() & (scale > 0)
         scaled = torch.where(solvable, grad / scale, 0)
 
@@ -99,14 +115,15 @@ class Implicit(Adjoint):
             self.rule.resolve(equation.compute),
             equation.kernels,
             from_zero=True,
-            constant=scaled,
+            first=scaled,
+            affine=True,
             select=some if select else None,
         )
         # w = 0 leaves all of the right-hand side, and would teach the block nothing; w¹ is the right-hand side.
         solved = state.residual < 1
         w = torch.where(solved.view(scale.shape), state.value, scaled)
         residual = torch.where(solved, state.residual, state.trace[1])
-        return torch.where(solvable, w * scale, grad), residual
+        return torch.where(solvable, w * scale, grad), residual, state.iterations
 
 
 @choice
@@ -114,8 +131,8 @@ class Implicit(Adjoint):
 class JacobianFree(Adjoint):
     """w = ∂L/∂H: one product with the Jacobian in all (Fung et al., 2022)."""
 
-    def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor]:
-        return equation.grad, _unsolved(equation.grad)
+    def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor, Tensor]:
+        return equation.grad, *_unsolved(equation.grad)
 
 
 @choice
@@ -126,7 +143,7 @@ class Shine(Adjoint):
     Needs a Broyden solver, and keeps its residuals for all samples until the backward pass.
     """
 
-    def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor]:
+    def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor, Tensor]:
         # (I - ∂F/∂H)ᵀ w = grad and J⁻¹ = -I + U Vᵀ of J = ∂F/∂H - I: w = grad - V Uᵀ grad, U = G Pᵀ, V = G Qᵀ.
         # Coefficients of rows that were never filled are zero, but what stands there may not be finite.
         grad, memory = equation.grad, equation.memory
@@ -138,7 +155,7 @@ class Shine(Adjoint):
         for j in range(rows):
             scale = coefficients[:, j].to(flat.dtype)
             w -= torch.where(scale != 0, scale * memory.history[:, j], 0)
-        return _unflatten(w, grad), _unsolved(grad)
+        return _unflatten(w, grad), *_unsolved(grad)
 
 
 @choice
@@ -173,7 +190,10 @@ class Phantom(Adjoint):
 @choice
 @dataclass(frozen=True)
 class Unrolled(Adjoint):
-    """Plain backpropagation through every step of the solve; memory grows with the steps."""
+    """Plain backpropagation through every step of the solve; memory grows with the steps.
+
+    A sample that its z⁰ solves already takes no step, and so gets no gradient: start from elsewhere, or use Implicit.
+    """
 
 
 def check_shine(solver: Rule | Unroll, adjoint: Adjoint | None) -> None:
@@ -182,8 +202,8 @@ def check_shine(solver: Rule | Unroll, adjoint: Adjoint | None) -> None:
         raise ValueError(f"adjoint=Shine() reuses Broyden's inverse Jacobian; solver={solver!r} has none")
 
 
-def _unsolved(grad: Tensor) -> Tensor:
-    return grad.new_full((len(grad),), torch.inf)
+def _unsolved(grad: Tensor) -> tuple[Tensor, Tensor]:
+    return grad.new_full((len(grad),), torch.inf), grad.new_zeros(len(grad), dtype=torch.int64)
 
 
 def _flatten(x: Tensor) -> Tensor:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 
 from . import backend as backends
 from . import ops  # noqa: F401  (registers torch.ops.ifr_fast)
+from ._torch import forward_mode_active, transforms_active
+from .altered import CONVOLUTION, altered_module, called_hooks, update_weights
+from .config import DTYPES, check_bool
 from .kernels.plain import wide
-from .residual import FORMS
-
-EPS = 1e-5
+from .residual import EPS, FORMS
 
 
 class ResidualBlock(nn.Module):
@@ -34,8 +35,12 @@ class ResidualBlock(nn.Module):
         post_gain: initial weight of GN3. Below 1 the block contracts more strongly and the solver converges in fewer
             steps; 1 gave the better masks.
 
-    Convolutions start as in Mask R-CNN (He et al.'s normal, fan out). Their and the norms' parameters are read,
-    the modules not called: hooks on them do not run. Raises ValueError for arguments that do not fit.
+    Convolutions start as in Mask R-CNN (He et al.'s normal, fan out). With weight_norm their `weight` is computed:
+    `init.normal_(conv.weight)` changes a copy, so assign (`conv.weight = tensor`), or initialise
+    `conv.parametrizations.weight.original1`, or build with weight_norm=False.
+
+    The parameters are read and the modules not called, unless one was exchanged, adapted or hooked (`altered`): then F
+    calls them, several times slower. Raises ValueError for arguments that do not fit.
     """
 
     def __init__(
@@ -64,13 +69,15 @@ class ResidualBlock(nn.Module):
                 )
         if not isinstance(post_gain, (int, float)) or not math.isfinite(post_gain):
             raise ValueError(f"post_gain={post_gain!r}: expected a finite number")
+        check_bool("weight_norm", weight_norm)
         if form == "paper":
             warnings.warn(
                 "form='paper' (Eq. 5 as printed) has no equilibrium in general: z = F(z; X) demands GN2(…) = -X there, "
                 "and the iterates grow without bound. Use form='released', the authors' model, unless for an ablation.",
                 stacklevel=2,
             )
-        self.channels, self.form, self.groups, self.backend = channels, form, groups, backend
+        self.channels, self.mid_channels, self.form, self.groups = channels, mid_channels, form, groups
+        self.backend = backend
         self.conv1 = nn.Conv2d(channels, mid_channels, 3, padding=1, bias=False)
         self.gn1 = nn.GroupNorm(groups, mid_channels, EPS)
         self.conv2 = nn.Conv2d(mid_channels, channels, 3, padding=1, bias=False)
@@ -83,37 +90,75 @@ class ResidualBlock(nn.Module):
             if weight_norm:
                 parametrizations.weight_norm(conv, dim=0)
 
+    def altered(self) -> str:
+        """Why F must call the block's modules, in words; "" where their parameters are all that F depends on."""
+        if why := called_hooks(self):
+            return f"the block {why}"
+        if type(self).forward is not ResidualBlock.forward or "forward" in self.__dict__:
+            return "the block has a forward of its own"
+        for name, module in self._modules.items():
+            if name.startswith("conv"):
+                why = altered_module(module, nn.Conv2d, CONVOLUTION)
+            else:
+                why = altered_module(module, nn.GroupNorm, {"num_groups": self.groups, "eps": EPS, "affine": True})
+            if why:
+                return f"{name} {why}"
+        return ""
+
     def tensors(self) -> list[Tensor]:
         """What F is evaluated with, in reference.residual_block's order; the convolutions' effective weights."""
+        update_weights(*self._modules.values())
         norms = [[n.weight, n.bias] for n in (self.gn1, self.gn2, *([self.gn3] if self.form != "paper" else []))]
         return [self.conv1.weight, *norms[0], self.conv2.weight, *(t for norm in norms[1:] for t in norm)]
 
-    def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """What the convolutions compute in: autocast's dtype where it is on, else x's; float32 for float16 on a CPU."""
-        device = x.device.type
-        dtype = x.dtype
-        if dtype != torch.float64 and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
+    def tensors_for(self, x: Tensor) -> list[Tensor]:
+        """tensors(); ValueError that names one whose shape, dtype or device does not fit the block and x."""
+        tensors = self.tensors()
+        inside, outside = (self.mid_channels,), (self.channels,)
+        shapes = [(*inside, *outside, 3, 3), inside, inside, (*outside, *inside, 3, 3), *[outside] * 4]
+        for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=False)):
+            if tensor.shape != shape or tensor.device != x.device or tensor.dtype not in DTYPES:
+                name = ("conv1", "gn1", "gn1", "conv2", "gn2", "gn2", "gn3", "gn3")[i]
+                raise ValueError(
+                    f"block.{name}.{'bias' if i in (2, 5, 7) else 'weight'} has shape {tuple(tensor.shape)} and dtype "
+                    f"{tensor.dtype} on {tensor.device}: expected {shape}, a floating dtype, and x's device, {x.device}"
+                )
+        return tensors
 
     def forward(self, z: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """F(z; X) for z, x of shape (N, C, H, W); z's dtype. Differentiable in z, x and the parameters.
 
         dtype: what the convolutions compute in, None for compute_dtype(x).
         """
-        refuse_forward_mode()
-        dtype = dtype or self.compute_dtype(x)
+        dtype = dtype or compute_dtype(x)
+        # torch.func's transforms and forward mode do not reach into ops; ONNX does not know them.
+        if self.altered() or transforms_active() or forward_mode_active() or torch.onnx.is_in_onnx_export():
+            return self._by_calls(z, x, dtype)
         affine = wide(dtype)
-        conv1, gn1_weight, gn1_bias, conv2, *norms = self.tensors()
+        conv1, gn1_weight, gn1_bias, conv2, *norms = self.tensors_for(x)
         norm1, norms = [t.to(affine) for t in (gn1_weight, gn1_bias)], [t.to(affine) for t in norms]
         options = self.groups, EPS, self.backend
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False) if x.device.type != "meta" else nullcontext():
             r = (z + x).to(dtype)
             y = F.conv2d(r, conv1.to(dtype), padding=1)
             h = torch.ops.ifr_fast.norm_relu(y, *norm1, *options)[0]
             y = F.conv2d(h, conv2.to(dtype), padding=1)
             out = torch.ops.ifr_fast.norm_tail(y, None if self.form == "plain" else r, norms, *options)[0]
         return out.to(z.dtype)
+
+    def _by_calls(self, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """F by the modules' calls, under autocast where their parameters are not in a 16-bit `dtype` themselves."""
+        own = next(self.parameters()).dtype
+        narrow = dtype.itemsize == 2 and own != dtype
+        with torch.autocast(x.device.type, enabled=narrow, dtype=dtype if narrow else None):
+            r = (z + x).to(own)
+            h = F.relu(self.gn1(self.conv1(r)))
+            y = self.gn2(self.conv2(h))
+            if y.shape != r.shape:
+                raise ValueError(f"block.gn2 gave shape {tuple(y.shape)}: expected {tuple(r.shape)}, as x has")
+            if self.form != "plain":
+                y = y + r
+            return (y if self.form == "paper" else self.gn3(F.relu(y))).to(z.dtype)
 
     # torch copies parametrised modules, but pickles none: a weight-normed convolution travels as a plain one with its
     # gain beside it.
@@ -134,10 +179,12 @@ class ResidualBlock(nn.Module):
         return f"form={self.form!r}"
 
 
-def refuse_forward_mode() -> None:
-    """Raises NotImplementedError inside of torch.func.jvp and the like, where the ops would pass for constants."""
-    if forward_ad._current_level >= 0:
-        raise NotImplementedError("ifr_fast has no forward-mode derivatives (jvp): use backward, grad or vjp")
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What the convolutions compute in: autocast's dtype where it is on, else x's; float32 for float16 on a CPU."""
+    device, dtype = x.device.type, x.dtype
+    if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
 
 
 def _is_weight_normed(module: nn.Module) -> bool:

@@ -12,6 +12,8 @@ import torch
 
 T = TypeVar("T")
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of inputs
+
 _CHOICES: dict[str, type] = {}
 
 
@@ -55,6 +57,20 @@ def decode(text: str) -> Any:
 def check_int(owner: str, name: str, value: Any, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{owner}({name}={value!r}): expected an integer ≥ {minimum}")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """ValueError unless value is a tensor of one of DTYPES."""
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} is {value!r}: expected a tensor")
+    if value.dtype not in DTYPES:
+        expected = "expected dtype float64, float32, bfloat16 or float16"
+        raise ValueError(f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: {expected}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: expected True or False")
 
 
 def check_rtol(owner: str, value: Any) -> None:

@@ -5,17 +5,18 @@ The convergence trace is part of every Solution (head.last_solution.trace).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from . import backend as backends
 from .adjoint import Implicit
-from .block import EPS
-from .config import encode
+from .block import compute_dtype
 from .equilibrium import staged
 from .head import IFRHead
 from .kernels.plain import wide
-from .residual import Block
+from .residual import EPS, Block
 from .rules import Rule
 
 
@@ -30,20 +31,31 @@ def spectral_radius(head: IFRHead, x: Tensor, *, iterations: int = 100) -> Tenso
         raise ValueError(f"iterations={iterations!r}: expected at least 2")
     with torch.no_grad(), torch.cuda.device_of(x):
         z = head.solve(x)
-        dtype = head.block.compute_dtype(x)
-        kernels = backends.kernels(head.block.backend, x.device.type, dtype)
-        x, z = (staged(t, wide(dtype), kernels) for t in (x, z))
-        block = Block(x, head.block.tensors(), head.block.form, head.block.groups, EPS, kernels, dtype)
-        linearised = block.linearise(z)
-        w = torch.randn_like(z)
+        vjp = _vjp_by_calls(head, x, z) if head.altered() else _vjp(head, x, z)
+        w = torch.randn_like(z, dtype=wide(compute_dtype(x)))
         log_growth = w.new_zeros(len(w))
         for i in range(iterations):
             norm = w.flatten(1).norm(dim=1).clamp_min(1e-30)
             if i > iterations // 2:
                 log_growth += norm.log()
-            w = linearised.vjp(w / norm.view(-1, 1, 1, 1))
+            w = vjp(w / norm.view(-1, 1, 1, 1))
         log_growth += w.flatten(1).norm(dim=1).clamp_min(1e-30).log()
         return (log_growth / (iterations - iterations // 2)).exp()
+
+
+def _vjp(head: IFRHead, x: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
+    """Products with the transpose of ∂F/∂z at z."""
+    block, dtype = head.block, compute_dtype(x)
+    kernels = backends.kernels(block.backend, x.device.type, dtype)
+    x, z = (staged(t, wide(dtype), kernels) for t in (x, z))
+    return Block(x, block.tensors_for(x), block.form, block.groups, EPS, kernels, dtype).linearise(z).vjp
+
+
+def _vjp_by_calls(head: IFRHead, x: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
+    with torch.enable_grad():
+        leaf = z.to(wide(compute_dtype(x))).requires_grad_()
+        value = head.block(leaf, x)
+    return lambda w: torch.autograd.grad(value, leaf, w, retain_graph=True)[0]
 
 
 def adjoint_residual(head: IFRHead, x: Tensor, grad: Tensor) -> Tensor:
@@ -56,13 +68,14 @@ def adjoint_residual(head: IFRHead, x: Tensor, grad: Tensor) -> Tensor:
         raise ValueError(f"head.solver={head.solver}: an unroll has no adjoint equation")
     if not isinstance(head.adjoint, Implicit):
         return torch.full((len(x),), torch.inf, dtype=wide(x.dtype), device=x.device)
+    if head.altered():
+        with torch.enable_grad():
+            torch.autograd.grad(head.solve(x.detach().requires_grad_()), head.parameters(), grad, allow_unused=True)
+        return head.last_solution.adjoint
     with torch.no_grad():
-        z, params, dtype = head.solve(x), head.block.tensors(), head.block.compute_dtype(x)
-        empty = [x.new_empty(len(x), 0)] * 3
-        return torch.ops.ifr_fast.solve_backward(
-            grad, z, x, params, empty, head.block.form, head.block.groups, EPS, dtype, encode(head.adjoint),
-            head.block.backend, False,
-        )[2]  # fmt: skip
+        z, empty = head.solve(x), [x.new_empty(len(x), 0)] * 3
+        call = head.call(compute_dtype(x))
+        return torch.ops.ifr_fast.solve_backward(grad, z, x, head.block.tensors_for(x), empty, call)[2]
 
 
 def effective_receptive_field(module: nn.Module, x: Tensor) -> Tensor:

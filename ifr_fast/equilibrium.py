@@ -16,11 +16,11 @@ from torch import Tensor
 from . import backend as backends
 from . import graphs as recordings
 from .adjoint import Equation, Memory, Phantom
-from .config import decode
+from .call import Call
 from .kernels import memory_format
 from .kernels.plain import wide
-from .ops import solve_results
-from .residual import Block
+from .ops import check_devices, solve_results
+from .residual import EPS, Block
 from .rules import Rule
 from .solve import solve
 
@@ -42,34 +42,35 @@ def staged(x: Tensor, dtype: torch.dtype, kernels: ModuleType, like: Tensor | No
 
 
 @torch.library.impl("ifr_fast::solve", "default")
-def _solve(x, params, form, groups, eps, solver, steps, dtype, history_dtype, adjoint, backend, graphs, keep):
+def _solve(x, params, call):
+    check_devices(x, params)
+    asked = Call.decode(call)
+
     def run(batch: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return _solve_batch(*batch, params, form, groups, eps, solver, steps, dtype, history_dtype, backend, keep)
+        return _solve_batch(*batch, params, asked)
 
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        if graphs and recordings.usable(x):
-            options = "solve", form, groups, eps, solver, dtype, backend, keep
-            return recordings.run(run, options, [x], params, dims=(0, 0, 0, 1, 0, 0, 0, 0))
+        if asked.graphs and recordings.usable(x):
+            return recordings.run(run, ("solve", call), [x], params, dims=(0, 0, 0, 1, 0, 0, 0, 0))
         return run([x], params)
 
 
-def _solve_batch(x, params, form, groups, eps, solver, steps, dtype, history_dtype, backend, keep):
-    rule = decode(solver)
-    kernels = backends.kernels(backend, x.device.type, dtype)
-    results = solve_results(x, steps, dtype, history_dtype, keep)
-    block = None
+def _solve_batch(x: Tensor, params: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
+    kernels = backends.kernels(call.backend, x.device.type, call.dtype)
+    results = solve_results(x, call)
+    rule, dtype, block = call.solver, call.dtype, None
 
     def solve_chunk(chunk: slice) -> Block:
         """Into the results; a function, so that a chunk's history is freed before the next one's is allocated."""
         value, residual, iterations, trace, status, history, p, q = results
         # oneDNN and the C++ kernels want one dtype; a GPU reads X as it is, in half of the bytes.
         injection = staged(x[chunk], wide(dtype) if x.device.type == "cpu" else x.dtype, kernels)
-        here = block.at(injection) if block else Block(injection, params, form, groups, eps, kernels, dtype)
+        here = block.at(injection) if block else Block(injection, params, call.form, call.groups, EPS, kernels, dtype)
         z = torch.zeros_like(injection, dtype=wide(dtype))
         state = solve(here, z, rule, kernels, from_zero=True, select=here.select)
         value[chunk], residual[chunk], iterations[chunk] = state.value, state.residual, state.iterations
         trace[:, chunk], status[chunk] = state.trace, state.status
-        if keep:
+        if call.keep:
             # Rows after a sample's last step were never written.
             written = torch.arange(rule.rows, device=x.device) <= state.iterations.unsqueeze(1)
             history[chunk] = torch.where(written.unsqueeze(2), state.history, 0)
@@ -82,35 +83,39 @@ def _solve_batch(x, params, form, groups, eps, solver, steps, dtype, history_dty
 
 
 @torch.library.impl("ifr_fast::solve_backward", "default")
-def _solve_backward(grad, value, x, params, memory, form, groups, eps, dtype, adjoint, backend, graphs):
+def _solve_backward(grad, value, x, params, memory, call):
+    check_devices(x, [grad, value, *params, *memory])
+    asked = Call.decode(call)
+
     def run(batch: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
         grad, value, x, *memory = batch
-        grad_x, grad_params, residual = _solve_backward_batch(
-            grad, value, x, params, memory, form, groups, eps, dtype, adjoint, backend
-        )
-        return [grad_x, residual, *grad_params]
+        grad_x, grad_params, residual, iterations = _solve_backward_batch(grad, value, x, params, memory, asked)
+        return [grad_x, residual, iterations, *grad_params]
 
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         batch = [grad, value, x, *memory]
-        if graphs and recordings.usable(x):
-            options = "solve_backward", form, groups, eps, dtype, adjoint, backend
-            results = recordings.run(run, options, batch, params, dims=(0, 0, *[None] * len(params)))
+        if asked.graphs and recordings.usable(x):
+            dims = (0, 0, 0, *[None] * len(params))
+            results = recordings.run(run, ("solve_backward", call), batch, params, dims=dims)
         else:
             results = run(batch, params)
-    grad_x, residual, *grad_params = results
-    return grad_x, grad_params, residual
+    grad_x, residual, iterations, *grad_params = results
+    return grad_x, grad_params, residual, iterations
 
 
-def _solve_backward_batch(grad, value, x, params, memory, form, groups, eps, dtype, adjoint, backend):
-    adjoint = decode(adjoint)
-    kernels = backends.kernels(backend, x.device.type, dtype)
+def _solve_backward_batch(
+    grad: Tensor, value: Tensor, x: Tensor, params: Sequence[Tensor], memory: Sequence[Tensor], call: Call
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    adjoint, dtype = call.adjoint, call.dtype
+    kernels = backends.kernels(call.backend, x.device.type, dtype)
     grad_x, residual = torch.empty_like(x), x.new_empty(len(x), dtype=wide(dtype))
+    iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     grad_params = [torch.zeros_like(p, dtype=wide(dtype)) for p in params]
     block = None
 
     def solve_chunk(chunk: slice) -> Block:
         injection, z, g = (staged(t[chunk], wide(dtype), kernels, like=x[chunk]) for t in (x, value, grad))
-        here = block.at(injection) if block else Block(injection, params, form, groups, eps, kernels, dtype)
+        here = block.at(injection) if block else Block(injection, params, call.form, call.groups, EPS, kernels, dtype)
         if isinstance(adjoint, Phantom):
             grad_x[chunk], grads = adjoint.backward(here, z, g)
             residual[chunk] = torch.inf
@@ -118,7 +123,7 @@ def _solve_backward_batch(grad, value, x, params, memory, form, groups, eps, dty
             linearised = here.linearise(z)
             kept = Memory(*(t[chunk] for t in memory))
             equation = Equation(linearised.affine, g, dtype, kernels, kept, linearised.select)
-            w, residual[chunk] = adjoint.cotangent(equation)
+            w, residual[chunk], iterations[chunk] = adjoint.cotangent(equation)
             grad_x[chunk], grads = linearised.vjp_params(w)
         for total, part in zip(grad_params, grads, strict=True):
             total += part
@@ -127,4 +132,4 @@ def _solve_backward_batch(grad, value, x, params, memory, form, groups, eps, dty
     linearised = adjoint.steps if isinstance(adjoint, Phantom) else 1
     for chunk in _chunks(adjoint.rule.resolve(dtype), x, params, linearised):
         block = solve_chunk(chunk)
-    return grad_x, [g.to(p.dtype) for g, p in zip(grad_params, params, strict=True)], residual
+    return grad_x, [g.to(p.dtype) for g, p in zip(grad_params, params, strict=True)], residual, iterations

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backend as backends
+from ._torch import references
 from .adjoint import Adjoint, Equation, Implicit, Memory, Phantom, Shine, Unrolled, check_shine
-from .config import build
+from .config import build, check_tensor
 from .kernels import State, memory_format
 from .kernels.plain import wide
 from .rules import Broyden, Rule, Unroll
-from .solve import Solution, differentiable_solve, solution, solve
+from .solve import Solution, differentiable_solve, solution, solve, unit_scale
+from .transforms import refuse_transforms
 
 
 def fixed_point(
@@ -31,70 +36,162 @@ def fixed_point(
     Args:
         f: maps (z, *params), z of z0's shape (N, …), dtype and layout, to the same shape. Samples (the first
             dimension) must not see each other. It is called with the whole batch: the history takes max_iter·z0's size.
+            It may keep the z that it is given, but not change it.
         params: tensors handed to f. Gradients reach them, and whatever else f closes over (a module's parameters,
             say), whether named here or not. z0 gets none: the equilibrium does not depend on it.
         solver, adjoint, backend: as IFRHead's. An Unroll applies f `steps` times under autograd; its Solution is None.
 
-    Returns z* (the best iterate, differentiable once: create_graph=True raises RuntimeError) and the Solution.
-    ValueError for arguments that do not fit.
+    Returns z* (the best iterate, of z0's dtype and layout, differentiable once: create_graph=True raises RuntimeError)
+    and the Solution. A backward pass fills its `adjoint`, and on a CPU warns where Implicit missed its tolerance.
+    Under torch.utils.checkpoint the backward pass evaluates f as often as the forward pass, and once more where adjoint
+    is Implicit, beside that adjoint's own products.
+    ValueError for arguments that do not fit; NotImplementedError under torch.func's transforms and forward mode.
     """
     solver, adjoint = build(solver, (Rule, Unroll), "solver"), build(adjoint, Adjoint, "adjoint")
-    if z0.dim() < 1 or not z0.is_floating_point():
-        raise ValueError(f"z0 has shape {tuple(z0.shape)} and dtype {z0.dtype}: expected (N, …) and a floating dtype")
+    if not callable(f):
+        raise ValueError(f"f is {f!r}: expected a callable that maps z to a tensor of the same shape")
+    check_tensor("z0", z0)
+    if z0.dim() < 1:
+        raise ValueError("z0 has shape (): expected (N, …)")
+    if isinstance(params, Tensor) or not isinstance(params, Sequence):
+        raise ValueError(f"params is a {type(params).__name__}: expected a list or tuple of tensors")
+    backends.check(backend)
     check_shine(solver, adjoint)
     z0 = z0.detach()
+    f = _Checked(f, params, z0)
     if isinstance(solver, Unroll):
         z = z0
         for _ in range(solver.steps):
-            z = f(z, *params)
-        return z, None
+            z = f(z).to(z0.dtype)
+        return z.contiguous(memory_format=memory_format(z0)), None
     rule, iterate = solver.resolve(z0.dtype), wide(z0.dtype)
-
-    def widened(z: Tensor) -> Tensor:
-        z = z.to(z0.dtype)
-        before = None if z.is_inference() else z._version
-        out = f(z, *params)
-        if not isinstance(out, Tensor) or out.shape != z.shape:
-            found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"f returned {found} for z of shape {tuple(z.shape)}: expected a tensor of the same")
-        if before is not None and z._version != before:
-            raise ValueError(
-                "f changed its argument z in place (nn.ReLU(inplace=True), say): expected it to leave z alone"
-            )
-        return out.to(iterate)
-
+    adjoint = adjoint.fitted(solver, z0.dtype)
     start = z0.to(iterate).contiguous(memory_format=memory_format(z0))
     if isinstance(adjoint, Unrolled):
-        solved = differentiable_solve(widened, start, rule)
-        return solved.value.to(z0.dtype), solved.detach()
+        solved = differentiable_solve(f, start, rule)
+        return solved.value.to(z0.dtype).contiguous(memory_format=memory_format(z0)), solved.detach()
+    refuse_transforms("fixed_point")
     kernels = backends.kernels(backend, z0.device.type, iterate)
     with torch.no_grad(), torch.cuda.device_of(z0):
-        state = solve(lambda z, _: widened(z), start.clone(), rule, kernels)
-    solved = solution(state)
+        state, value = _solve(f, start.clone(), rule, kernels)
+    solved = replace(solution(state), value=value, adjoint=torch.full_like(state.residual, torch.nan))
     if not torch.is_grad_enabled():
-        return solved.value.to(z0.dtype), solved
+        return value.to(z0.dtype), solved
     # The one evaluation that the graph keeps: from it gradients go on to the parameters.
-    leaf = solved.value.detach().requires_grad_(isinstance(adjoint, Implicit))
+    leaf = value.detach().requires_grad_(isinstance(adjoint, Implicit))
     if isinstance(adjoint, Phantom):
         end = leaf
         for _ in range(adjoint.steps):
-            end = torch.lerp(end, widened(end), adjoint.damping)
-        return _Attach.apply(end, solved.value, lambda grad: grad).to(z0.dtype), solved
-    end = widened(leaf)
+            end = torch.lerp(end, f(end), adjoint.damping)
+        solved.adjoint.fill_(torch.inf)
+        return _Attach.apply(end, value, lambda grad: grad).to(z0.dtype), solved
+    end = f(leaf)
     if not _depends_on_more(end, leaf):
-        return solved.value.to(z0.dtype), solved
+        return value.to(z0.dtype), solved
     memory = Memory(state.history, state.p, state.q) if isinstance(adjoint, Shine) else None
+    # Checkpointing's hooks would repeat the forward pass for every product: those are taken of an evaluation beside.
+    beside = isinstance(adjoint, Implicit) and _tensors_are_saved_by_hooks()
 
     def cotangent(grad: Tensor) -> Tensor:
-        def affine(w: Tensor, constant: Tensor, state: State) -> Tensor:
+        z, fz = leaf, end
+        if beside:
+            z = value.detach().requires_grad_()
             with torch.enable_grad():
-                product = torch.autograd.grad(end, leaf, w, retain_graph=True, allow_unused=True)[0]
+                fz = f(z)
+
+        def affine(w: Tensor, constant: Tensor, state: State | None) -> Tensor:
+            product = torch.autograd.grad(fz, z, w, retain_graph=True, allow_unused=True)[0]
             return constant if product is None else product + constant
 
-        grad = grad.contiguous(memory_format=memory_format(solved.value))
-        return adjoint.cotangent(Equation(affine, grad, z0.dtype, kernels, memory))[0]
+        grad = grad.contiguous(memory_format=memory_format(value))
+        w, residual, _ = adjoint.cotangent(Equation(affine, grad, z0.dtype, kernels, memory))
+        solved.adjoint.copy_(residual)
+        if isinstance(adjoint, Implicit):
+            _warn_unsolved(residual, adjoint.rtol)
+        return w
 
-    return _Attach.apply(end, solved.value, cotangent).to(z0.dtype), solved
+    return _Attach.apply(end, value, cotangent).to(z0.dtype), solved
+
+
+class _Checked:
+    """f with its params, at z of any floating dtype: called in z0's dtype, under the caller's autocast; its result is
+    checked and in the dtype of the iterates."""
+
+    def __init__(self, f: Callable[..., Tensor], params: Sequence[Tensor], z0: Tensor) -> None:
+        self.f, self.params, self.dtype = f, params, z0.dtype
+        self.autocast = _current_autocast(z0.device.type)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        given = z.to(self.dtype)
+        version = None if given.is_inference() else given._version
+        with self.autocast():
+            out = self.f(given, *self.params)
+        if not isinstance(out, Tensor) or out.shape != z.shape or out.device != z.device:
+            found = f"shape {tuple(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"f returned {found} for z of shape {tuple(z.shape)} on {z.device}: expected the same")
+        if not out.is_floating_point():
+            raise ValueError(f"f returned dtype {out.dtype} for z of dtype {self.dtype}: expected a floating dtype")
+        if version is not None and given._version != version:
+            raise ValueError(
+                "f changed its argument z in place (nn.ReLU(inplace=True), say): expected it to leave z alone"
+            )
+        return out.to(wide(self.dtype))
+
+    def on_buffer(self, z: Tensor) -> Tensor:
+        """f(z) for a z that the solver will overwrite: where f keeps it, or a view of it, z moves to new memory."""
+        if z.dtype != self.dtype:
+            return self(z)
+        before = references(z)
+        out = self(z.detach())
+        if before is None or references(z) != before:
+            z.set_(z.clone())
+        return out
+
+
+def _solve(f: _Checked, z: Tensor, rule: Rule, kernels: Any) -> tuple[State, Tensor]:
+    """The solver's state and the best iterate, like z, which is overwritten."""
+    scale, first = None, None
+    # Squares may over- or underflow where they are summed in the dtype of the iterates.
+    if z.dtype == torch.float64 or z.device.type != "cpu":
+        first = f.on_buffer(z)
+        scale = unit_scale(first, z).view(-1, *[1] * (z.dim() - 1))
+        ordinary = z.device.type == "cpu" and bool(((scale > 1e-100) & (scale < 1e100)).all())
+        scale = None if ordinary else scale
+    with torch.autocast(z.device.type, enabled=False) if z.device.type != "meta" else nullcontext():
+        if scale is None:
+            state = solve(lambda z, _: f.on_buffer(z), z, rule, kernels, first=first)
+            return state, state.value
+        first, z = scale * first, scale * z
+        state = solve(lambda z, _: scale * f(z / scale), z, rule, kernels, first=first)
+        return state, state.value / scale
+
+
+def _current_autocast(device: str) -> Callable[[], AbstractContextManager]:
+    """What enters the autocast that is on now, also from within another one or a backward pass."""
+    if device == "meta":  # has none
+        return nullcontext
+    options = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, enabled=options[0], dtype=options[1])
+
+
+def _tensors_are_saved_by_hooks() -> bool:
+    """Is checkpointing, or another hook on what autograd saves, on?"""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(""):  # raises where there are some
+            return False
+    except RuntimeError:
+        return True
+
+
+def _warn_unsolved(residual: Tensor, rtol: float) -> None:
+    """The same words every time: Python shows them once."""
+    if residual.device.type == "cpu" and rtol > 0 and bool((residual > rtol).any()):
+        warnings.warn(
+            "fixed_point: a gradient's own equation (Eq. 8) was not solved to the adjoint's rtol, so the gradient is "
+            "inexact; the Solution's `adjoint` has the residual of each sample. Give adjoint=Implicit(max_iter=…) more "
+            "steps, or make f contract.",
+            stacklevel=2,
+        )
 
 
 class _Attach(torch.autograd.Function):

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import equilibrium  # noqa: F401  (implements the ops)
+from . import (
+    equilibrium,  # noqa: F401  (implements the ops)
+    transforms,
+)
+from ._torch import in_backward_pass, in_traced_subgraph
 from .adjoint import Adjoint, Implicit, Shine, Unrolled, check_shine
-from .block import EPS, ResidualBlock, refuse_forward_mode
-from .config import build, check_int, encode
+from .altered import check_map, say_once
+from .block import ResidualBlock, compute_dtype
+from .call import Call
+from .config import DTYPES, build, check_bool, check_int, check_tensor
+from .fixedpoint import fixed_point
+from .kernels import memory_format
+from .kernels.plain import wide
 from .rules import Broyden, Rule, Unroll
 from .solve import Solution, differentiable_solve
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class IFRHead(nn.Module):
@@ -62,7 +70,9 @@ class IFRHead(nn.Module):
     ) -> None:
         check_int("IFRHead", "warmup_steps", warmup_steps, 0)
         check_int("IFRHead", "warmup_unroll", warmup_unroll, 1)
+        check_bool("cuda_graphs", cuda_graphs)
         super().__init__()
+        self.channels = channels
         self.block = ResidualBlock(
             channels, form=form, groups=groups, mid_channels=mid_channels, weight_norm=weight_norm, post_gain=post_gain,
             backend=backend,
@@ -71,7 +81,8 @@ class IFRHead(nn.Module):
         self.warmup = _Warmup()
         if warmup_steps:
             self.register_buffer("warmup_count", torch.zeros((), dtype=torch.int64))
-        self.solver, self.adjoint = solver, adjoint
+        self._solver = build(solver, (Rule, Unroll), "solver")
+        self.adjoint = adjoint
         self.last_solution: Solution | None = None
 
     @property
@@ -81,13 +92,9 @@ class IFRHead(nn.Module):
     @solver.setter
     def solver(self, value: Rule | Unroll | str | Mapping[str, Any]) -> None:
         solver = build(value, (Rule, Unroll), "solver")
-        check_shine(solver, getattr(self, "_adjoint", None))
+        check_shine(solver, self._adjoint)
         self._solver = solver
-        # Ops take strings; made here, so that a forward pass, compiled or not, makes none.
-        self._calls = {}
-        if isinstance(self._solver, Rule):
-            resolved = {dtype: self._solver.resolve(dtype) for dtype in DTYPES}
-            self._calls = {d: (encode(r), r.max_iter, d, r.history_dtype) for d, r in resolved.items()}
+        self._encode_calls()
 
     @property
     def adjoint(self) -> Adjoint:
@@ -98,60 +105,123 @@ class IFRHead(nn.Module):
         adjoint = build(value, Adjoint, "adjoint")
         check_shine(self._solver, adjoint)
         self._adjoint = adjoint
-        self._adjoint_text = encode(self._adjoint)
+        self._encode_calls()
+
+    def _encode_calls(self) -> None:
+        """Ops take a string; made here, so that a forward pass, compiled or not, makes none."""
+        self._calls: dict[tuple, str] = {}
+        if isinstance(self._solver, Rule) and isinstance(self.block, ResidualBlock):
+            for dtype in DTYPES:
+                for keep in {False, isinstance(self._adjoint, Shine)}:
+                    self.call(dtype, keep)
+
+    def call(self, dtype: torch.dtype, keep: bool = False) -> str:
+        """What the op `solve` is asked for (call.Call) where the block computes in `dtype`."""
+        block = self.block
+        key = dtype, block.form, block.groups, block.backend, self.cuda_graphs, keep
+        if key not in self._calls:
+            solver, adjoint = self._solver.resolve(dtype), self._adjoint.fitted(self._solver, dtype)
+            call = Call(block.form, block.groups, dtype, solver, adjoint, block.backend, self.cuda_graphs, keep)
+            self._calls[key] = call.encode()
+        return self._calls[key]
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → the equilibrium, of the same shape, dtype and memory format. Differentiable once."""
         self._check_input(x)
         steps = self._unroll_steps()
-        return self._differentiable(x, steps) if steps else self.solve(x)
+        return self._differentiable(x, steps) if steps else self._solve(x)
 
     def solve(self, x: Tensor) -> Tensor:
         """The equilibrium as forward gives it, whatever the warm-up. ValueError where the solver is an Unroll."""
         self._check_input(x)
-        refuse_forward_mode()
         if isinstance(self.solver, Unroll):
             raise ValueError(f"solver={self.solver} has no equilibrium to solve for")
+        return self._solve(x)
+
+    def altered(self) -> str:
+        """Why the block's modules are called rather than their parameters read, in words; "" where they are not."""
+        return self.block.altered() if isinstance(self.block, ResidualBlock) else "the block was exchanged"
+
+    def _solve(self, x: Tensor) -> Tensor:
         if isinstance(self.adjoint, Unrolled):
             return self._differentiable(x, 0)
-        solver, max_iter, dtype, history_dtype = self._calls[self.block.compute_dtype(x)]
-        params = self.block.tensors()
+        transforms.refuse_forward_mode("IFRHead")
+        if torch.onnx.is_in_onnx_export():
+            raise NotImplementedError("IFRHead: ONNX has no operator for a solve; export it with solver=Unroll(steps)")
+        if why := self.altered():
+            return self._solve_by_calls(x, why)
         keep = isinstance(self.adjoint, Shine) and torch.is_grad_enabled()
-        value, residual, iterations, trace, status, *_ = torch.ops.ifr_fast.solve(
-            x, params, self.block.form, self.block.groups, EPS, solver, max_iter, dtype, history_dtype,
-            self._adjoint_text, self.block.backend, self.cuda_graphs, keep,
-        )  # fmt: skip
-        self.last_solution = Solution(value, residual, iterations, trace, status).detach()
+        params, call = self.block.tensors_for(x), self.call(compute_dtype(x), keep)
+        value, residual, iterations, trace, status, *_ = transforms.solve(x, params, call)
+        self._report(Solution(value, residual, iterations, trace, status))
         # The op's own result is kept for the backward pass; the caller may change this one, as nn.ReLU(inplace=True).
-        return value.clone() if value.requires_grad else value
+        # A trace is of one graph, with gradients and without.
+        return value.clone() if value.requires_grad or torch.jit.is_tracing() else value
+
+    @torch.compiler.disable(reason="IFRHead's block was altered: its modules are called by a solver that is not traced")
+    def _solve_by_calls(self, x: Tensor, why: str) -> Tensor:
+        """The solve of a block whose modules must be called: right for any F, slower than the op, not in chunks."""
+        if torch.jit.is_tracing():
+            raise NotImplementedError(f"IFRHead cannot be traced as it is: {why}, so its solve is no operator")
+        check_map(self.block)
+        say_once(why)
+        dtype, backend = compute_dtype(x), getattr(self.block, "backend", "auto")
+        value, solution = fixed_point(
+            lambda z: self.block(z, x),
+            torch.zeros_like(x, dtype=wide(dtype), memory_format=memory_format(x)),
+            solver=self.solver.resolve(dtype),
+            adjoint=self.adjoint.fitted(self.solver, dtype),
+            backend=backend,
+        )
+        self._report(replace(solution, value=solution.value.to(x.dtype)))
+        return value.to(x.dtype)
+
+    def _report(self, solution: Solution | None) -> None:
+        if not (torch.compiler.is_compiling() and in_traced_subgraph()):
+            self.last_solution = None if solution is None else solution.detach()
 
     def _unroll_steps(self) -> int:
         """Blocks to unroll in this forward pass; 0 where the solver runs."""
-        if self.training and self.warmup_steps and self.warmup.unrolls(self.warmup_steps):
+        if (
+            self.training
+            and self.warmup_steps
+            and self.warmup.unrolls(self.warmup_steps, self._buffers.get("warmup_count"))
+        ):
             return self.warmup_unroll
         return self.solver.steps if isinstance(self.solver, Unroll) else 0
 
     def _differentiable(self, x: Tensor, steps: int) -> Tensor:
         """An unroll of `steps` blocks, or with 0 the solver's steps, in autograd's sight."""
-        dtype = self.block.compute_dtype(x)
-        injection = x.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        z = torch.zeros_like(injection)
+        dtype = compute_dtype(x)
+        if why := self.altered():
+            check_map(self.block)
+            say_once(why)
+        z = torch.zeros_like(x, dtype=wide(dtype), memory_format=memory_format(x))
         if steps:
-            self.last_solution = None
+            self._report(None)
             for _ in range(steps):
-                z = self.block(z, injection, dtype)
+                z = self.block(z, x)
         else:
-            solve = differentiable_solve(lambda z: self.block(z, injection, dtype), z, self.solver.resolve(dtype))
-            self.last_solution = solve.detach()
-            z = solve.value
-        return z.to(x.dtype)
+            solved = differentiable_solve(lambda z: self.block(z, x), z, self.solver.resolve(dtype))
+            self._report(solved)
+            z = solved.value
+        return z.to(x.dtype).contiguous(memory_format=memory_format(x))
 
     def _check_input(self, x: Tensor) -> None:
-        channels = self.block.channels
-        if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
-            raise ValueError(f"x has shape {tuple(x.shape)}: expected (N, {channels}, H, W), as channels={channels}")
-        if x.dtype not in DTYPES:
-            raise ValueError(f"x has dtype {x.dtype}: expected float64, float32, bfloat16 or float16")
+        if isinstance(x, torch.fx.Proxy):
+            raise NotImplementedError(
+                "IFRHead has no graph for torch.fx.symbolic_trace: use torch.export, or a Tracer to which it is a leaf "
+                "(is_leaf_module)"
+            )
+        check_tensor("x", x)
+        if x.dim() != 4 or x.shape[1] != self.channels or 0 in x.shape[2:]:
+            expected = f"(N, {self.channels}, H, W), as channels={self.channels}"
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected {expected}")
+
+    def __prepare_scriptable__(self) -> None:
+        raise NotImplementedError(
+            "IFRHead cannot be compiled by torch.jit.script: use torch.export, or torch.jit.trace where the rest allows"
+        )
 
     @classmethod
     def from_released(cls, state_dict: Mapping[str, Tensor], prefix: str = "", **kwargs: Any) -> IFRHead:
@@ -181,17 +251,10 @@ class IFRHead(nn.Module):
         head.block.load_state_dict({ours: state_dict[prefix + theirs] for ours, theirs in names.items()})
         return head
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        if "warmup_count" in self._buffers:
-            self.warmup_count.fill_(self.warmup.count)
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        key = prefix + "warmup_count"
-        if self.warmup_steps and key in state_dict:
-            self.warmup.count = int(state_dict[key])
         # Heads that differ in their warm-up alone load each other's states.
+        key = prefix + "warmup_count"
         for keys in (missing, unexpected):
             if key in keys:
                 keys.remove(key)
@@ -204,15 +267,27 @@ class IFRHead(nn.Module):
 
 
 class _Warmup:
-    """Training passes so far: a plain number, so that reading it waits for no device."""
+    """Training passes so far: the head's buffer, for checkpoints and averaged copies, and beside it a plain number, so
+    that reading it waits for no device."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.seen: tuple[int, int] | None = None  # the buffer, and its version, that `count` agrees with
 
-    def unrolls(self, steps: int) -> bool:
+    def unrolls(self, steps: int, buffer: Tensor | None) -> bool:
         """Is this pass among the first `steps`? Computed again, in a backward pass, it is as it was."""
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        compiling = torch.compiler.is_compiling()
+        if not compiling and buffer is not None and self.seen != _state(buffer):  # loaded, averaged or moved since
+            self.count = int(buffer)
         # One past the last that unrolls is as far as it needs to count; compiled code is specialised on it.
-        if not again and self.count <= steps:
+        if self.count <= steps and (compiling or not in_backward_pass()):
             self.count += 1
+            if buffer is not None:
+                buffer.fill_(self.count)
+        if not compiling and buffer is not None:
+            self.seen = _state(buffer)
         return self.count <= steps
+
+
+def _state(buffer: Tensor) -> tuple[int, int]:
+    return id(buffer), -1 if buffer.is_inference() else buffer._version

@@ -1,19 +1,24 @@
 """The registered torch ops: schemas, fakes, autograd. Nothing computes here.
 
 norm_relu and norm_tail go straight to a backend's kernels; solve and solve_backward, one op for a whole solve, are
-implemented in equilibrium.py. Solvers and adjoints travel as strings (config.encode), steps and dtypes beside them so
-that the fakes need not read them.
+implemented in equilibrium.py. What is asked of these travels as one string (call.Call): a dtype of its own would be
+another number by the time that AOTInductor hands it over.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import backend as backends
+from .adjoint import Implicit, Phantom
+from .call import Call
 from .kernels import is_channels_last, plain
 from .kernels.plain import wide
 
@@ -37,16 +42,14 @@ torch.library.define(
 )
 torch.library.define(
     "ifr_fast::solve",
-    "(Tensor x, Tensor[] params, str form, int groups, float eps, str solver, int steps, ScalarType dtype,"
-    " ScalarType history_dtype, str adjoint, str backend, bool graphs, bool keep)"
+    "(Tensor x, Tensor[] params, str call)"
     " -> (Tensor value, Tensor residual, Tensor iterations, Tensor trace, Tensor status,"
     " Tensor history, Tensor p, Tensor q)",
 )
 torch.library.define(
     "ifr_fast::solve_backward",
-    "(Tensor grad, Tensor value, Tensor x, Tensor[] params, Tensor[] memory, str form, int groups, float eps,"
-    " ScalarType dtype, str adjoint, str backend, bool graphs)"
-    " -> (Tensor grad_x, Tensor[] grad_params, Tensor residual)",
+    "(Tensor grad, Tensor value, Tensor x, Tensor[] params, Tensor[] memory, str call)"
+    " -> (Tensor grad_x, Tensor[] grad_params, Tensor residual, Tensor iterations)",
 )
 
 
@@ -54,6 +57,14 @@ def _kernels(backend: str, y: Tensor) -> ModuleType:
     kernels = backends.kernels(backend, y.device.type, y.dtype)
     # A layout that the caller did not choose would be a copy that the caller did not ask for.
     return plain if kernels.CHANNELS_LAST_ONLY and not is_channels_last(y) else kernels
+
+
+def check_devices(x: Tensor, others: Sequence[Tensor]) -> None:
+    """ValueError where a tensor is not on x's device. An op with any argument on the meta device runs its fake, whose
+    results are uninitialised memory on the devices of the others."""
+    for tensor in others:
+        if tensor.device != x.device:
+            raise ValueError(f"got tensors on {tensor.device} and {x.device}: expected all on one device")
 
 
 def _pairs(norms: list[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
@@ -68,6 +79,7 @@ def _(y, weight, bias, groups, eps, backend):
 
 @torch.library.register_fake("ifr_fast::norm_relu")
 def _(y, weight, bias, groups, eps, backend):
+    check_devices(y, [weight, bias])
     statistics = y.new_empty(y.shape[0], groups, dtype=wide(y.dtype))
     return torch.empty_like(y), statistics, torch.empty_like(statistics)
 
@@ -82,6 +94,7 @@ def _(grad, y, weight, bias, mean, rstd, groups, eps, backend):
 
 @torch.library.register_fake("ifr_fast::norm_relu_vjp")
 def _(grad, y, weight, bias, mean, rstd, groups, eps, backend):
+    check_devices(y, [grad, weight, bias, mean, rstd])
     return torch.empty_like(y), torch.empty_like(weight), torch.empty_like(bias)
 
 
@@ -93,6 +106,7 @@ def _(y, r, norms, groups, eps, backend):
 
 @torch.library.register_fake("ifr_fast::norm_tail")
 def _(y, r, norms, groups, eps, backend):
+    check_devices(y, norms if r is None else [r, *norms])
     statistics = [y.new_empty(y.shape[0], groups, dtype=wide(y.dtype)) for _ in norms]
     return torch.empty_like(y, dtype=wide(y.dtype)), statistics
 
@@ -110,6 +124,7 @@ def _(grad, y, r, norms, statistics, groups, eps, backend):
 
 @torch.library.register_fake("ifr_fast::norm_tail_vjp")
 def _(grad, y, r, norms, statistics, groups, eps, backend):
+    check_devices(y, [grad, *([] if r is None else [r]), *norms, *statistics])
     like = torch.empty_like(y, dtype=wide(y.dtype))
     return torch.empty_like(y), grad.new_empty(0) if r is None else like, [torch.empty_like(n) for n in norms]
 
@@ -142,12 +157,10 @@ torch.library.register_autograd("ifr_fast::norm_relu", _norm_relu_backward, setu
 torch.library.register_autograd("ifr_fast::norm_tail", _norm_tail_backward, setup_context=_norm_tail_context)
 
 
-def solve_results(
-    x: Tensor, steps: int, dtype: torch.dtype, history_dtype: torch.dtype, keep: bool
-) -> tuple[Tensor, ...]:
-    """Empty results of the op `solve`, in its schema's order; the last three have no elements unless `keep`."""
-    n, state = x.shape[0], wide(dtype)
-    rows, size = (steps, math.prod(x.shape[1:])) if keep else (0, 0)
+def solve_results(x: Tensor, call: Call) -> tuple[Tensor, ...]:
+    """Empty results of the op `solve`, in its schema's order; the last three have no elements unless call.keep."""
+    n, state, steps = x.shape[0], wide(call.dtype), call.solver.max_iter
+    rows, size = (steps, math.prod(x.shape[1:])) if call.keep else (0, 0)
     algebra = torch.float64 if x.device.type == "cpu" else state
     return (
         torch.empty_like(x),
@@ -155,25 +168,28 @@ def solve_results(
         x.new_empty(n, dtype=torch.int64),
         x.new_empty(steps + 1, n, dtype=state),
         x.new_empty(n, dtype=torch.int64),
-        x.new_empty(n, rows, size, dtype=history_dtype),
+        x.new_empty(n, rows, size, dtype=call.solver.history_dtype),
         x.new_empty(n, rows, rows, dtype=algebra),
         x.new_empty(n, rows, rows, dtype=algebra),
     )
 
 
 @torch.library.register_fake("ifr_fast::solve")
-def _(x, params, form, groups, eps, solver, steps, dtype, history_dtype, adjoint, backend, graphs, keep):
-    return solve_results(x, steps, dtype, history_dtype, keep)
+def _(x, params, call):
+    check_devices(x, params)
+    return solve_results(x, Call.decode(call))
 
 
 @torch.library.register_fake("ifr_fast::solve_backward")
-def _(grad, value, x, params, memory, form, groups, eps, dtype, adjoint, backend, graphs):
-    return torch.empty_like(x), [torch.empty_like(p) for p in params], x.new_empty(x.shape[0], dtype=wide(dtype))
+def _(grad, value, x, params, memory, call):
+    check_devices(x, [grad, value, *params, *memory])
+    n, state = x.shape[0], wide(Call.decode(call).dtype)
+    residual, iterations = x.new_empty(n, dtype=state), x.new_empty(n, dtype=torch.int64)
+    return torch.empty_like(x), [torch.empty_like(p) for p in params], residual, iterations
 
 
 def _solve_context(ctx, inputs, output):
-    x, params, form, groups, eps, _, _, dtype, _, adjoint, backend, graphs, _ = inputs
-    ctx.options = form, groups, eps, dtype, adjoint, backend, graphs
+    x, params, ctx.call = inputs
     ctx.count = len(params)
     ctx.save_for_backward(output[0], x, *params, *output[5:])
     ctx.set_materialize_grads(False)
@@ -182,10 +198,10 @@ def _solve_context(ctx, inputs, output):
 def _solve_backward(ctx, grad, *_):
     value, x, *rest = ctx.saved_tensors
     if grad is None:
-        return None, [None] * ctx.count, *[None] * 11
+        return None, [None] * ctx.count, None
     params, memory = rest[: ctx.count], rest[ctx.count :]
-    grad_x, grad_params, _ = torch.ops.ifr_fast.solve_backward(grad, value, x, params, memory, *ctx.options)
-    return grad_x, grad_params, *[None] * 11
+    grad_x, grad_params, *_ = torch.ops.ifr_fast.solve_backward(grad, value, x, params, memory, ctx.call)
+    return grad_x, grad_params, None
 
 
 torch.library.register_autograd("ifr_fast::solve", _solve_backward, setup_context=_solve_context)
@@ -197,3 +213,33 @@ def _once(ctx, *_):
 
 for _op in ("norm_relu_vjp", "norm_tail_vjp", "solve_backward"):
     torch.library.register_autograd(f"ifr_fast::{_op}", _once)
+
+
+# What torch.utils.flop_counter counts. A sample that has stopped costs no more; where nothing was computed (FakeTensor,
+# meta), each takes all steps.
+
+
+@register_flop_formula(torch.ops.ifr_fast.solve, get_raw=True)
+def _(x, params, call, out_val):
+    return _block_flops(x, params) * (x.shape[0] + _steps(out_val[2], Call.decode(call).solver.max_iter))
+
+
+@register_flop_formula(torch.ops.ifr_fast.solve_backward, get_raw=True)
+def _(grad, value, x, params, memory, call, out_val):
+    adjoint = Call.decode(call).adjoint
+    # F, its gradients in the input, and in the parameters; Implicit's first product is with zero.
+    passes = 3 * x.shape[0] * (adjoint.steps if isinstance(adjoint, Phantom) else 1)
+    if isinstance(adjoint, Implicit):
+        passes += _steps(out_val[3], adjoint.max_iter)
+    return _block_flops(x, params) * passes
+
+
+def _block_flops(x: Tensor, params: Sequence[Tensor]) -> int:
+    """Of F's two convolutions for one sample, a multiplication and an addition counted as two."""
+    return 2 * (params[0].numel() + params[3].numel()) * x.shape[2] * x.shape[3]
+
+
+def _steps(iterations: Tensor, most: int) -> int:
+    """Steps of all samples together."""
+    unknown = isinstance(iterations, FakeTensor) or iterations.is_meta
+    return most * len(iterations) if unknown else int(iterations.sum())

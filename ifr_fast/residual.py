@@ -17,6 +17,7 @@ from .kernels import State, memory_format, pick, plain
 from .kernels.plain import Convolution
 
 FORMS = ("released", "paper", "plain")
+EPS = 1e-5  # of every GroupNorm
 
 
 class Block:

@@ -23,13 +23,14 @@ BUFFERS = 8
 def check_solver(options: Any) -> None:
     """Checks max_iter, rtol, history_dtype and workspace of a frozen dataclass; a dtype's name becomes the dtype."""
     name = type(options).__name__
-    check_int(name, "max_iter", options.max_iter, 1)
+    if options.max_iter is not None or isinstance(options, Rule):
+        check_int(name, "max_iter", options.max_iter, 1)
     check_rtol(name, options.rtol)
     if options.workspace is not None:
         check_int(name, "workspace", options.workspace, 1)
     given = options.history_dtype
     dtype = getattr(torch, given, given) if isinstance(given, str) else given
-    if dtype not in (None, torch.float32, torch.float64, torch.bfloat16):
+    if not (dtype is None or dtype in (torch.float32, torch.float64, torch.bfloat16)):
         raise ValueError(f"{name}(history_dtype={given!r}): expected None, float32, float64 or bfloat16")
     object.__setattr__(options, "history_dtype", dtype)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .kernels import RUNNING, State, memory_order, pick
+from .kernels.plain import relative_residual
 from .rules import Rule
 
 WORTHWHILE = 3 / 4  # of the samples still run: to gather them takes the time of a fraction of F
@@ -37,8 +38,10 @@ class Solution:
 
     value: (N, …) the best iterate of each sample: the one of the smallest relative residual, z⁰ where none is finite.
     residual: (N,) ‖F(z) - z‖ / ‖F(z)‖ there (inf where none is finite). iterations: (N,) int64 steps taken.
-    trace: (max_iter + 1, N) the relative residual of every evaluation; a stopped sample's last one repeats.
-    status: (N,) int64, codes of `Status`.
+    trace: (max_iter + 1, N) the relative residual of every evaluation, NaN of one that was not finite; a stopped
+    sample's last one repeats. status: (N,) int64, codes of `Status`.
+    adjoint: of fixed_point, (N,) the relative residual of the gradient's own equation (Eq. 8) in the latest backward
+    pass; NaN before one, inf where the adjoint solves no equation. None elsewhere: diagnostics.adjoint_residual.
     """
 
     value: Tensor
@@ -46,9 +49,11 @@ class Solution:
     iterations: Tensor
     trace: Tensor
     status: Tensor
+    adjoint: Tensor | None = None
 
     def detach(self) -> Solution:
-        return Solution(*(getattr(self, name).detach() for name in self.__dataclass_fields__))
+        tensors = (getattr(self, name) for name in self.__dataclass_fields__)
+        return Solution(*(None if t is None else t.detach() for t in tensors))
 
     def __str__(self) -> str:
         """One line that a person reads; waits for the device."""
@@ -65,15 +70,16 @@ def solve(
     kernels: ModuleType,
     *,
     from_zero: bool = False,
-    constant: Tensor | None = None,
+    first: Tensor | None = None,
+    affine: bool = False,
     select: Callable[[Tensor], Callable[[Tensor, State | None], Tensor]] | None = None,
 ) -> State:
     """The equilibrium of f from z (n, …), float32 or float64 and dense in kernels.memory_format(z); z is overwritten.
 
     f maps an iterate and the solve's state to a tensor of the iterate's shape, or to what kernels.tail or kernels.total
-    give. rule must be resolved. from_zero: z is zero everywhere. constant: f there, where f is affine; residuals are
-    then relative to it, as ‖f(z)‖ grows with the error and would make the wildest iterate the best. select: f of some
-    samples, given their indices; on a CPU those that have stopped are not evaluated any more.
+    give. rule must be resolved. from_zero: z is zero everywhere. first: f(z) where it is known. affine: residuals are
+    relative to that of z, as ‖f‖ of an affine f grows with the error and would make the wildest iterate the best.
+    select: f of some samples, given their indices; on a CPU those that have stopped are not evaluated any more.
     Returns the solver's state; its value, residual, iterations, trace and status are a Solution's fields.
     """
     state = kernels.new_state(
@@ -81,8 +87,8 @@ def solve(
     )
     index = None  # of the samples that are evaluated, None for all
     for k in range(rule.max_iter + 1):
-        if k == 0 and constant is not None:
-            fz = constant
+        if k == 0 and first is not None:
+            fz = first
         elif index is None:
             fz = f(z, state)
         else:
@@ -101,7 +107,7 @@ def solve(
             last=k == rule.max_iter,
             rtol=rule.rtol,
             divergence=DIVERGENCE,
-            affine=constant is not None,
+            affine=affine,
         )
         if running == 0:
             state.trace[k + 1 :] = state.trace[k]
@@ -118,7 +124,11 @@ def solution(state: State) -> Solution:
 
 
 def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Rule) -> Solution:
-    """The same solve in differentiable operators: autograd sees every step; memory grows with them. rule: resolved."""
+    """The same solve in differentiable operators: autograd sees every step; memory grows with them. rule: resolved.
+
+    Residuals are kept, and the K×K algebra is done, in float64, each sample scaled to the size of 1: autocast leaves
+    float64 alone, and squares neither overflow nor underflow.
+    """
     shape = (-1,) + (1,) * (z0.dim() - 1)
     z, best = z0, z0
     residual = torch.full((len(z0),), torch.inf, dtype=z0.dtype, device=z0.device)
@@ -126,16 +136,19 @@ def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Rule) 
     iterations = torch.zeros_like(status)
     trace: list[Tensor] = []
     history: list[Tensor] = []
+    gram = z0.new_zeros(len(z0), rule.max_iter, rule.max_iter, dtype=torch.float64)
     next_step = rule.differentiable()
-    first_norm = None
     for k in range(rule.max_iter + 1):
         fz = f(z)
-        g = fz - z
+        if k == 0:
+            scale = unit_scale(fz, z).double().unsqueeze(1)
+        g = _rows(fz - z).double() * scale
         running = status == Status.MAX_ITER
         with torch.no_grad():
-            norm = _rows(g).norm(dim=1)
-            first_norm = norm if first_norm is None else first_norm
-            relative = norm / _rows(fz).norm(dim=1).clamp_min(1e-30)
+            norm = g.norm(dim=1)
+            if k == 0:
+                first_norm = norm
+            relative = relative_residual(norm, (_rows(fz).double() * scale).norm(dim=1), z0.dtype)
             improved = running & relative.isfinite() & (relative < residual)
             residual = torch.where(improved, relative, residual)
             trace.append(torch.where(running, relative, trace[-1] if trace else relative))
@@ -147,12 +160,40 @@ def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Rule) 
         if k == rule.max_iter:
             break
         history.append(g)
-        rows = torch.stack([_rows(r) for r in history], 1)
-        gram = torch.nn.functional.pad(rows @ rows.mT, (0, rule.max_iter - k, 0, rule.max_iter - k))
-        step = next_step(gram, k)[:, : k + 1]
-        update = (step.unsqueeze(1) @ rows).view(z.shape)
-        z = torch.where((status == Status.MAX_ITER).view(shape), z + update, z)
+        running = status == Status.MAX_ITER
+        # A stopped sample's residuals no longer differ but in rounding. A Gram matrix of zeros makes the rules' algebra
+        # on it finite, and with it the gradient, of which the mask over z takes the value 0.
+        row = torch.stack([(g * other).sum(1) for other in history], 1)
+        row = torch.nn.functional.pad(row, (0, rule.max_iter - k - 1))
+        gram = _with_row(gram, row, k)
+        step = next_step(torch.where(running.view(-1, 1, 1), gram, 0), k)
+        update = sum(step[:, j : j + 1] * g for j, g in enumerate(history)) / scale
+        z = torch.where(running.view(shape), z + update.to(z.dtype).view(z.shape), z)
     return Solution(best, residual, iterations, torch.stack(trace), status)
+
+
+def _with_row(gram: Tensor, row: Tensor, k: int) -> Tensor:
+    """gram (n, K, K) with row and column k, zero so far, set to row (n, K). Functional."""
+    unit = torch.zeros_like(row)
+    unit[:, k] = 1
+    cross = row.unsqueeze(2) * unit.unsqueeze(1)
+    return gram + cross + cross.mT - torch.diag_embed(row * unit)
+
+
+def unit_scale(*tensors: Tensor) -> Tensor:
+    """(n,) per sample the power of two that brings the largest entry of the tensors (n, …) near 1; 1 where that is zero
+    or not finite."""
+    highest = torch.stack([largest(t) for t in tensors]).amax(0)
+    limit = int(math.log2(torch.finfo(highest.dtype).max)) - 1
+    exponent = torch.frexp(highest).exponent.clamp(-limit, limit)
+    scale = torch.ldexp(torch.ones_like(highest), -exponent)
+    return torch.where(highest.isfinite() & (highest > 0), scale, 1)
+
+
+def largest(x: Tensor) -> Tensor:
+    """(n,) the largest magnitude in each sample of x (n, …); 0 in samples without elements."""
+    rows = _rows(x.detach())
+    return rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
 
 
 def _rows(x: Tensor) -> Tensor:

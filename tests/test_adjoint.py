@@ -115,7 +115,7 @@ def test_the_solved_w_is_better_than_none_or_jacobian_free(kernels, growth):
     def product(w, constant, state=None):
         return (w.unsqueeze(1) @ jacobian).squeeze(1) + constant
 
-    w, residual = Implicit(10, rtol=1e-9).cotangent(Equation(product, grad, torch.float64, kernels))
+    w, residual, _ = Implicit(10, rtol=1e-9).cotangent(Equation(product, grad, torch.float64, kernels))
     expected = (product(w, grad) - w).norm(dim=1) / grad.norm(dim=1)
     torch.testing.assert_close(residual, expected)
     free = (w - grad).abs().amax(1) < 1e-12

@@ -199,16 +199,6 @@ def test_a_warmup_given_later_is_no_part_of_the_state(make_head):
     assert head.state_dict().keys() == make_head(16).state_dict().keys()
 
 
-@pytest.mark.parametrize("call", [lambda h, x: h(x), lambda h, x: h.block(x, x)], ids=["solve", "block"])
-def test_forward_mode_is_refused_not_dropped(call, make_head):
-    head = make_head(8, groups=2)
-    x = torch.randn(2, 8, 4, 4)
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda x: call(head, x), (x,), (x,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        call(head, torch.autograd.forward_ad.make_dual(x, x))
-
-
 def test_defaults_of_torch_change_nothing(make_head):
     """Its default device, and its default dtype."""
     head, x = make_head(8, groups=2), torch.randn(2, 8, 4, 4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ifr_fast import Broyden, Implicit, Phantom, Shine
-from ifr_fast.config import encode
+from ifr_fast.call import Call
 
 EPS = 1e-5
 backends = pytest.mark.parametrize("backend", ["native", "reference"])
@@ -57,25 +57,12 @@ def test_norm_tail(residual, norms, dtype, format, backend):
 @pytest.mark.filterwarnings("ignore:form='paper'")
 def test_solve(adjoint, form, backend, make_head):
     head = make_head(8, groups=2, form=form)
-    rule, keep = Broyden(3, rtol=0.0).resolve(torch.float32), isinstance(adjoint, Shine)
+    rule = Broyden(3, rtol=0.0).resolve(torch.float32)
+    call = Call(form, 2, torch.float32, rule, adjoint, backend, keep=isinstance(adjoint, Shine)).encode()
     x = activation(torch.float32, torch.contiguous_format)
     params = [p.detach().requires_grad_() for p in head.block.tensors()]
-    args = (form, 2, EPS, encode(rule), 3, torch.float32, rule.history_dtype, encode(adjoint), backend, False, keep)
-    torch.library.opcheck(torch.ops.ifr_fast.solve, (x, params, *args))
+    torch.library.opcheck(torch.ops.ifr_fast.solve, (x, params, call))
     x, params = x.detach(), [p.detach() for p in params]
-    value, *_, history, p, q = torch.ops.ifr_fast.solve(x, params, *args)
-    backward = (
-        torch.randn_like(x),
-        value,
-        x,
-        params,
-        [history, p, q],
-        form,
-        2,
-        EPS,
-        torch.float32,
-        encode(adjoint),
-        backend,
-        False,
-    )
+    value, *_, history, p, q = torch.ops.ifr_fast.solve(x, params, call)
+    backward = torch.randn_like(x), value, x, params, [history, p, q], call
     torch.library.opcheck(torch.ops.ifr_fast.solve_backward, backward)

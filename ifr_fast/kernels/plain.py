@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import RUNNING, State, memory_format, memory_order, ridge
+from . import RUNNING, State, memory_order, ridge
 
 Norm = tuple[Tensor, Tensor]
 Convolution = Callable[[Tensor, "State | None"], tuple[Tensor, "Tensor | None"]]
@@ -190,8 +190,8 @@ def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> Non
     row < 0 takes the norms only. The products are of the stored (rounded) residuals.
     """
     g = (f - z).permute(*memory_order(z)).reshape(state.n, state.size)
-    state.norms[:, 0] = g.square().sum(1)
-    state.norms[:, 1] = f.square().reshape(state.n, state.size).sum(1)
+    state.norms[:, 0] = g.to(state.norms.dtype).square().sum(1)
+    state.norms[:, 1] = f.to(state.norms.dtype).square().reshape(state.n, state.size).sum(1)
     if row < 0:
         return
     state.history[:, row] = g
@@ -203,7 +203,7 @@ def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> Non
 def assess(state: State, evaluation: int, rtol: float, divergence: float, affine: bool) -> int | None:
     """The relative residual of every running sample, and what follows from it: best, status, iterations, trace.
 
-    It is ‖g‖ / ‖f‖; affine: ‖g‖ / ‖g₀‖.
+    It is ‖g‖ / ‖f‖; affine: ‖g‖ / ‖g₀‖; as relative_residual() gives it.
     Codes as solve.Status: 0 converged, 2 diverged (‖g‖ > divergence · ‖g₀‖), 3 not finite. Returns how many samples
     still run, or None on a device, where that would cost a synchronisation.
     """
@@ -211,8 +211,7 @@ def assess(state: State, evaluation: int, rtol: float, divergence: float, affine
     g, f = state.norms[:, 0].sqrt(), state.norms[:, 1].sqrt()
     if evaluation == 0:
         state.norms[:, 2] = g
-    scale = state.norms[:, 2] if affine else f
-    relative = (g / scale.clamp_min(1e-30)).to(state.residual.dtype)
+    relative = relative_residual(g, state.norms[:, 2] if affine else f, state.residual.dtype)
     state.trace[evaluation] = torch.where(running, relative, state.trace[max(evaluation - 1, 0)])
     state.iterations.masked_fill_(running, evaluation)
     finite = relative.isfinite()
@@ -223,6 +222,13 @@ def assess(state: State, evaluation: int, rtol: float, divergence: float, affine
     code = torch.where(finite, code, 3)
     state.status.copy_(torch.where(running, code, state.status))
     return int((state.status == RUNNING).sum()) if state.status.device.type == "cpu" else None
+
+
+def relative_residual(g: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """g / scale of norms (n,), in dtype: 0 where g is zero, dtype's largest number where the quotient is larger, NaN
+    where a norm is not finite."""
+    quotient = (g / scale).nan_to_num(0.0).clamp(max=torch.finfo(dtype).max).to(dtype)  # 0 / 0 is NaN
+    return torch.where(g.isfinite() & scale.isfinite(), quotient, torch.nan)
 
 
 def broyden(state: State, k: int) -> None:
@@ -251,11 +257,12 @@ def broyden_coefficients(
     y = unit - unit.roll(-1, 1)
     q_new = _matvec(q.mT, _matvec(p, gram_step)) - step
     scale = (q_new * gram_y).sum(1, keepdim=True)
-    # A sample that has stopped has no difference left; dividing by it would poison even a masked gradient.
-    usable = scale != 0
-    p_new = (step + y - _matvec(p.mT, _matvec(q, gram_y))) / torch.where(usable, scale, 1)
-    usable = usable & (p_new.isfinite() & q_new.isfinite()).all(1, keepdim=True)
-    p_new, q_new = torch.where(usable, p_new, 0), torch.where(usable, q_new, 0)
+    p_new = step + y - _matvec(p.mT, _matvec(q, gram_y))
+    # A sample that has stopped has no difference left. The division is guarded, not its result: a mask over the result
+    # would hide an overflow's value and let the NaN of its gradient through.
+    usable = scale.reciprocal().isfinite() & ((p_new / scale).isfinite() & q_new.isfinite()).all(1, keepdim=True)
+    p_new = torch.where(usable, p_new, 0) / torch.where(usable, scale, 1)
+    q_new = torch.where(usable, q_new, 0)
     right = gram[:, :, k]
     step = unit - _matvec(p.mT, _matvec(q, right)) - p_new * (q_new * right).sum(1, keepdim=True)
     return p_new, q_new, step
@@ -279,15 +286,20 @@ def anderson_coefficients(gram: Tensor, steps: Tensor, k: int, m: int, ridge: fl
     unit[:, k] = 1
     if first == k:
         return unit
-    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    differences = (identity[first + 1 : k + 1] - identity[first:k]).expand(len(gram), -1, -1)
-    normal = differences @ gram @ differences.mT
+    by_row = gram[:, first + 1 : k + 1] - gram[:, first:k]
+    normal = by_row[:, :, first + 1 : k + 1] - by_row[:, :, first:k]
     trace = normal.diagonal(dim1=1, dim2=2).sum(1)
     # A sample that has stopped has no differences left: a unit diagonal keeps its system, and gradients, finite.
     diagonal = torch.where(trace > 0, ridge * trace, 1).unsqueeze(1).expand(-1, k - first).diag_embed()
-    right = differences @ gram[:, :, k : k + 1]
-    gamma = torch.linalg.solve_ex(normal + diagonal, right).result
-    gamma = torch.where(gamma.isfinite().all(1, keepdim=True), gamma, 0)
+    system, right = normal + diagonal, by_row[:, :, k : k + 1]
+    gamma = torch.linalg.solve_ex(system, right).result
+    usable = gamma.isfinite().all(1, keepdim=True)
+    if gamma.requires_grad:  # through a singular system even a masked gradient is NaN
+        one = torch.eye(k - first, dtype=gram.dtype, device=gram.device)
+        gamma = torch.linalg.solve_ex(torch.where(usable, system, one), torch.where(usable, right, 0)).result
+    gamma = torch.where(usable, gamma, 0)
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    differences = identity[first + 1 : k + 1] - identity[first:k]
     return unit - _matvec((steps[:, first:k] + differences).mT, gamma.squeeze(2))
 
 
@@ -312,7 +324,8 @@ def combine(state: State, z: Tensor, *, count: int, advance: bool) -> None:
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(2)).squeeze(2)
+    # Not a batched product: libraries cut those by the size of the batch and wake threads for a few numbers.
+    return (matrix * vector.unsqueeze(1)).sum(2)
 
 
 def _per_channel(statistic: Tensor, channels: int) -> Tensor:
@@ -328,10 +341,11 @@ def _affine(x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor) -> Tensor:
 
 
 def _group_norm(x: Tensor, norm: Norm, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    variance, mean = torch.var_mean(x.unflatten(1, (groups, -1)), (2, 3, 4), correction=0)
-    rstd = (variance + eps).rsqrt()
-    out = torch.group_norm(x, groups, *norm, eps)  # contiguous on a GPU, whatever x is
-    return out.contiguous(memory_format=memory_format(x)), mean, rstd
+    # Squares of float32 overflow above 1e19: double precision on a CPU, where it costs little.
+    summed = x.double() if x.device.type == "cpu" else x
+    variance, mean = torch.var_mean(summed.unflatten(1, (groups, -1)), (2, 3, 4), correction=0)
+    mean, rstd = mean.to(x.dtype), (variance + eps).rsqrt().to(x.dtype)
+    return _affine(x, norm, mean, rstd), mean, rstd
 
 
 def _group_norm_vjp(

@@ -1,0 +1,42 @@
+"""Every private name of torch that is used, each with what happens in a torch that lacks it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transforms_active() -> bool:
+    """Are we inside of one of torch.func's transforms (grad, vjp, vmap, jvp, …)? Without the name: no."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and active()
+
+
+def forward_mode_active() -> bool:
+    """Are we inside of forward_ad.dual_level or torch.func.jvp? Without the name: no."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def references(x: Tensor) -> int | None:
+    """How many tensors share x's memory; None where torch does not say."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return None if count is None else count(x.untyped_storage()._cdata)
+
+
+def in_backward_pass() -> bool:
+    """Does autograd run a backward pass in this thread? Without the name: no."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
+@torch.compiler.assume_constant_result
+def in_traced_subgraph() -> bool:
+    """For code that torch.compile traces: does it stand in a region such as torch.utils.checkpoint's, in which nothing
+    outside may be assigned to? Without the names: no, and the compiler refuses the assignment itself."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+    except (ImportError, AttributeError):
+        return False

@@ -1,0 +1,91 @@
+"""What people do to a block's modules, and whether its parameters still say all that F is.
+
+The kernels read parameters and call no module. What works through a module's call (adapters, fake quantisation, hooks,
+another convolution) would be ignored: such a block is evaluated by calling its modules (ResidualBlock.forward).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import cache
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+logger = logging.getLogger("ifr_fast")
+
+# Hooks that do no more than make a parameter from others before a call: they can be run without one.
+WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
+CONVOLUTION = {
+    "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "bias": None,
+    "padding_mode": "zeros",
+}  # fmt: skip
+
+
+def altered_module(module: nn.Module, made: type[nn.Module], options: dict[str, object]) -> str:
+    """Why this module must be called, in words; "" where it computes as a `made` with these attributes does, from its
+    (possibly parametrised) parameters."""
+    kind = type(module)
+    methods = ("forward", "__call__", *(["_conv_forward"] if made is nn.Conv2d else []))
+    if not isinstance(module, made) or any(getattr(kind, m) is not getattr(made, m) for m in methods):
+        return f"is a {kind.__module__}.{kind.__qualname__}"
+    if "forward" in module.__dict__:
+        return "has a forward of its own"
+    if hooks := called_hooks(module):
+        return hooks
+    for name, value in options.items():
+        if getattr(module, name) != value:
+            return f"has {name}={getattr(module, name)}, not {value}"
+    return ""
+
+
+def called_hooks(module: nn.Module) -> str:
+    """The module's hooks that work through its call, in words; "" where it has none."""
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks"
+    if all(isinstance(hook, WEIGHT_HOOKS) for hook in module._forward_pre_hooks.values()):
+        return ""
+    return "has forward pre-hooks"
+
+
+def update_weights(*modules: nn.Module) -> None:
+    """Runs the hooks that make the parameters which these modules' calls would read."""
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            hook(module, ())
+
+
+def check_map(block: nn.Module) -> None:
+    """ValueError where F cannot be evaluated as often as each solve needs: a module makes it another map every time,
+    lets samples see each other, or waits for other processes."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for name, module in block.named_modules(prefix="block"):
+        if fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
+            raise ValueError(
+                f"{name} is sharded by FSDP: its calls gather parameters from all processes, which evaluate F other "
+                "numbers of times. Shard the head as one unit: fully_shard(head), or ModuleWrapPolicy({IFRHead, …})"
+            )
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"{name} drops other entries at each evaluation, so that there is no equilibrium: set p to 0, "
+                "call .eval() on it, or drop out before or after the head"
+            )
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"{name} normalises by the statistics of the batch, so that samples see each other: use a "
+                "GroupNorm, or .eval() it"
+            )
+
+
+@cache
+def say_once(why: str) -> None:
+    logger.warning(
+        "IFRHead calls its block's modules, since %s: right for any module, but several times slower than the kernels, "
+        "with the history of the whole batch in memory and no CUDA graphs",
+        why,
+    )
