@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from fuzz_cases import Case, HeadCase, MapCase
-from fuzz_measure import Checked, dense, norms, same, strides
+from fuzz_measure import Checked, dense, norms, rounding, same, strides
 from torch import Tensor
 
 from ifr_fast import Implicit, Picard, Status, reference
@@ -107,7 +107,7 @@ def fixed_point_reports_what_f_did(c: Checked) -> None:
     limit = 1e37 if s.residual.dtype == torch.float32 else 1e306
     for i in range(c.n):
         steps, trace, status = int(s.iterations[i]), s.trace[:, i].double(), Status(int(s.status[i]))
-        first = None
+        first, extreme = None, False
         for k in range(steps + 1):
             z, f = (t[i : i + 1].double() for t in c.result.calls[k])
             g, size, where = norms(f - z).item(), norms(f).item(), f"sample {i}, evaluation {k}: {status.name}"
@@ -115,6 +115,7 @@ def fixed_point_reports_what_f_did(c: Checked) -> None:
             peak = torch.stack([z, f, f - z]).abs().max().item()
             relative = 0.0 if g == 0 else g / size if size else float("inf")
             overflows = not peak < limit or relative > limit
+            extreme |= overflows
             if status == Status.NONFINITE and k == steps:
                 assert overflows, f"{where}, but ‖f - z‖ = {g:.3e}, ‖f‖ = {size:.3e}, |z|, |f| ≤ {peak:.1e}"
                 continue
@@ -133,7 +134,7 @@ def fixed_point_reports_what_f_did(c: Checked) -> None:
             )
         if status == Status.DIVERGED:
             assert g > 990 * first, f"{where}, ‖g‖ {first:.1e} → {g:.1e}"
-        if exact_dtype and s.residual[i].isfinite():
+        if exact_dtype and s.residual[i].isfinite() and not extreme:
             best = int((s.trace[:, i] == s.residual[i]).nonzero()[0])
             assert same(s.value[i], c.result.calls[best][0][i]), (
                 f"sample {i}: value is not the iterate of evaluation {best}"
@@ -158,10 +159,16 @@ def nonfinite_is_true(c: Checked) -> None:
 
 @check(0.6)
 def samples_do_not_see_each_other(c: Checked) -> None:
-    if not c.case.isolated or c.n == 0:
+    if c.n == 0:
         return
     some = torch.randperm(c.n)[: int(torch.randint(1, c.n + 1, ()))]
     alone = c.case.run(some)
+    if not c.case.isolated:
+        lost, own = (norms(out).isfinite().logical_not() for out in (c.result.output[some], alone.output))
+        assert torch.equal(lost, own), (
+            f"not finite of samples {some.tolist()}: {own.tolist()}, in the batch {lost.tolist()}"
+        )
+        return
     pairs = {"output": (alone.output, c.result.output[some])}
     if c.solution:
         for name in FIELDS:
@@ -189,7 +196,7 @@ def backends_agree(c: Checked) -> None:
     """Two runs with all inputs off by rounding show how far two backends may be apart."""
     if not c.rule or not c.x.numel():
         return
-    eps = torch.finfo(c.case.compute).eps
+    eps = rounding(c.case.compute)
     own, other = c.solution, c.other.solution
     moved = [c.case.perturbed(4 * eps).run(backward=False).solution for _ in range(2)]
     for i in range(c.n):
@@ -207,7 +214,9 @@ def backends_agree(c: Checked) -> None:
         terms = (own.value, c.x, c.case.z0) if isinstance(c.case, MapCase) else (own.value,)
         size = max(norms(t[i : i + 1]) for t in terms)
         error = norms(own.value[i : i + 1].double() - other.value[i : i + 1].double())
-        bound = 1e3 * spread + 100 * max(eps, torch.finfo(own.value.dtype).eps) * size
+        # Near a singular system what the history was rounded to decides, and moves with none of the inputs.
+        stored = torch.finfo(c.rule.history_dtype).eps * traces[0, :-1].min()
+        bound = 1e3 * spread + (100 * max(eps, torch.finfo(own.value.dtype).eps) + 10 * stored) * size
         assert not error > bound, f"{where}: values differ by {error.item():.1e}, by rounding {spread.item():.1e}"
 
 
@@ -220,7 +229,7 @@ def unrolled_blocks_are_the_blocks(c: Checked) -> None:
         f, x = c.case.exact(noise)
         return reference.picard(lambda z: f(z, x), torch.zeros_like(x), steps=c.case.solver.steps)
 
-    expected, eps = unrolled(0.0), torch.finfo(c.case.compute).eps
+    expected, eps = unrolled(0.0), rounding(c.case.compute)
     noise = torch.stack([norms(unrolled(eps) - expected) for _ in range(3)]).amax(0)
     for result in (c.result, c.other):
         error = norms(result.output.double() - expected)
