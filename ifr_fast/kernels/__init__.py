@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import operator
 
 import torch
 from torch import Tensor
@@ -47,12 +46,12 @@ def address(tensor: Tensor, name: str, dtype: torch.dtype, count: int, device: t
     where there are gaps, and where nothing is in memory (meta, fake and wrapped tensors).
     """
     try:
-        fits = tensor.dtype is dtype and tensor.numel() == count and tensor.device == device
-        if fits and (tensor.is_contiguous() or is_channels_last(tensor)):
+        if tensor.dtype is dtype and tensor.numel() == count and tensor.device == device:
             found = tensor.data_ptr()
             # Of a subclass the memory itself is asked for: a view's address is no zero even where there is none.
-            plain = type(tensor) in (Tensor, torch.nn.Parameter)
-            if not count or (found if plain else tensor.untyped_storage().data_ptr()):
+            plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+            there = not count or (found if plain else tensor.untyped_storage().data_ptr())
+            if there and (tensor.is_contiguous() or is_channels_last(tensor)):
                 return found
     except (AttributeError, RuntimeError):  # no tensor, or one that stands for others
         pass
@@ -78,19 +77,20 @@ class Checked:
         made = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
         self.device = self.history.device
         self.made = {name: (t.dtype, t.numel(), t.device) for name, t in made.items()}
-        self.known: dict[tuple[str, ...], tuple[list[Tensor | None], list[int]]] = {}
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        self.__dict__["known"] = {}  # addresses, no longer
 
     def addresses(self, names: tuple[str, ...]) -> list[int]:
-        """Of these tensors, 0 where the constructor left one out; checked anew where one was replaced."""
-        tensors = [getattr(self, name) for name in names]
-        before, found = self.known.get(names, ([], []))
-        if len(before) == len(tensors) and all(map(operator.is_, before, tensors)):
-            return found
-        found = [
-            0 if t is None and name not in self.made else address(t, f"state.{name}", *self.made[name])
-            for name, t in zip(names, tensors, strict=True)
-        ]
-        self.known[names] = tensors, found
+        """Of these tensors, 0 where the constructor left one out; checked anew after any was replaced."""
+        found = self.known.get(names)
+        if found is None:
+            tensors = [getattr(self, name) for name in names]
+            found = self.known[names] = [
+                0 if t is None and name not in self.made else address(t, f"state.{name}", *self.made[name])
+                for name, t in zip(names, tensors, strict=True)
+            ]
         return found
 
 

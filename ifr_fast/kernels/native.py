@@ -191,18 +191,20 @@ def _activation(y: Tensor, groups: int, eps: float) -> tuple[Tensor, _native.Nor
     if not channels_last:
         y = y.contiguous()
     n, channels, height, width = y.shape
-    address(y, "y", y.dtype, n * channels * height * width, CPU)
+    if not y.is_cpu or type(y) is not Tensor:
+        address(y, "y", y.dtype, n * channels * height * width, CPU)
     threads = torch.get_num_threads()
     return y, _native.NormShape(n, channels, height * width, groups, eps, channels_last, threads)
 
 
 def _like(tensor: Tensor, name: str, y: Tensor, dtype: torch.dtype) -> Tensor:
     """tensor with y's memory layout, checked: a convolution or autograd may hand over another one."""
-    if tensor.shape != y.shape or tensor.device != CPU:
+    if tensor.shape != y.shape or not tensor.is_cpu:
         raise ValueError(f"{name} is {describe(tensor)}: expected y's shape {tuple(y.shape)} on {CPU}")
     if tensor.dtype != dtype or tensor.stride() != y.stride():
         tensor = torch.empty_like(y, dtype=dtype).copy_(tensor)
-    address(tensor, name, dtype, y.numel(), CPU)
+    if type(tensor) is not Tensor:
+        address(tensor, name, dtype, y.numel(), CPU)
     return tensor
 
 
