@@ -24,6 +24,14 @@ def references(x: Tensor) -> int | None:
     return None if count is None else count(x.untyped_storage()._cdata)
 
 
+def weight_norm(gain: Tensor, direction: Tensor) -> Tensor:
+    """gain · direction / ‖direction‖, with the norm over all dimensions but the first; in one kernel with the name."""
+    fused = getattr(torch, "_weight_norm", None)
+    if fused is not None:
+        return fused(direction, gain, 0)
+    return direction * (gain / torch.norm_except_dim(direction, 2, 0))
+
+
 def in_backward_pass() -> bool:
     """Does autograd run a backward pass in this thread? Without the name: no."""
     task = getattr(torch._C, "_current_graph_task_id", None)

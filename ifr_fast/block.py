@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import nullcontext
-from copy import deepcopy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
 
 from . import backend as backends
 from . import ops  # noqa: F401  (registers torch.ops.ifr_fast)
@@ -20,6 +18,7 @@ from .altered import CONVOLUTION, altered_module, called_hooks, update_weights
 from .config import DTYPES, check_bool
 from .kernels.plain import wide
 from .residual import EPS, FORMS
+from .weight_norm import adopted, is_torchs, normalised
 
 
 class ResidualBlock(nn.Module):
@@ -88,7 +87,7 @@ class ResidualBlock(nn.Module):
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             if weight_norm:
-                parametrizations.weight_norm(conv, dim=0)
+                normalised(conv)
 
     def altered(self) -> str:
         """Why F must call the block's modules, in words; "" where their parameters are all that F depends on."""
@@ -160,20 +159,9 @@ class ResidualBlock(nn.Module):
                 y = y + r
             return (y if self.form == "paper" else self.gn3(F.relu(y))).to(z.dtype)
 
-    # torch copies parametrised modules, but pickles none: a weight-normed convolution travels as a plain one with its
-    # gain beside it.
-    def __deepcopy__(self, memo: dict[int, Any]) -> ResidualBlock:
-        other = memo[id(self)] = self.__class__.__new__(self.__class__)
-        other.__dict__.update(deepcopy(self.__dict__, memo))
-        return other
-
     def __getstate__(self) -> dict[str, Any]:
-        modules = {k: _plain(m) if _is_weight_normed(m) else m for k, m in self._modules.items()}
-        return {**self.__dict__, "_modules": modules}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._modules = {k: _weight_normed(m) if hasattr(m, "gain") else m for k, m in self._modules.items()}
+        # Torch pickles no module that its own weight_norm has parametrised.
+        return {**self.__dict__, "_modules": {k: adopted(m) if is_torchs(m) else m for k, m in self._modules.items()}}
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}"
@@ -185,24 +173,3 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
-
-
-def _is_weight_normed(module: nn.Module) -> bool:
-    if not parametrize.is_parametrized(module, "weight"):
-        return False
-    original = {name for name, _ in module.parametrizations.weight.named_parameters()}
-    return original == {"original0", "original1"} and len(module.parametrizations.weight) == 1
-
-
-def _plain(conv: nn.Conv2d) -> nn.Conv2d:
-    plain = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False, device="meta").train(conv.training)
-    plain.gain, plain.weight = conv.parametrizations.weight.original0, conv.parametrizations.weight.original1
-    return plain
-
-
-def _weight_normed(plain: nn.Conv2d) -> nn.Conv2d:
-    gain, direction = plain.gain, plain.weight
-    del plain.gain
-    parametrizations.weight_norm(plain, dim=0)
-    plain.parametrizations.weight.original0, plain.parametrizations.weight.original1 = gain, direction
-    return plain

@@ -150,7 +150,7 @@ class IFRHead(nn.Module):
             raise NotImplementedError("IFRHead: ONNX has no operator for a solve; export it with solver=Unroll(steps)")
         if why := self.altered():
             return self._solve_by_calls(x, why)
-        keep = isinstance(self.adjoint, Shine) and torch.is_grad_enabled()
+        keep = isinstance(self.adjoint, Shine) and (torch.is_grad_enabled() or torch.jit.is_tracing())
         params, call = self.block.tensors_for(x), self.call(compute_dtype(x), keep)
         value, residual, iterations, trace, status, *_ = transforms.solve(x, params, call)
         self._report(Solution(value, residual, iterations, trace, status))

@@ -1,0 +1,73 @@
+"""Weight normalisation of a convolution, as torch.nn.utils.parametrizations.weight_norm(conv, dim=0) has it: the same
+values, the same keys in a state dict, removed by the same parametrize.remove_parametrizations.
+
+Torch gives every parametrised module a class of its own and a hook that is local to a function, so that torch.compile
+compiles each anew and none can be pickled. Here all share one class.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ._torch import weight_norm
+
+
+class WeightNorm(nn.Module):
+    """weight = gain · direction / ‖direction‖, the norm being that of an output channel."""
+
+    def forward(self, gain: Tensor, direction: Tensor) -> Tensor:
+        return weight_norm(gain, direction)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.norm_except_dim(weight, 2, 0), weight
+
+
+class _Shared(type(nn.Module)):
+    """The class of a class whose property outlives remove_parametrizations, which deletes it for the one convolution
+    that it then makes a plain nn.Conv2d."""
+
+    def __delattr__(cls, name: str) -> None:
+        if name != "weight":
+            super().__delattr__(name)
+
+
+class WeightNormConv2d(nn.Conv2d, metaclass=_Shared):
+    """What normalised() makes of a convolution."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.parametrizations.weight()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.parametrizations.weight.right_inverse(value)
+
+
+def normalised(conv: nn.Conv2d) -> nn.Conv2d:
+    """conv itself, its weight reparametrised by weight normalisation."""
+    parametrize.register_parametrization(conv, "weight", WeightNorm(), unsafe=True)
+    conv.__class__ = WeightNormConv2d
+    return conv
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Is module a convolution that torch's own weight_norm, and nothing else, parametrised (over dimension 0)?"""
+    if not parametrize.is_parametrized(module, "weight") or type(module) is WeightNormConv2d:
+        return False
+    steps = list(module.parametrizations.weight)
+    plain = parametrize.type_before_parametrizations(module) is nn.Conv2d and len(module.parametrizations) == 1
+    return plain and len(steps) == 1 and type(steps[0]).__name__ == "_WeightNorm" and steps[0].dim == 0
+
+
+def adopted(conv: nn.Conv2d) -> nn.Conv2d:
+    """The same convolution with torch's weight normalisation replaced by this one; the tensors are shared."""
+    other = WeightNormConv2d.__new__(WeightNormConv2d)
+    other.__dict__ = {**conv.__dict__, "_load_state_dict_pre_hooks": {}, "_modules": dict(conv._modules)}
+    steps = conv.parametrizations.weight
+    plain = nn.Conv2d(1, 1, 1, device="meta")
+    ours = normalised(plain).parametrizations
+    ours.weight.original0, ours.weight.original1 = steps.original0, steps.original1
+    other._modules["parametrizations"] = ours.train(conv.training)
+    return other
