@@ -4,7 +4,9 @@ import pytest
 from fuzz import report, run_case, run_cases, seeds
 from fuzz_refusals import REFUSED, unrefused
 
-CASES = 250
+CASES = 200
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # cases are too small for two
 
 
 @pytest.mark.filterwarnings("ignore")
