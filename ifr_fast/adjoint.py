@@ -146,15 +146,16 @@ class Shine(Adjoint):
     def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor, Tensor]:
         # (I - ∂F/∂H)ᵀ w = grad and J⁻¹ = -I + U Vᵀ of J = ∂F/∂H - I: w = grad - V Uᵀ grad, U = G Pᵀ, V = G Qᵀ.
         # Coefficients of rows that were never filled are zero, but what stands there may not be finite.
+        # The pairs' coefficients go with the inverse square of the residuals: their products are of the algebra's dtype.
         grad, memory = equation.grad, equation.memory
-        flat = _flatten(grad)
-        rows = memory.history.shape[1]
-        dots = torch.stack([(memory.history[:, j] * flat).sum(1) for j in range(rows)], 1).nan_to_num(0.0)
-        coefficients = memory.q.mT @ (memory.p @ dots.to(memory.p.dtype).unsqueeze(2))
+        flat, rows = _flatten(grad).to(memory.p.dtype), range(memory.history.shape[1])
+        dots = torch.stack([(memory.history[:, j] * flat).sum(1) for j in rows], 1).nan_to_num(0.0)
+        coefficients = memory.q.mT @ (memory.p @ dots.unsqueeze(2))
         w = flat.clone()
-        for j in range(rows):
-            scale = coefficients[:, j].to(flat.dtype)
+        for j in rows:
+            scale = coefficients[:, j]
             w -= torch.where(scale != 0, scale * memory.history[:, j], 0)
+        w = w.to(grad.dtype)
         return _unflatten(w, grad), *_unsolved(grad)
 
 

@@ -34,7 +34,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [dict(), dict(solver=Unroll(2)), dict(solver="anderson"), dict(adjoint=Shine()), dict(form="plain")],
+    [{}, dict(solver=Unroll(2)), dict(solver="anderson"), dict(adjoint=Shine()), dict(form="plain")],
     ids=str,
 )
 def test_export_with_a_dynamic_batch(options, strict, x, make_head):
@@ -79,7 +79,7 @@ def test_aotinductor_package_in_a_fresh_process(dtype, x, make_head, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("options", [dict(), dict(solver=Unroll(2)), dict(adjoint=Shine())], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(solver=Unroll(2)), dict(adjoint=Shine())], ids=str)
 def test_jit_trace(options, grad, x, make_head):
     head = make_head(8, groups=2, **options).eval()
     with torch.set_grad_enabled(grad):
@@ -118,7 +118,7 @@ def test_an_altered_block_is_not_traced(x, make_head):
     torch.testing.assert_close(torch.compile(head, backend="eager")(x), head(x))
 
 
-@pytest.mark.parametrize("options", [dict(), dict(adjoint=Unrolled(), solver=Broyden(3))], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(adjoint=Unrolled(), solver=Broyden(3))], ids=str)
 def test_compiled_checkpoints(options, x, make_head):
     head = make_head(8, groups=2, **options)
     step = torch.compile(lambda x: checkpoint(head, x, use_reentrant=False) * 2, backend="aot_eager", fullgraph=True)
