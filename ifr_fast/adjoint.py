@@ -146,7 +146,7 @@ class Shine(Adjoint):
     def cotangent(self, equation: Equation) -> tuple[Tensor, Tensor, Tensor]:
         # (I - ∂F/∂H)ᵀ w = grad and J⁻¹ = -I + U Vᵀ of J = ∂F/∂H - I: w = grad - V Uᵀ grad, U = G Pᵀ, V = G Qᵀ.
         # Coefficients of rows that were never filled are zero, but what stands there may not be finite.
-        # The pairs' coefficients go with the inverse square of the residuals: their products are of the algebra's dtype.
+        # The pairs' coefficients grow with the inverse square of the residuals: products are of the algebra's dtype.
         grad, memory = equation.grad, equation.memory
         flat, rows = _flatten(grad).to(memory.p.dtype), range(memory.history.shape[1])
         dots = torch.stack([(memory.history[:, j] * flat).sum(1) for j in rows], 1).nan_to_num(0.0)

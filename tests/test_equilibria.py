@@ -298,7 +298,8 @@ def test_a_head_names_an_input_of_a_wrong_type(x, make_head):
     "options",
     [
         dict(channels="8"), dict(channels=8.0), dict(groups="2"), dict(groups=2.0), dict(mid_channels=[8]),
-        dict(form=1),         dict(weight_norm="yes"), dict(post_gain="1"), dict(post_gain=None), dict(warmup_steps=1.0), dict(cuda_graphs=1),
+        dict(form=1),
+        dict(weight_norm="yes"), dict(post_gain="1"), dict(post_gain=None), dict(warmup_steps=1.0), dict(cuda_graphs=1),
         dict(warmup_unroll=None), dict(backend=None), dict(solver=None), dict(adjoint=1),
     ],
     ids=str,
