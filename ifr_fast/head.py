@@ -48,8 +48,10 @@ class IFRHead(nn.Module):
             keep their workspace (rules.Rule) until ifr_fast.graphs.clear().
 
     Attributes: block, the ResidualBlock; last_solution, the Solution of the last forward pass (None after an
-        Unroll); its value may share memory with the output.
-    Raises ValueError for arguments, shapes and dtypes that do not fit.
+        Unroll; not set where torch.compile traces a checkpointed region); its value may share memory with the output.
+    Where the block's modules were changed (`altered`), its solve is fixed_point's on their calls.
+    Raises ValueError for arguments, shapes, dtypes and devices that do not fit, and for a block without an equilibrium
+    of each sample; NotImplementedError in forward mode and under tools that cannot take a solve.
     """
 
     def __init__(
