@@ -28,7 +28,8 @@ MACHINES = {
     "any x86-64, 1 thread": ANY_X86 | {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "OMP_NUM_THREADS": "1"},
     "laptop of 2013, 2 threads": LAPTOP | {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "OMP_NUM_THREADS": "2"},
     "without AMX, another MKL": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "MKL_CBWR": "COMPATIBLE"},
-    "this one, 4 threads": {"OMP_NUM_THREADS": "4"},
+    # By itself MKL, and torch with it, takes no more threads than there are cores.
+    "this one, 4 threads": {"OMP_NUM_THREADS": "4", "MKL_DYNAMIC": "FALSE"},
     "this one, 1 thread": {"OMP_NUM_THREADS": "1"},
 }
 # What PROBE prints under a switch.
