@@ -153,7 +153,7 @@ def planned(out: Path, scratch: Path) -> list[Stage]:
     def tests(name: str, least: float, most: float, pattern: str, lacking: str = "") -> Stage:
         paths = sorted((ROOT / "tests").glob(pattern))
         options = ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-v", "--tb=short", "--maxfail=15"]
-        options += ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=45", "-k", NEED_NO_GPU]
+        options += ["--full", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=45", "-k", NEED_NO_GPU]
         if not missing("xdist"):  # most of the time kernels are compiled, on one core a process
             options += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
         absent = lacking or missing("pytest", "hypothesis") or ("" if paths else f"there are no tests/{pattern}")

@@ -36,6 +36,7 @@ DTYPES = {
 
 # On weights packed beforehand, which have no strides; alone it is timed as the convolution that it stands for.
 PACKED = "mkldnn::_convolution_pointwise"
+DIRECT = "aten::mkldnn_convolution"  # called by itself, or by aten's convolution, which is then the one that counts
 
 
 class Operand(NamedTuple):
@@ -101,9 +102,12 @@ def profile(call: Call, device: torch.device) -> Profile:
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
         peak = _highest([e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == 0])
-    names = ("aten::convolution", "aten::convolution_backward", PACKED)
-    convolutions = Counter(_convolution(e) for e in events if e.get("name") in names)
-    return Profile(result, peak, convolutions)
+    found = [e for e in events if e.get("name") in ("aten::convolution", "aten::convolution_backward", PACKED)]
+    spans = [(e["ts"], e["ts"] + e["dur"]) for e in found]
+    for event in events:
+        if event.get("name") == DIRECT and not any(start <= event["ts"] <= end for start, end in spans):
+            found.append(event)
+    return Profile(result, peak, Counter(map(_convolution, found)))
 
 
 def _highest(events: list[dict]) -> int:
@@ -133,11 +137,12 @@ def _convolution(event: dict) -> Convolution:
         else:
             value = ast.literal_eval(value) if value else None
             arguments.append(tuple(value) if isinstance(value, list) else value)
-    if event["name"] == PACKED:
+    if event["name"] in (PACKED, DIRECT):
         x, weight, bias, padding, stride, dilation, groups, *_ = arguments
-        format = torch.channels_last if x.strides[1] == 1 else torch.contiguous_format
-        strides = torch.empty(weight.shape, device="meta").to(memory_format=format).stride()
-        weight = weight._replace(strides=strides)
+        if event["name"] == PACKED:
+            format = torch.channels_last if x.strides[1] == 1 else torch.contiguous_format
+            strides = torch.empty(weight.shape, device="meta").to(memory_format=format).stride()
+            weight = weight._replace(strides=strides)
         return Convolution("convolution", (x, weight, bias, stride, padding, dilation, False, (0, 0), groups))
     return Convolution(event["name"].removeprefix("aten::"), tuple(arguments))
 

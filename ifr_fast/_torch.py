@@ -24,6 +24,16 @@ def references(x: Tensor) -> int | None:
     return None if count is None else count(x.untyped_storage()._cdata)
 
 
+def conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """torch.conv2d with padding 1, differentiable. On a CPU in float32 the algorithm that torch chooses depends on the
+    number of samples, and with it the last bits of each; oneDNN's does not. Without the name: torch's choice."""
+    direct = getattr(torch, "mkldnn_convolution", None)
+    served = x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+    if direct is None or not served or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+        return torch.conv2d(x, weight, padding=1)
+    return direct(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
+
+
 def weight_norm(gain: Tensor, direction: Tensor) -> Tensor:
     """gain · direction / ‖direction‖, with the norm over all dimensions but the first; in one kernel with the name."""
     fused = getattr(torch, "_weight_norm", None)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import check_int, choice
 from .kernels import State, is_channels_last, pick
+from .kernels.plain import matvec
 from .residual import Block, Linearised
 from .rules import Broyden, Rule, Unroll, check_solver
 from .solve import largest, solve
@@ -150,10 +151,10 @@ class Shine(Adjoint):
         grad, memory = equation.grad, equation.memory
         flat, rows = _flatten(grad).to(memory.p.dtype), range(memory.history.shape[1])
         dots = torch.stack([(memory.history[:, j] * flat).sum(1) for j in rows], 1).nan_to_num(0.0)
-        coefficients = memory.q.mT @ (memory.p @ dots.unsqueeze(2))
+        coefficients = matvec(memory.q.mT, matvec(memory.p, dots))
         w = flat.clone()
         for j in rows:
-            scale = coefficients[:, j]
+            scale = coefficients[:, j : j + 1]
             w -= torch.where(scale != 0, scale * memory.history[:, j], 0)
         w = w.to(grad.dtype)
         return _unflatten(w, grad), *_unsolved(grad)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import backend as backends
 from . import ops  # noqa: F401  (registers torch.ops.ifr_fast)
-from ._torch import forward_mode_active, transforms_active
+from ._torch import conv2d, forward_mode_active, transforms_active
 from .altered import CONVOLUTION, altered_module, called_hooks, update_weights
 from .config import DTYPES, check_bool
 from .kernels.plain import wide
@@ -135,13 +135,13 @@ class ResidualBlock(nn.Module):
             return self._by_calls(z, x, dtype)
         affine = wide(dtype)
         conv1, gn1_weight, gn1_bias, conv2, *norms = self.tensors_for(x)
-        norm1, norms = [t.to(affine) for t in (gn1_weight, gn1_bias)], [t.to(affine) for t in norms]
+        norm1, norms = ([t.to(affine).contiguous() for t in ts] for ts in ((gn1_weight, gn1_bias), norms))
         options = self.groups, EPS, self.backend
         with torch.autocast(x.device.type, enabled=False) if x.device.type != "meta" else nullcontext():
             r = (z + x).to(dtype)
-            y = F.conv2d(r, conv1.to(dtype), padding=1)
+            y = conv2d(r, conv1.to(dtype))
             h = torch.ops.ifr_fast.norm_relu(y, *norm1, *options)[0]
-            y = F.conv2d(h, conv2.to(dtype), padding=1)
+            y = conv2d(h, conv2.to(dtype))
             out = torch.ops.ifr_fast.norm_tail(y, None if self.form == "plain" else r, norms, *options)[0]
         return out.to(z.dtype)
 

@@ -108,7 +108,8 @@ def _solve_backward_batch(
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     adjoint, dtype = call.adjoint, call.dtype
     kernels = backends.kernels(call.backend, x.device.type, dtype)
-    grad_x, residual = torch.empty_like(x), x.new_empty(len(x), dtype=wide(dtype))
+    grad_x = torch.empty_like(x, memory_format=memory_format(x))
+    residual = x.new_empty(len(x), dtype=wide(dtype))
     iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     grad_params = [torch.zeros_like(p, dtype=wide(dtype)) for p in params]
     block = None

@@ -212,7 +212,7 @@ class _Attach(torch.autograd.Function):
 
 def _depends_on_more(end: Tensor, leaf: Tensor) -> bool:
     """Does anything that requires a gradient, beside leaf, lead to end?"""
-    if not leaf.requires_grad:
+    if not leaf.requires_grad or (end.is_leaf and end is not leaf):
         return end.requires_grad
     own = torch.autograd.graph.get_gradient_edge(leaf).node
     nodes, seen = [end.grad_fn], {None, own}

@@ -199,12 +199,16 @@ class IFRHead(nn.Module):
             check_map(self.block)
             say_once(why)
         z = torch.zeros_like(x, dtype=wide(dtype), memory_format=memory_format(x))
+        # Widened once: X's gradient is a sum over the steps, too long a one for 16 bits.
+        injection = x.to(wide(dtype))
+        takes_dtype = getattr(type(self.block), "forward", None) is ResidualBlock.forward
+        options = {"dtype": dtype} if takes_dtype else {}
         if steps:
             self._report(None)
             for _ in range(steps):
-                z = self.block(z, x)
+                z = self.block(z, injection, **options)
         else:
-            solved = differentiable_solve(lambda z: self.block(z, x), z, self.solver.resolve(dtype))
+            solved = differentiable_solve(lambda z: self.block(z, injection, **options), z, self.solver.resolve(dtype))
             self._report(solved)
             z = solved.value
         return z.to(x.dtype).contiguous(memory_format=memory_format(x))

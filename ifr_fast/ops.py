@@ -14,12 +14,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import backend as backends
 from .adjoint import Implicit, Phantom
 from .call import Call
-from .kernels import is_channels_last, plain
+from .kernels import is_channels_last, memory_format, plain
 from .kernels.plain import wide
 
 torch.library.define(
@@ -163,7 +163,7 @@ def solve_results(x: Tensor, call: Call) -> tuple[Tensor, ...]:
     rows, size = (steps, math.prod(x.shape[1:])) if call.keep else (0, 0)
     algebra = torch.float64 if x.device.type == "cpu" else state
     return (
-        torch.empty_like(x),
+        torch.empty_like(x, memory_format=memory_format(x)),
         x.new_empty(n, dtype=state),
         x.new_empty(n, dtype=torch.int64),
         x.new_empty(steps + 1, n, dtype=state),
@@ -185,7 +185,8 @@ def _(grad, value, x, params, memory, call):
     check_devices(x, [grad, value, *params, *memory])
     n, state = x.shape[0], wide(Call.decode(call).dtype)
     residual, iterations = x.new_empty(n, dtype=state), x.new_empty(n, dtype=torch.int64)
-    return torch.empty_like(x), [torch.empty_like(p) for p in params], residual, iterations
+    grad_x = torch.empty_like(x, memory_format=memory_format(x))
+    return grad_x, [torch.empty_like(p) for p in params], residual, iterations
 
 
 def _solve_context(ctx, inputs, output):
@@ -217,6 +218,13 @@ for _op in ("norm_relu_vjp", "norm_tail_vjp", "solve_backward"):
 
 # What torch.utils.flop_counter counts. A sample that has stopped costs no more; where nothing was computed (FakeTensor,
 # meta), each takes all steps.
+
+
+if torch.ops.aten.mkldnn_convolution not in flop_registry:  # an unroll's, on a CPU (_torch.conv2d)
+
+    @register_flop_formula(torch.ops.aten.mkldnn_convolution)
+    def _(x_shape, weight_shape, *_, out_shape, **__):
+        return 2 * math.prod(weight_shape) * x_shape[0] * math.prod(out_shape[2:])
 
 
 @register_flop_formula(torch.ops.ifr_fast.solve, get_raw=True)

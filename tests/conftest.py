@@ -70,6 +70,8 @@ def poisoned(monkeypatch):
 
         return filled
 
+    with torch.device("cpu"):
+        torch.empty(0)  # torch remembers for good which functions it gives a default device, by what they are now
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, fill(getattr(torch, name)))
 

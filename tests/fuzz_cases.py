@@ -16,7 +16,7 @@ import torch
 from fuzz_inputs import FLOATS, LAYOUTS, Draw, laid_out, perturb, random_adjoint, random_features, random_solver
 from torch import Tensor
 
-from ifr_fast import Broyden, IFRHead, Implicit, Solution, Unroll, Unrolled, fixed_point
+from ifr_fast import Broyden, IFRHead, Implicit, Solution, Unroll, fixed_point
 
 
 @dataclass
@@ -130,9 +130,7 @@ class HeadCase(Case):
         self.upstream = torch.randn(self.x.shape).to(self.dtype)
         compute = self.dtype if self.dtype == torch.float64 else self.autocast or self.dtype
         self.compute = self.rule_dtype = torch.float32 if compute == torch.float16 else compute  # on a CPU
-        # torch.conv2d takes another algorithm for one sample in float32 than for two; packed weights have one for all.
-        unpacked = self.backend == "reference" or isinstance(self.solver, Unroll) or isinstance(self.adjoint, Unrolled)
-        self.isolated = self.compute != torch.float32 or not unpacked
+        self.isolated = True
 
     def params(self) -> list[Tensor]:
         return list(self.head.parameters())
@@ -143,7 +141,7 @@ class HeadCase(Case):
 
     def exact(self, noise=0.0):
         params = [perturb(p.detach().double(), noise) for p in self.head.block.tensors()]
-        options = dict(form=self.head.block.form, groups=self.head.block.groups)
+        options = dict(form=self.head.block.form, groups=self.head.block.groups, noise=noise)
         return lambda z, x: exact_block(z, x, params, **options)[0], perturb(self.x.double(), noise)
 
     def peak(self) -> Tensor:
@@ -158,16 +156,20 @@ class HeadCase(Case):
         return last.norm() * (self.x.shape[2] * self.x.shape[3]) ** 0.5
 
 
-def exact_block(z: Tensor, x: Tensor, params: list[Tensor], *, form: str, groups: int) -> tuple[Tensor, Tensor]:
+def exact_block(
+    z: Tensor, x: Tensor, params: list[Tensor], *, form: str, groups: int, noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """reference.residual_block in float64, and (N,) the largest magnitude on the way. Its norms subtract an element of
-    the group before anything else: a group of equal values is zero then, whatever they are."""
+    the group before anything else: a group of equal values is zero then, whatever they are. noise: of the group's mean,
+    relative, for a float32 mean far above the group's spread is as far off."""
     conv1, weight1, bias1, conv2, *affine = params
 
     def norm(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         group = y.unflatten(1, (groups, -1)).flatten(2)
-        group = group - group[:, :, :1]
+        first = group[:, :, :1]
+        group = group - first
         size = group.abs().amax(2, keepdim=True).clamp_min(1)  # squares of what is left may overflow
-        group = (group - group.mean(2, keepdim=True)) / size
+        group = (group - group.mean(2, keepdim=True) + perturb(first, noise) - first) / size
         group = group / (group.square().mean(2, keepdim=True) + 1e-5 / size / size).sqrt()
         return group.view_as(y) * weight[:, None, None] + bias[:, None, None]
 

@@ -8,7 +8,7 @@ import torch
 from fuzz_cases import Case, MapCase, Result
 from torch import Tensor
 
-from ifr_fast import Solution
+from ifr_fast import Solution, Unrolled
 
 
 class Checked:
@@ -24,6 +24,11 @@ class Checked:
             not same(old, t) or t._version != version or t.grad is not None
             for t, (old, version) in zip(tensors, before, strict=True)
         ]
+
+    @property
+    def solves(self) -> bool:
+        """Is the gradient an adjoint's, and not that of an unroll?"""
+        return bool(self.rule) and not isinstance(self.case.adjoint, Unrolled)
 
     @cached_property
     def other(self) -> Result:
@@ -75,16 +80,6 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5)) and (
         not a.is_floating_point() or torch.equal(a.isnan(), b.isnan())
     )  # fmt: skip
-
-
-def dense(x: Tensor) -> bool:
-    """Do x's elements fill a block of memory, each once?"""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def strides(x: Tensor) -> list[int]:

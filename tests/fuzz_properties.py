@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from fuzz_cases import Case, HeadCase, MapCase
-from fuzz_measure import Checked, dense, norms, rounding, same, strides
+from fuzz_measure import Checked, norms, rounding, same, strides
 from torch import Tensor
 
 from ifr_fast import Implicit, Picard, Status, reference
@@ -35,8 +35,7 @@ def shape_dtype_and_layout_are_kept(c: Checked) -> None:
     case, out = c.case, c.result.output
     like = c.x if isinstance(case, HeadCase) else case.z0
     assert (out.shape, out.dtype) == (like.shape, like.dtype), (out.shape, out.dtype)
-    kept = dense(like) if isinstance(case, HeadCase) else is_channels_last(like)
-    expected = strides(like if kept else torch.empty(like.shape))
+    expected = strides(like if is_channels_last(like) else torch.empty(like.shape))
     assert (isinstance(case, MapCase) and not c.rule) or strides(out) == expected, (like.stride(), out.stride())
     for z, _ in c.result.calls:
         assert (z.shape, z.dtype) == (like.shape, like.dtype), ("f was called with", z.shape, z.dtype)
@@ -174,7 +173,8 @@ def samples_do_not_see_each_other(c: Checked) -> None:
         for name in FIELDS:
             whole = getattr(c.solution, name)
             pairs[name] = getattr(alone.solution, name), whole[:, some] if name == "trace" else whole[some]
-    if c.result.grads and c.result.grads[0] is not None:
+    # Autograd's convolutions of an unroll choose their algorithm by the size of the batch.
+    if c.result.grads and c.result.grads[0] is not None and c.solves:
         pairs["gradient"] = alone.grads[0], c.result.grads[0][some]
     for name, (own, batch) in pairs.items():
         error = (own.double() - batch.double()).abs().nan_to_num().max() if own.numel() else 0
@@ -206,6 +206,9 @@ def backends_agree(c: Checked) -> None:
         unclear |= bool(((traces > 0.3 * c.rule.rtol) & (traces < 3 * c.rule.rtol)).any()) or bool(
             (traces < 1e2 * eps).any()
         )
+        if traces.shape[1] > 1:  # which of two equal residuals is the smallest is for rounding to say
+            lowest = traces.nan_to_num(torch.inf).unique(dim=1).sort(1).values[:, :2]
+            unclear |= lowest.shape[1] > 1 and bool((lowest[:, 1] <= (1 + 1e2 * eps) * lowest[:, 0]).any())
         if unclear:
             continue
         assert own.status[i] == other.status[i], where
@@ -262,10 +265,11 @@ def gradients_are_finite(c: Checked) -> None:
 @check()
 def gradients_are_laid_out_as_x(c: Checked) -> None:
     grad = c.result.grads[0] if c.result.grads else None
-    if grad is None or not isinstance(c.case, HeadCase):
-        return
+    if grad is None or not c.solves or not isinstance(c.case, HeadCase):
+        return  # of an unroll autograd's own operators choose the layout
     assert (grad.shape, grad.dtype) == (c.x.shape, c.x.dtype), (grad.shape, grad.dtype)
-    assert strides(grad) == strides(c.x if dense(c.x) else torch.empty(c.x.shape)), (c.x.stride(), grad.stride())
+    expected = strides(c.x if is_channels_last(c.x) else torch.empty(c.x.shape))
+    assert strides(grad) == expected, (c.x.stride(), grad.stride())
 
 
 @check()

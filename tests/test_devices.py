@@ -9,7 +9,7 @@ from ifr_fast import Broyden, IFRHead, JacobianFree, Phantom, Shine, Unroll, Unr
 from ifr_fast.residual import EPS
 
 OPTIONS = [
-    dict(), dict(adjoint=JacobianFree()), dict(adjoint=Phantom()), dict(adjoint=Shine()), dict(adjoint=Unrolled()),
+    {}, dict(adjoint=JacobianFree()), dict(adjoint=Phantom()), dict(adjoint=Shine()), dict(adjoint=Unrolled()),
     dict(solver=Unroll(2)), dict(form="plain"), dict(weight_norm=False),
 ]  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_ops_refuse_several_devices():
 
 @pytest.mark.parametrize("solver", [Broyden(), Unroll(2)], ids=str)
 def test_fixed_point_refuses_another_device(solver):
-    with pytest.raises(ValueError, match="f returned shape .* on meta"):
+    with pytest.raises(ValueError, match=r"f returned shape .* on meta"):
         fixed_point(lambda z: z.to("meta"), torch.zeros(2, 3), solver=solver)
     assert fixed_point(torch.sin, torch.zeros(2, 3, device="meta"), solver=solver)[0].is_meta
 

@@ -111,9 +111,10 @@ struct Norm {
 
   int64_t per_group() const { return shape.channels / shape.groups; }
 
-  // The statistics of what value(sample, element, channel) gives.
-  template <typename C, typename Value>
-  void measure(C &chain, Value value) {
+  // The statistics of what value(sample, element, channel) gives; again() gives the same once value has run everywhere,
+  // and may have overwritten what it read.
+  template <typename C, typename Value, typename Again>
+  void measure(C &chain, Value value, Again again) {
     const int64_t channels = shape.channels;
     std::vector<char> inexact(shape.n * shape.groups);
     chain.template reduce<false>([=](int64_t n, int64_t e, int64_t c, W &s, W &) { s = value(n, e, c); });
@@ -122,7 +123,7 @@ struct Norm {
     if (std::find(inexact.begin(), inexact.end(), true) == inexact.end()) return;
     const W *near = center.data();
     chain.template reduce<false>([=](int64_t n, int64_t e, int64_t c, W &s, W &) {
-      s = value(n, e, c) - near[n * channels + c];
+      s = again(n, e, c) - near[n * channels + c];
     });
     from_sums(chain, inexact, true);
     from_statistics();
@@ -202,7 +203,8 @@ struct Kernels {
     const T *y = static_cast<const T *>(a.y);
     T *out = static_cast<T *>(a.out);
     const int64_t size = chain.size, channels = shape.channels;
-    norm.measure(chain, [=](int64_t n, int64_t e, int64_t) { return load(y[n * size + e]); });
+    auto value = [=](int64_t n, int64_t e, int64_t) { return load(y[n * size + e]); };
+    norm.measure(chain, value, value);
     const W *center = norm.center.data(), *scale = norm.scale.data(), *bias = norm.bias;
     chain.map([=](int64_t n, int64_t e, int64_t c) {
       const int64_t t = n * channels + c;
@@ -242,7 +244,8 @@ struct Kernels {
     const T *y = static_cast<const T *>(a.y), *r = static_cast<const T *>(a.r);
     W *out = static_cast<W *>(a.out);
     const int64_t size = chain.size, channels = shape.channels;
-    first.measure(chain, [=](int64_t n, int64_t e, int64_t) { return load(y[n * size + e]); });
+    auto value = [=](int64_t n, int64_t e, int64_t) { return load(y[n * size + e]); };
+    first.measure(chain, value, value);
     const W *center = first.center.data(), *scale = first.scale.data(), *bias = first.bias;
     auto sum = [=](int64_t n, int64_t e, int64_t c) {
       const int64_t t = n * channels + c;
@@ -254,7 +257,9 @@ struct Kernels {
       return;
     }
     Norm<W> second(shape, a.weight_b, a.bias_b, a.mean_b, a.rstd_b);
-    second.measure(chain, [=](int64_t n, int64_t e, int64_t c) { return out[n * size + e] = relu(sum(n, e, c)); });
+    second.measure(
+        chain, [=](int64_t n, int64_t e, int64_t c) { return out[n * size + e] = relu(sum(n, e, c)); },
+        [=](int64_t n, int64_t e, int64_t) { return out[n * size + e]; });
     const W *center_b = second.center.data(), *scale_b = second.scale.data(), *bias_b = second.bias;
     chain.map([=](int64_t n, int64_t e, int64_t c) {
       const int64_t t = n * channels + c;

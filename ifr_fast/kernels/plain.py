@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._torch import conv2d
 from . import RUNNING, State, memory_order, ridge
 
 Norm = tuple[Tensor, Tensor]
@@ -30,7 +31,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def convolution(weight: Tensor, x: Tensor) -> Convolution:
     """The 3×3 convolution of padding 1 by `weight`, ready for many tensors of x's size (N, ·, H, W). Called with a
     tensor and a state it gives y, and the partial sums of its GroupNorm where it makes them."""
-    return lambda x, state=None: (torch.conv2d(x, weight, padding=1), None)
+    return lambda x, state=None: (conv2d(x, weight), None)
 
 
 def shift(z: Tensor, x: Tensor, dtype: torch.dtype, state: State | None) -> Tensor:
@@ -252,19 +253,19 @@ def broyden_coefficients(
     unit[:, k] = 1
     if k == 0:
         return None, None, unit
-    gram_step = _matvec(gram, step)
+    gram_step = matvec(gram, step)
     gram_y = gram[:, :, k] - gram[:, :, k - 1]
     y = unit - unit.roll(-1, 1)
-    q_new = _matvec(q.mT, _matvec(p, gram_step)) - step
+    q_new = matvec(q.mT, matvec(p, gram_step)) - step
     scale = (q_new * gram_y).sum(1, keepdim=True)
-    p_new = step + y - _matvec(p.mT, _matvec(q, gram_y))
+    p_new = step + y - matvec(p.mT, matvec(q, gram_y))
     # A sample that has stopped has no difference left. The division is guarded, not its result: a mask over the result
     # would hide an overflow's value and let the NaN of its gradient through.
     usable = scale.reciprocal().isfinite() & ((p_new / scale).isfinite() & q_new.isfinite()).all(1, keepdim=True)
     p_new = torch.where(usable, p_new, 0) / torch.where(usable, scale, 1)
     q_new = torch.where(usable, q_new, 0)
     right = gram[:, :, k]
-    step = unit - _matvec(p.mT, _matvec(q, right)) - p_new * (q_new * right).sum(1, keepdim=True)
+    step = unit - matvec(p.mT, matvec(q, right)) - p_new * (q_new * right).sum(1, keepdim=True)
     return p_new, q_new, step
 
 
@@ -300,7 +301,7 @@ def anderson_coefficients(gram: Tensor, steps: Tensor, k: int, m: int, ridge: fl
     gamma = torch.where(usable, gamma, 0)
     identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     differences = identity[first + 1 : k + 1] - identity[first:k]
-    return unit - _matvec((steps[:, first:k] + differences).mT, gamma.squeeze(2))
+    return unit - matvec((steps[:, first:k] + differences).mT, gamma.squeeze(2))
 
 
 def picard(state: State, row: int) -> None:
@@ -323,7 +324,8 @@ def combine(state: State, z: Tensor, *, count: int, advance: bool) -> None:
     z.copy_(torch.where((state.status == RUNNING).view(shape), z + update, z))
 
 
-def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """(n, i, j) by (n, j)."""
     # Not a batched product: libraries cut those by the size of the batch and wake threads for a few numbers.
     return (matrix * vector.unsqueeze(1)).sum(2)
 
@@ -343,8 +345,10 @@ def _affine(x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor) -> Tensor:
 def _group_norm(x: Tensor, norm: Norm, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     # Squares of float32 overflow above 1e19: double precision on a CPU, where it costs little.
     summed = x.double() if x.device.type == "cpu" else x
-    variance, mean = torch.var_mean(summed.unflatten(1, (groups, -1)), (2, 3, 4), correction=0)
-    mean, rstd = mean.to(x.dtype), (variance + eps).rsqrt().to(x.dtype)
+    summed = summed.unflatten(1, (groups, -1))
+    mean = summed.mean((2, 3, 4), keepdim=True)
+    variance = (summed - mean).square().mean((2, 3, 4))
+    mean, rstd = mean.view_as(variance).to(x.dtype), (variance + eps).rsqrt().to(x.dtype)
     return _affine(x, norm, mean, rstd), mean, rstd
 
 
