@@ -106,10 +106,8 @@ class Recorder:
             shared_memory_per_block_optin=shared,
         )
         driver.set_active(self)
-        for module in (
-            shared_parts,
-            *package_modules(),
-        ):
+        # Launches are recorded on meta tensors, which have no addresses.
+        for module in (border, shared_parts, *package_modules()):
             if hasattr(module, "address"):
                 module.address = lambda *_: 0
         JITFunction._do_compile = keep
