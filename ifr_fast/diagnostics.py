@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import backend as backends
 from .adjoint import Implicit
 from .block import compute_dtype
+from .config import check_int
 from .equilibrium import staged
 from .head import IFRHead
 from .kernels.plain import wide
@@ -27,8 +28,7 @@ def spectral_radius(head: IFRHead, x: Tensor, *, iterations: int = 100) -> Tenso
     x: (N, C, H, W). Power iteration on products with the transposed Jacobian; the growth is averaged over the last half
     of the iterations, because a complex leading pair makes single steps oscillate. Returns (N,), float32 or float64.
     """
-    if iterations < 2:
-        raise ValueError(f"iterations={iterations!r}: expected at least 2")
+    check_int("spectral_radius", "iterations", iterations, 2)
     with torch.no_grad(), torch.cuda.device_of(x):
         z = head.solve(x)
         vjp = _vjp_by_calls(head, x, z) if head.altered() else _vjp(head, x, z)

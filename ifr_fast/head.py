@@ -33,7 +33,8 @@ class IFRHead(nn.Module):
     format out. float64, float32, bfloat16 or float16; N = 0 works. Under autocast the block computes in its dtype.
 
     Args:
-        channels, form, groups, mid_channels, weight_norm, post_gain: as ResidualBlock's.
+        channels, form, groups, mid_channels, weight_norm, post_gain: as ResidualBlock's, whose docstring says how to
+            initialise the convolutions anew.
         solver: Broyden, Anderson or Picard (rules.Rule: max_iter, rtol, …), or Unroll(steps) for the explicit unroll.
         adjoint: how gradients pass: Implicit, Phantom, JacobianFree, Shine, Unrolled. An Unroll ignores it.
             Both also by name or as dict(type=name, …), and may be assigned later.
@@ -237,6 +238,9 @@ class IFRHead(nn.Module):
         (in the released Mask R-CNN: prefix="roi_heads.mask_head.repeat_block."). groups are 4, as there; kwargs go to
         IFRHead. Raises ValueError where a tensor is missing.
         """
+        if not isinstance(state_dict, Mapping) or not isinstance(prefix, str):
+            found = f"{type(state_dict).__name__} and {prefix!r}"
+            raise ValueError(f"state_dict and prefix are a {found}: expected a mapping of tensors and a string")
         prefix = prefix if not prefix or prefix.endswith(".") else prefix + "."
         kwargs = {"groups": 4, "form": "released", **kwargs}
         layers = (1, 2) if kwargs["form"] == "paper" else (1, 2, 3)

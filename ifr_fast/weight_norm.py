@@ -44,6 +44,12 @@ class WeightNormConv2d(nn.Conv2d, metaclass=_Shared):
     def weight(self, value: Tensor) -> None:
         self.parametrizations.weight.right_inverse(value)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for old, new in (("weight_g", "original0"), ("weight_v", "original1")):  # as torch once named them
+            if prefix + old in state_dict:
+                state_dict[f"{prefix}parametrizations.weight.{new}"] = state_dict.pop(prefix + old)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 def normalised(conv: nn.Conv2d) -> nn.Conv2d:
     """conv itself, its weight reparametrised by weight normalisation."""

@@ -212,8 +212,18 @@ def test_copies_and_pickles_in_every_state(change, weight_norm, x, make_head):
             assert not torch.equal(other(x), head(x))
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_state_saved_in_inference_mode(device, x, make_head):
+def test_torchs_old_names_of_weight_norm_load(x, make_head):
+    head, other = make_head(8, groups=2), make_head(8, groups=2)
+    names = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    state = head.state_dict()
+    for new, old in names.items():
+        state = {key.replace(new, old): value for key, value in state.items()}
+    assert sum("weight_g" in key for key in state) == 2
+    other.load_state_dict(state)
+    assert torch.equal(other(x), head(x))
+
+
+def test_a_state_saved_in_inference_mode(x, make_head):
     head = make_head(8, groups=2, warmup_steps=2)
     head(x)
     with torch.inference_mode():
