@@ -61,6 +61,14 @@ def test_batches_of_batches_and_ensembles(x, make_head):
     torch.testing.assert_close(actual, torch.stack([head(x) for head in heads]))
 
 
+@pytest.mark.parametrize("options", [dict(solver=Unroll(2)), dict(adjoint=Unrolled())], ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_batches_of_batches_unrolled(dim, options, x, make_head):
+    head, batches = make_head(8, **options, **OPTIONS), torch.stack([x, 2 * x], dim)
+    expected = torch.stack([head(x), head(2 * x)], dim)
+    torch.testing.assert_close(vmap(head, in_dims=dim, out_dims=dim)(batches), expected)
+
+
 def test_jacobian_rows_are_vjps(make_head):
     head = make_head(2, groups=1, post_gain=0.3, dtype=torch.float64)
     x = torch.randn(1, 2, 2, 3, dtype=torch.float64)
