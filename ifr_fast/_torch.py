@@ -1,10 +1,17 @@
-"""Every private name of torch that is used, each with what happens in a torch that lacks it."""
+"""What torch has no public name for, each with what happens in a torch that lacks the private one."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def transforms_active() -> bool:
@@ -18,7 +25,7 @@ def forward_mode_active() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
-def references(x: Tensor) -> int | None:
+def reference_count(x: Tensor) -> int | None:
     """How many tensors share x's memory; None where torch does not say."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     return None if count is None else count(x.untyped_storage()._cdata)
@@ -29,7 +36,8 @@ def conv2d(x: Tensor, weight: Tensor) -> Tensor:
     number of samples, and with it the last bits of each; oneDNN's does not. Without the name: torch's choice."""
     direct = getattr(torch, "mkldnn_convolution", None)
     served = x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
-    if direct is None or not served or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if direct is None or not served or traced or not getattr(torch.backends.mkldnn, "enabled", True):
         return torch.conv2d(x, weight, padding=1)
     return direct(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
 
@@ -48,7 +56,6 @@ def in_backward_pass() -> bool:
     return task is not None and task() != -1
 
 
-@torch.compiler.assume_constant_result
 def in_traced_subgraph() -> bool:
     """For code that torch.compile traces: does it stand in a region such as torch.utils.checkpoint's, in which nothing
     outside may be assigned to? Without the names: no, and the compiler refuses the assignment itself."""
@@ -58,3 +65,30 @@ def in_traced_subgraph() -> bool:
         return InstructionTranslator.current_tx().output.current_tracer.parent is not None
     except (ImportError, AttributeError):
         return False
+
+
+def is_fake(x: Tensor) -> bool:
+    """Is x a FakeTensor, which has a shape and no elements? Without the name: no."""
+    kind = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", None)
+    return kind is not None and isinstance(x, kind)
+
+
+def autocast(device: str, enabled: bool, dtype: torch.dtype | None = None) -> AbstractContextManager:
+    """torch.autocast, which knows no meta device."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=enabled, dtype=dtype)
+
+
+# As torch.compiler.assume_constant_result and torch.compiler.disable mark functions; calling them would import the
+# compiler, which takes a second.
+in_traced_subgraph._dynamo_marked_constant = True
+
+
+def not_traced(reason: str) -> Callable[[Function], Function]:
+    """Marks a function that torch.compile is not to look into."""
+
+    def mark(function: Function) -> Function:
+        function._torchdynamo_disable = True
+        function._torchdynamo_disable_msg = reason
+        return function
+
+    return mark

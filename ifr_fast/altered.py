@@ -10,7 +10,7 @@ import logging
 import sys
 from functools import cache
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.prune import BasePruningMethod
@@ -21,6 +21,11 @@ logger = logging.getLogger("ifr_fast")
 
 # Hooks that do no more than make a parameter from others before a call: they can be run without one.
 WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
+# What a call runs, as torch made it. Tools such as torch.export exchange nn.Module's __call__ for a while.
+METHODS = {
+    nn.Conv2d: {"forward": nn.Conv2d.forward, "_conv_forward": nn.Conv2d._conv_forward},
+    nn.GroupNorm: {"forward": nn.GroupNorm.forward},
+}
 CONVOLUTION = {
     "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "bias": None,
     "padding_mode": "zeros",
@@ -31,16 +36,20 @@ def altered_module(module: nn.Module, made: type[nn.Module], options: dict[str, 
     """Why this module must be called, in words; "" where it computes as a `made` with these attributes does, from its
     (possibly parametrised) parameters."""
     kind = type(module)
-    methods = ("forward", "__call__", *(["_conv_forward"] if made is nn.Conv2d else []))
-    if not isinstance(module, made) or any(getattr(kind, m) is not getattr(made, m) for m in methods):
+    methods = METHODS[made]
+    own = any(getattr(kind, name, None) is not method for name, method in methods.items())
+    if own or not isinstance(module, made) or kind.__call__ is not nn.Module.__call__:
         return f"is a {kind.__module__}.{kind.__qualname__}"
-    if "forward" in module.__dict__:
+    if any(name in module.__dict__ for name in methods):
         return "has a forward of its own"
     if hooks := called_hooks(module):
         return hooks
-    for name, value in options.items():
-        if getattr(module, name) != value:
-            return f"has {name}={getattr(module, name)}, not {value}"
+    for name, expected in options.items():
+        value = getattr(module, name)
+        if isinstance(value, Tensor):
+            return f"has a {name}"
+        if value != expected:
+            return f"has {name}={value}, not {expected}"
     return ""
 
 
@@ -61,8 +70,12 @@ def update_weights(*modules: nn.Module) -> None:
 
 
 def check_map(block: nn.Module) -> None:
-    """ValueError where F cannot be evaluated as often as each solve needs: a module makes it another map every time,
-    lets samples see each other, or waits for other processes."""
+    """ValueError where F cannot be evaluated as often as each solve needs: dropout makes it another map every time,
+    batch statistics let samples see each other, and a sharded module waits for other processes.
+
+    A module that changes slowly from call to call (an observer's range, old spectral norm's power iteration) is let be:
+    the solve follows it.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for name, module in block.named_modules(prefix="block"):
         if fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
@@ -83,7 +96,7 @@ def check_map(block: nn.Module) -> None:
 
 
 @cache
-def say_once(why: str) -> None:
+def warn_once(why: str) -> None:
     logger.warning(
         "IFRHead calls its block's modules, since %s: right for any module, but several times slower than the kernels, "
         "with the history of the whole batch in memory and no CUDA graphs",

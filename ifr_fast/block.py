@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from . import backend as backends
 from . import ops  # noqa: F401  (registers torch.ops.ifr_fast)
-from ._torch import conv2d, forward_mode_active, transforms_active
+from ._torch import autocast, conv2d, forward_mode_active, transforms_active
 from .altered import CONVOLUTION, altered_module, called_hooks, update_weights
 from .config import DTYPES, check_bool
 from .kernels.plain import wide
@@ -137,7 +136,7 @@ class ResidualBlock(nn.Module):
         conv1, gn1_weight, gn1_bias, conv2, *norms = self.tensors_for(x)
         norm1, norms = ([t.to(affine).contiguous() for t in ts] for ts in ((gn1_weight, gn1_bias), norms))
         options = self.groups, EPS, self.backend
-        with torch.autocast(x.device.type, enabled=False) if x.device.type != "meta" else nullcontext():
+        with autocast(x.device.type, enabled=False):
             r = (z + x).to(dtype)
             y = conv2d(r, conv1.to(dtype))
             h = torch.ops.ifr_fast.norm_relu(y, *norm1, *options)[0]
@@ -145,11 +144,16 @@ class ResidualBlock(nn.Module):
             out = torch.ops.ifr_fast.norm_tail(y, None if self.form == "plain" else r, norms, *options)[0]
         return out.to(z.dtype)
 
+    def own_dtype(self, default: torch.dtype) -> torch.dtype:
+        """The parameters' dtype: of GN1's weight, else of the first that is floating; default where there is none."""
+        tensors = [getattr(self.gn1, "weight", None), *self.parameters(), *self.buffers()]
+        return next((t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), default)
+
     def _by_calls(self, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """F by the modules' calls, under autocast where their parameters are not in a 16-bit `dtype` themselves."""
-        own = next(self.parameters()).dtype
+        own = self.own_dtype(dtype)
         narrow = dtype.itemsize == 2 and own != dtype
-        with torch.autocast(x.device.type, enabled=narrow, dtype=dtype if narrow else None):
+        with autocast(x.device.type, narrow, dtype if narrow else None):
             r = (z + x).to(own)
             h = F.relu(self.gn1(self.conv1(r)))
             y = self.gn2(self.conv2(h))

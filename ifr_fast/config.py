@@ -63,6 +63,8 @@ def check_tensor(name: str, value: Any) -> None:
     """ValueError unless value is a tensor of one of DTYPES."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} is {value!r}: expected a tensor")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} has layout {value.layout}: expected a dense tensor")
     if value.dtype not in DTYPES:
         expected = "expected dtype float64, float32, bfloat16 or float16"
         raise ValueError(f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: {expected}")

@@ -70,7 +70,8 @@ def adjoint_residual(head: IFRHead, x: Tensor, grad: Tensor) -> Tensor:
         return torch.full((len(x),), torch.inf, dtype=wide(x.dtype), device=x.device)
     if head.altered():
         with torch.enable_grad():
-            torch.autograd.grad(head.solve(x.detach().requires_grad_()), head.parameters(), grad, allow_unused=True)
+            leaf = x.detach().requires_grad_()
+            torch.autograd.grad(head.solve(leaf), leaf, grad)
         return head.last_solution.adjoint
     with torch.no_grad():
         z, empty = head.solve(x), [x.new_empty(len(x), 0)] * 3

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backend as backends
-from ._torch import references
+from ._torch import autocast, is_fake, reference_count
 from .adjoint import Adjoint, Equation, Implicit, Memory, Phantom, Shine, Unrolled, check_shine
 from .config import build, check_tensor
 from .kernels import State, memory_format
@@ -42,9 +43,10 @@ def fixed_point(
         solver, adjoint, backend: as IFRHead's. An Unroll applies f `steps` times under autograd; its Solution is None.
 
     Returns z* (the best iterate, of z0's dtype and layout, differentiable once: create_graph=True raises RuntimeError)
-    and the Solution. A backward pass fills its `adjoint`, and on a CPU warns where Implicit missed its tolerance.
-    Under torch.utils.checkpoint the backward pass evaluates f as often as the forward pass, and once more where adjoint
-    is Implicit, beside that adjoint's own products.
+    and the Solution, whose value may share memory with z*. A backward pass fills the Solution's `adjoint`, and on a CPU
+    warns where Implicit missed its tolerance. Under torch.utils.checkpoint the backward pass evaluates f as often as
+    the forward pass, and once more where adjoint is Implicit, beside that adjoint's own products. On a GPU f's argument
+    and result are scaled to the size of 1 and back, two sweeps an evaluation.
     ValueError for arguments that do not fit; NotImplementedError under torch.func's transforms and forward mode.
     """
     solver, adjoint = build(solver, (Rule, Unroll), "solver"), build(adjoint, Adjoint, "adjoint")
@@ -58,6 +60,8 @@ def fixed_point(
     backends.check(backend)
     check_shine(solver, adjoint)
     z0 = z0.detach()
+    if z0.is_inference() and not torch.is_inference_mode_enabled():
+        z0 = z0.clone()  # autograd may save it
     f = _Checked(f, params, z0)
     if isinstance(solver, Unroll):
         z = z0
@@ -71,6 +75,8 @@ def fixed_point(
         solved = differentiable_solve(f, start, rule)
         return solved.value.to(z0.dtype).contiguous(memory_format=memory_format(z0)), solved.detach()
     refuse_transforms("fixed_point")
+    if is_fake(z0):
+        raise NotImplementedError("fixed_point cannot be traced: its solve is no operator (meta tensors give shapes)")
     kernels = backends.kernels(backend, z0.device.type, iterate)
     with torch.no_grad(), torch.cuda.device_of(z0):
         state, value = _solve(f, start.clone(), rule, kernels)
@@ -114,12 +120,16 @@ def fixed_point(
 
 
 class _Checked:
-    """f with its params, at z of any floating dtype: called in z0's dtype, under the caller's autocast; its result is
-    checked and in the dtype of the iterates."""
+    """f with its params, at z of any floating dtype: called in z0's dtype, under the caller's autocast, also from a
+    backward pass; its result is checked and in the dtype of the iterates."""
 
     def __init__(self, f: Callable[..., Tensor], params: Sequence[Tensor], z0: Tensor) -> None:
         self.f, self.params, self.dtype = f, params, z0.dtype
-        self.autocast = _current_autocast(z0.device.type)
+        device = z0.device.type
+        self.autocast = self.no_autocast = nullcontext
+        if device != "meta" and torch.is_autocast_enabled(device):
+            self.autocast = partial(autocast, device, True, torch.get_autocast_dtype(device))
+            self.no_autocast = partial(autocast, device, False)
 
     def __call__(self, z: Tensor) -> Tensor:
         given = z.to(self.dtype)
@@ -129,6 +139,8 @@ class _Checked:
         if not isinstance(out, Tensor) or out.shape != z.shape or out.device != z.device:
             found = f"shape {tuple(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"f returned {found} for z of shape {tuple(z.shape)} on {z.device}: expected the same")
+        if out.layout is not torch.strided:
+            raise ValueError(f"f returned layout {out.layout}: expected a dense tensor")
         if not out.is_floating_point():
             raise ValueError(f"f returned dtype {out.dtype} for z of dtype {self.dtype}: expected a floating dtype")
         if version is not None and given._version != version:
@@ -141,9 +153,9 @@ class _Checked:
         """f(z) for a z that the solver will overwrite: where f keeps it, or a view of it, z moves to new memory."""
         if z.dtype != self.dtype:
             return self(z)
-        before = references(z)
+        before = reference_count(z)
         out = self(z.detach())
-        if before is None or references(z) != before:
+        if before is None or reference_count(z) != before:
             z.set_(z.clone())
         return out
 
@@ -157,21 +169,13 @@ def _solve(f: _Checked, z: Tensor, rule: Rule, kernels: Any) -> tuple[State, Ten
         scale = unit_scale(first, z).view(-1, *[1] * (z.dim() - 1))
         ordinary = z.device.type == "cpu" and bool(((scale > 1e-100) & (scale < 1e100)).all())
         scale = None if ordinary else scale
-    with torch.autocast(z.device.type, enabled=False) if z.device.type != "meta" else nullcontext():
+    with f.no_autocast():
         if scale is None:
             state = solve(lambda z, _: f.on_buffer(z), z, rule, kernels, first=first)
             return state, state.value
         first, z = scale * first, scale * z
         state = solve(lambda z, _: scale * f(z / scale), z, rule, kernels, first=first)
         return state, state.value / scale
-
-
-def _current_autocast(device: str) -> Callable[[], AbstractContextManager]:
-    """What enters the autocast that is on now, also from within another one or a backward pass."""
-    if device == "meta":  # has none
-        return nullcontext
-    options = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, enabled=options[0], dtype=options[1])
 
 
 def _tensors_are_saved_by_hooks() -> bool:

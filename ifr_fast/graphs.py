@@ -8,7 +8,6 @@ replay leaves there is copied out before the stream's next one. Threads take tur
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from threading import Lock, local
 
 import torch
 from torch import Tensor
+
+from .kernels import memory_format
 
 LIMIT = 64  # recordings kept, of all shapes, devices and streams; the least recently used goes first
 
@@ -140,9 +141,5 @@ def _settings() -> Hashable:
 
 
 def _padded(t: Tensor, n: int) -> Tensor:
-    """Room for n samples like t's, dense in the order of t's own memory."""
-    shape, size = (n, *t.shape[1:]), math.prod(t.shape[1:])
-    apart, *within = torch.empty_like(t, device="meta").stride()
-    if len(t) > 1 and apart != size:  # samples are interleaved
-        return torch.empty(shape, dtype=t.dtype, device=t.device)
-    return torch.empty_strided(shape, (size, *within), dtype=t.dtype, device=t.device)
+    """Room for n samples like t's, in the memory format that calls keep."""
+    return torch.empty((n, *t.shape[1:]), dtype=t.dtype, device=t.device, memory_format=memory_format(t))

@@ -13,9 +13,9 @@ from . import (
     equilibrium,  # noqa: F401  (implements the ops)
     transforms,
 )
-from ._torch import in_backward_pass, in_traced_subgraph
+from ._torch import in_backward_pass, in_traced_subgraph, is_fake, not_traced, transforms_active
 from .adjoint import Adjoint, Implicit, Shine, Unrolled, check_shine
-from .altered import check_map, say_once
+from .altered import check_map, warn_once
 from .block import ResidualBlock, compute_dtype
 from .call import Call
 from .config import DTYPES, build, check_bool, check_int, check_tensor
@@ -49,7 +49,8 @@ class IFRHead(nn.Module):
             keep their workspace (rules.Rule) until ifr_fast.graphs.clear().
 
     Attributes: block, the ResidualBlock; last_solution, the Solution of the last forward pass (None after an
-        Unroll; not set where torch.compile traces a checkpointed region); its value may share memory with the output.
+        Unroll and under torch.func's transforms; not set where torch.compile traces a checkpointed region); its value
+        may share memory with the output.
     Where the block's modules were changed (`altered`), its solve is fixed_point's on their calls.
     Raises ValueError for arguments, shapes, dtypes and devices that do not fit, and for a block without an equilibrium
     of each sample; NotImplementedError in forward mode and under tools that cannot take a solve.
@@ -155,50 +156,56 @@ class IFRHead(nn.Module):
             return self._solve_by_calls(x, why)
         keep = isinstance(self.adjoint, Shine) and (torch.is_grad_enabled() or torch.jit.is_tracing())
         params, call = self.block.tensors_for(x), self.call(compute_dtype(x), keep)
-        value, residual, iterations, trace, status, *_ = transforms.solve(x, params, call)
+        value, residual, iterations, trace, status, *_ = transforms.solve_op(x, params, call)
         self._report(Solution(value, residual, iterations, trace, status))
         # The op's own result is kept for the backward pass; the caller may change this one, as nn.ReLU(inplace=True).
         # A trace is of one graph, with gradients and without.
         return value.clone() if value.requires_grad or torch.jit.is_tracing() else value
 
-    @torch.compiler.disable(reason="IFRHead's block was altered: its modules are called by a solver that is not traced")
+    @not_traced("IFRHead's block was altered: its modules are called by a solver that is not traced")
     def _solve_by_calls(self, x: Tensor, why: str) -> Tensor:
         """The solve of a block whose modules must be called: right for any F, slower than the op, not in chunks."""
-        if torch.jit.is_tracing():
-            raise NotImplementedError(f"IFRHead cannot be traced as it is: {why}, so its solve is no operator")
+        if torch.jit.is_tracing() or is_fake(x):
+            raise NotImplementedError(
+                f"IFRHead cannot be traced or exported as it is: {why}, so its solve is no operator"
+            )
         check_map(self.block)
-        say_once(why)
+        warn_once(why)
         dtype, backend = compute_dtype(x), getattr(self.block, "backend", "auto")
+        own = self.block.own_dtype(dtype) if isinstance(self.block, ResidualBlock) else dtype
+        narrowest = own if own.itemsize < dtype.itemsize else dtype  # which the tolerance must leave room for
         value, solution = fixed_point(
             lambda z: self.block(z, x),
             torch.zeros_like(x, dtype=wide(dtype), memory_format=memory_format(x)),
-            solver=self.solver.resolve(dtype),
-            adjoint=self.adjoint.fitted(self.solver, dtype),
+            solver=self.solver.resolve(narrowest),
+            adjoint=self.adjoint.fitted(self.solver, narrowest),
             backend=backend,
         )
         self._report(replace(solution, value=solution.value.to(x.dtype)))
         return value.to(x.dtype)
 
     def _report(self, solution: Solution | None) -> None:
-        if not (torch.compiler.is_compiling() and in_traced_subgraph()):
-            self.last_solution = None if solution is None else solution.detach()
+        if torch.compiler.is_compiling() and in_traced_subgraph():
+            return
+        # What a transform's tensors stand for is gone when it ends.
+        self.last_solution = None if solution is None or transforms_active() else solution.detach()
 
     def _unroll_steps(self) -> int:
         """Blocks to unroll in this forward pass; 0 where the solver runs."""
-        if (
-            self.training
-            and self.warmup_steps
-            and self.warmup.unrolls(self.warmup_steps, self._buffers.get("warmup_count"))
-        ):
-            return self.warmup_unroll
+        if self.training and self.warmup_steps:
+            buffer = None if transforms_active() else self._buffers.get("warmup_count")
+            if self.warmup.unrolls(self.warmup_steps, buffer):
+                return self.warmup_unroll
         return self.solver.steps if isinstance(self.solver, Unroll) else 0
 
     def _differentiable(self, x: Tensor, steps: int) -> Tensor:
         """An unroll of `steps` blocks, or with 0 the solver's steps, in autograd's sight."""
         dtype = compute_dtype(x)
-        if why := self.altered():
+        why = self.altered()
+        if why and not steps:
             check_map(self.block)
-            say_once(why)
+        if why and not torch.compiler.is_compiling():
+            warn_once(why)
         z = torch.zeros_like(x, dtype=wide(dtype), memory_format=memory_format(x))
         # Widened once: X's gradient is a sum over the steps, too long a one for 16 bits.
         injection = x.to(wide(dtype))
@@ -263,6 +270,7 @@ class IFRHead(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        self.warmup.seen = None
         # Heads that differ in their warm-up alone load each other's states.
         key = prefix + "warmup_count"
         for keys in (missing, unexpected):
@@ -278,7 +286,8 @@ class IFRHead(nn.Module):
 
 class _Warmup:
     """Training passes so far: the head's buffer, for checkpoints and averaged copies, and beside it a plain number, so
-    that reading it waits for no device."""
+    that a device is waited for only where the buffer was written by others: loaded, or during the warm-up averaged or
+    broadcast (DistributedDataParallel does in every pass)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -287,8 +296,10 @@ class _Warmup:
     def unrolls(self, steps: int, buffer: Tensor | None) -> bool:
         """Is this pass among the first `steps`? Computed again, in a backward pass, it is as it was."""
         compiling = torch.compiler.is_compiling()
-        if not compiling and buffer is not None and self.seen != _state(buffer):  # loaded, averaged or moved since
-            self.count = int(buffer)
+        if not compiling and buffer is not None:
+            written = self.seen is None or (self.count <= steps and self.seen != _state(buffer))
+            if written or not buffer.is_cuda:
+                self.count = int(buffer)
         # One past the last that unrolls is as far as it needs to count; compiled code is specialised on it.
         if self.count <= steps and (compiling or not in_backward_pass()):
             self.count += 1

@@ -126,8 +126,8 @@ def solution(state: State) -> Solution:
 def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Rule) -> Solution:
     """The same solve in differentiable operators: autograd sees every step; memory grows with them. rule: resolved.
 
-    Residuals are kept, and the K×K algebra is done, in float64, each sample scaled to the size of 1: autocast leaves
-    float64 alone, and squares neither overflow nor underflow.
+    Residuals are kept scaled, each sample to the size of 1, so that squares neither overflow nor underflow. The K×K
+    algebra is done in float64, which autocast leaves alone.
     """
     shape = (-1,) + (1,) * (z0.dim() - 1)
     z, best = z0, z0
@@ -141,14 +141,14 @@ def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Rule) 
     for k in range(rule.max_iter + 1):
         fz = f(z)
         if k == 0:
-            scale = unit_scale(fz, z).double().unsqueeze(1)
-        g = _rows(fz - z).double() * scale
+            scale = unit_scale(fz, z).unsqueeze(1)
+        g = _rows(fz - z) * scale
         running = status == Status.MAX_ITER
         with torch.no_grad():
-            norm = g.norm(dim=1)
+            norm = _norm(g)
             if k == 0:
                 first_norm = norm
-            relative = relative_residual(norm, (_rows(fz).double() * scale).norm(dim=1), z0.dtype)
+            relative = relative_residual(norm, _norm(_rows(fz) * scale), z0.dtype)
             improved = running & relative.isfinite() & (relative < residual)
             residual = torch.where(improved, relative, residual)
             trace.append(torch.where(running, relative, trace[-1] if trace else relative))
@@ -163,12 +163,13 @@ def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Rule) 
         running = status == Status.MAX_ITER
         # A stopped sample's residuals no longer differ but in rounding. A Gram matrix of zeros makes the rules' algebra
         # on it finite, and with it the gradient, of which the mask over z takes the value 0.
-        row = torch.stack([(g * other).sum(1) for other in history], 1)
+        row = torch.stack([(g * other).sum(1, dtype=gram.dtype) for other in history], 1)
         row = torch.nn.functional.pad(row, (0, rule.max_iter - k - 1))
         gram = _with_row(gram, row, k)
         step = next_step(torch.where(running.view(-1, 1, 1), gram, 0), k)
+        step = step.to(z.dtype)
         update = sum(step[:, j : j + 1] * g for j, g in enumerate(history)) / scale
-        z = torch.where(running.view(shape), z + update.to(z.dtype).view(z.shape), z)
+        z = torch.where(running.view(shape), z + update.view(z.shape), z)
     return Solution(best, residual, iterations, torch.stack(trace), status)
 
 
@@ -194,6 +195,11 @@ def largest(x: Tensor) -> Tensor:
     """(n,) the largest magnitude in each sample of x (n, …); 0 in samples without elements."""
     rows = _rows(x.detach())
     return rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
+
+
+def _norm(rows: Tensor) -> Tensor:
+    """(n,) of rows (n, size), summed in float64."""
+    return rows.square().sum(1, dtype=torch.float64).sqrt()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def refuse_transforms(who: str) -> None:
         )
 
 
-def solve(x: Tensor, params: Sequence[Tensor], call: str) -> tuple[Tensor, ...]:
+def solve_op(x: Tensor, params: Sequence[Tensor], call: str) -> tuple[Tensor, ...]:
     """The op `solve`. Under torch.func's transforms as an autograd function, for they do not reach into an op."""
     if transforms_active():
         return _Solve.apply(x, call, *params)

@@ -28,6 +28,14 @@ class _Shared(type(nn.Module)):
     """The class of a class whose property outlives remove_parametrizations, which deletes it for the one convolution
     that it then makes a plain nn.Conv2d."""
 
+    def __setattr__(cls, name: str, value: object) -> None:
+        if isinstance(value, property) and name != "weight":
+            raise ValueError(
+                f"{name} of a convolution under IFRHead's weight norm cannot be parametrised: fold that first "
+                "(parametrize.remove_parametrizations(conv, 'weight'))"
+            )
+        super().__setattr__(name, value)
+
     def __delattr__(cls, name: str) -> None:
         if name != "weight":
             super().__delattr__(name)

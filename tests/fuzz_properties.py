@@ -156,7 +156,7 @@ def nonfinite_is_true(c: Checked) -> None:
             assert stopped or c.x[i].isfinite().all(), f"sample {i} of x is not finite: {result.solution.status[i]}"
 
 
-@check(0.6)
+@check(0.25)
 def samples_do_not_see_each_other(c: Checked) -> None:
     if c.n == 0:
         return
@@ -181,7 +181,7 @@ def samples_do_not_see_each_other(c: Checked) -> None:
         assert same(own, batch), f"{name} of samples {some.tolist()} of {c.n} alone differs by {error:.1e}"
 
 
-@check(0.3)
+@check(0.1)
 def the_same_bits_twice(c: Checked) -> None:
     again = c.case.run()
     assert same(again.output, c.result.output), "output"
@@ -191,7 +191,7 @@ def the_same_bits_twice(c: Checked) -> None:
         assert same(a, b), f"gradient {k}"
 
 
-@check(0.4)
+@check(0.15)
 def backends_agree(c: Checked) -> None:
     """Two runs with all inputs off by rounding show how far two backends may be apart."""
     if not c.rule or not c.x.numel():

@@ -81,6 +81,13 @@ def own_forward(block):
     block.conv1.forward = lambda x: torch.conv2d(x, block.conv1.weight.flip(2), padding=1)
 
 
+def circular(block):
+    def forward(self, x, weight, bias):
+        return torch.conv2d(nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    block.conv2._conv_forward = forward.__get__(block.conv2)
+
+
 def subclass(block):
     class Half(type(block)):
         def forward(self, z, x, dtype=None):
@@ -90,7 +97,7 @@ def subclass(block):
 
 
 CALLED = [standardise, dilate, adapt, other_eps, no_affine, other_norm, hook, pre_hook, hook_on_the_block, own_forward]
-CALLED.append(subclass)
+CALLED += [circular, subclass]
 
 
 def prune_half(block):
@@ -202,8 +209,58 @@ def test_sixteen_bits(dtype, autocast, make_head):
     assert head.last_solution.residual.max() < 2e-2
 
 
+class EightBits(nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.scale = conv.weight.detach().abs().amax() / 127
+        self.weight = nn.Parameter((conv.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return torch.conv2d(x, self.weight * self.scale, padding=1)
+
+
+def test_integer_weights_do_not_set_the_dtype(make_head):
+    head, x = make_head(8, groups=2, weight_norm=False, post_gain=0.2), torch.randn(2, 8, 5, 4)
+    exact = head(x)
+    head.block.conv1 = EightBits(head.block.conv1)
+    torch.testing.assert_close(head(x), exact, rtol=0.1, atol=0.05)
+
+
+def test_replicas_of_an_altered_head(make_head):
+    """nn.DataParallel's have attributes in place of parameters."""
+    head, x = make_head(8, groups=2, weight_norm=False, post_gain=0.2), torch.randn(2, 8, 5, 4)
+    head.block.conv1.register_forward_hook(lambda module, inputs, output: None)
+    replica = torch.nn.parallel.replicate(head, [0], detach=True)[0] if torch.cuda.is_available() else None
+    if replica is None:
+        replica = copy.deepcopy(head)
+        for module in replica.modules():
+            for name, p in list(module._parameters.items()):
+                del module._parameters[name]
+                setattr(module, name, None if p is None else p.detach())
+    torch.testing.assert_close(replica(x.to(replica.block.gn1.weight.device)).cpu(), head(x))
+
+
+def test_an_altered_head_in_bfloat16_has_its_tolerance(make_head):
+    head = make_head(8, groups=2, weight_norm=False, post_gain=0.2).bfloat16()
+    head.block.conv1.register_forward_hook(lambda module, inputs, output: None)
+    head(torch.randn(2, 8, 5, 4))
+    assert (head.last_solution.status == 0).all()
+
+
+def test_an_altered_head_on_meta_and_unsaid_in_traces(make_head):
+    head = make_head(8, groups=2, weight_norm=False, solver=Unroll(2))
+    head.block.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+    x = torch.randn(2, 8, 5, 4)
+    torch.testing.assert_close(torch.compile(head, fullgraph=True, backend="eager")(x), head(x))
+    assert "a bias" in head.altered()
+    for solver in (Unroll(2), Broyden()):
+        head.to("meta").solver = solver
+        assert head(x.to("meta")).shape == x.shape
+
+
 def test_one_line_says_so(make_head, caplog):
-    altered.say_once.cache_clear()
+    altered.warn_once.cache_clear()
     head = make_head(8, groups=2, weight_norm=False)
     with caplog.at_level(logging.WARNING, logger="ifr_fast"):
         head(torch.randn(1, 8, 3, 3))
@@ -227,11 +284,33 @@ def test_what_has_no_equilibrium_is_refused(make_head):
     head(torch.randn(2, 8, 3, 3))
 
 
+def test_an_unroll_may_drop_out(make_head):
+    head = make_head(8, groups=2, solver=Unroll(2))
+    head.block.gn1 = nn.Sequential(head.block.gn1, nn.Dropout(0.5))
+    head(torch.randn(2, 8, 3, 3))
+
+
+def test_another_tensor_of_a_shared_class_is_not_parametrised(make_head):
+    head, other = make_head(8, groups=2), make_head(8, groups=2)
+    head.block.conv1.bias = nn.Parameter(torch.zeros(8))
+    with pytest.raises(ValueError, match="bias of a convolution under IFRHead's weight norm"):
+        parametrize.register_parametrization(head.block.conv1, "bias", Faded())
+    other(torch.randn(2, 8, 3, 3))
+
+
 def test_a_convolution_of_another_size_is_refused_in_words(make_head):
     head = make_head(8, groups=2)
     head.block.conv2 = nn.Conv2d(8, 8, 3)  # no padding
     with pytest.raises(ValueError, match=r"block\.gn2 gave shape"):
         head(torch.randn(2, 8, 5, 5))
+
+
+def test_diagnostics_of_a_frozen_block_with_adapters(make_head):
+    head = contracting_head(make_head)
+    adapt(head.block)
+    head.double()
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    assert adjoint_residual(head, x, torch.ones_like(x)).max() < 1e-8
 
 
 def test_diagnostics_follow_the_modules(make_head):

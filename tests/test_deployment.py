@@ -113,6 +113,8 @@ def test_an_altered_block_is_not_traced(x, make_head):
     head.block.conv1 = nn.Conv2d(8, 8, 3, padding=2, dilation=2)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="cannot be traced"):
         torch.jit.trace(head, x)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="cannot be traced"):
+        torch.export.export(head, (x,), strict=False)
     with pytest.raises(Exception, match="altered"):
         torch.compile(head, fullgraph=True, backend="eager")(x)
     torch.testing.assert_close(torch.compile(head, backend="eager")(x), head(x))
@@ -223,6 +225,11 @@ def test_torchs_old_names_of_weight_norm_load(x, make_head):
     assert torch.equal(other(x), head(x))
 
 
+def test_the_compiler_is_not_imported_unasked():
+    code = "import ifr_fast, sys; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_a_state_saved_in_inference_mode(x, make_head):
     head = make_head(8, groups=2, warmup_steps=2)
     head(x)
@@ -235,6 +242,16 @@ def test_a_state_saved_in_inference_mode(x, make_head):
         made_there = make_head(8, groups=2, warmup_steps=2)
         made_there(x)
         assert int(made_there.state_dict()["warmup_count"]) == 1
+
+
+def test_the_count_follows_whoever_writes_it(x, make_head):
+    head = make_head(8, groups=2, warmup_steps=2)
+    for _ in range(3):
+        head(x)
+    assert head.last_solution is not None
+    head.warmup_count.data.zero_()
+    head(x)
+    assert head.last_solution is None
 
 
 def test_an_average_goes_on_with_the_warmup_where_the_model_is(x, make_head):

@@ -195,6 +195,22 @@ def test_nothing_is_copied_where_nothing_is_kept():
     assert len(addresses) == 1
 
 
+@adjoints
+def test_an_inference_tensor_may_be_the_start(adjoint):
+    with torch.inference_mode():
+        z0 = torch.zeros(2, 3)
+    x = torch.randn(2, 3, requires_grad=True)
+    z, _ = fixed_point(lambda z: 0.3 * z.sin() + x, z0, adjoint=adjoint)
+    z.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_a_constant_map_has_a_gradient():
+    x = torch.randn(2, 3, requires_grad=True)
+    z, _ = fixed_point(lambda z: x, torch.zeros(2, 3))
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0], torch.ones(2, 3))
+
+
 def linear_map(radius):
     matrix = torch.randn(16, 16, dtype=torch.float64)
     return matrix * radius / torch.linalg.eigvals(matrix).abs().max()
@@ -270,6 +286,8 @@ def test_checkpointing_evaluates_f_once_more_not_once_a_step(adjoint, reentrant)
         (lambda: fixed_point(torch.sin, torch.zeros(2, 3), params=torch.zeros(2)), "params is a Tensor"),
         (lambda: fixed_point(torch.sin, torch.zeros(2, 3), params=3), "params is a int"),
         (lambda: fixed_point(torch.sin, torch.zeros(2, 3), backend=3), "backend=3"),
+        (lambda: fixed_point(torch.sin, torch.zeros(2, 3).to_sparse()), "z0 has layout torch.sparse_coo"),
+        (lambda: fixed_point(lambda z: z.to_sparse(), torch.zeros(2, 3)), "f returned layout torch.sparse_coo"),
         (lambda: fixed_point(torch.sin, torch.zeros(2, 3), solver=7), "solver=7"),
         (lambda: fixed_point(torch.sin, torch.zeros(2, 3), adjoint=[]), r"adjoint=\[\]"),
         (lambda: fixed_point(lambda z: z > 0, torch.zeros(2, 3)), "f returned dtype torch.bool"),

@@ -56,6 +56,7 @@ def test_batches_of_batches_and_ensembles(x, make_head):
     batches = torch.stack([x, 2 * x], 1)
     expected = torch.stack([heads[0](x), heads[0](2 * x)], 1)
     torch.testing.assert_close(vmap(heads[0], in_dims=1, out_dims=1)(batches), expected)
+    assert heads[0].last_solution is None  # what its tensors stood for is gone
     params, buffers = stack_module_state(heads)
     actual = vmap(lambda p, b, x: functional_call(heads[0], (p, b), (x,)), in_dims=(0, 0, None))(params, buffers, x)
     torch.testing.assert_close(actual, torch.stack([head(x) for head in heads]))
