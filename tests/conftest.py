@@ -16,6 +16,9 @@ if not torch.cuda.is_available():
 
 from ifr_fast import IFRHead
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2: a core for each worker
+    torch.set_num_threads(1)
+
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the exhaustive tests too")
