@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
-FILES = ["kernels", "solve", "rules", "adjoint", "fixedpoint", "head", "reference", "diagnostics", "fuzz"]
+FILES = [
+    "kernels", "solve", "rules", "adjoint", "fixedpoint", "equilibria", "head", "altered", "transforms", "reference",
+    "diagnostics", "fuzz",
+]  # fmt: skip
 ANY_X86 = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "IFR_FAST_ISA": "generic"}
 LAPTOP = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "IFR_FAST_ISA": "avx2"}
 MACHINES = {
