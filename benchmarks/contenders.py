@@ -15,11 +15,11 @@ from measure import Call
 from torch import Tensor, nn
 
 from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Unroll, backends, reference
-from ifr_fast.backend import kernels
 from ifr_fast.diagnostics import spectral_radius
-from ifr_fast.equilibrium import staged
-from ifr_fast.residual import EPS, Block
-from ifr_fast.rules import Rule
+from ifr_fast.engine.linearise import BlockMap, staged
+from ifr_fast.kernels.choose import kernels
+from ifr_fast.kernels.contract import EPS
+from ifr_fast.solvers import Solver
 
 BASE = "4 convolutions, NCHW"
 IFR = "IFR Broyden"
@@ -243,7 +243,7 @@ def narrow_stack(setting: Setting) -> nn.Module:
 
 
 def by_ifr(
-    setting: Setting, name: str, solver: Rule, adjoint: dict, options: dict | None = None, **fields
+    setting: Setting, name: str, solver: Solver, adjoint: dict, options: dict | None = None, **fields
 ) -> Contender:
     """The row of an IFRHead of these options; adjoint: Implicit's."""
     head = setting.head(solver=solver, adjoint=Implicit(**adjoint), **(options or {}))
@@ -287,12 +287,12 @@ def block_residual(block: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor
 
 def evaluations(setting: Setting, head: IFRHead, x: Tensor) -> Call:
     """F alone as often as the solve evaluates it, in the chunks and the layout in which the solve works."""
-    rule: Rule = head.solver.resolve(x.dtype)
+    rule: Solver = head.solver.resolve(x.dtype)
     size = rule.chunk(len(x), x[0].numel(), x.device)
     params = [t.detach() for t in head.block.tensors()]
     served_by = kernels("auto", x.device.type, x.dtype)
     chunks = [staged(chunk, x.dtype, served_by) for chunk in x.detach().split(size)]
-    blocks = [Block(c, params, head.block.form, setting.groups, EPS, served_by, x.dtype) for c in chunks]
+    blocks = [BlockMap(c, params, head.block.form, setting.groups, EPS, served_by, x.dtype) for c in chunks]
 
     @torch.no_grad()
     def call() -> None:

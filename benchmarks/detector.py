@@ -14,18 +14,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d
 
-from ifr_fast import (
-    Anderson,
-    Broyden,
-    IFRHead,
-    Implicit,
-    JacobianFree,
-    Phantom,
-    Picard,
-    Shine,
-    Unroll,
-    Unrolled,
-)
+from ifr_fast import Anderson, Broyden, IFRHead, Implicit, JacobianFree, Phantom, Picard, Shine, Unroll, Unrolled
 
 REFINEMENTS = ("stack", "shared", "unroll", "ifr", "ifr-narrow", "none")
 SOLVERS = {"broyden": Broyden, "anderson": Anderson, "picard": Picard}

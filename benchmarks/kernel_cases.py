@@ -9,8 +9,9 @@ from measure import Call
 from torch import Tensor
 
 from ifr_fast import Broyden, IFRHead, Implicit, backends
-from ifr_fast import backend as implementations
-from ifr_fast.residual import EPS, Block
+from ifr_fast.engine.linearise import BlockMap
+from ifr_fast.kernels import choose as implementations
+from ifr_fast.kernels.contract import EPS
 
 ENDLESS = {"rtol": -1.0, "divergence": 1e3}  # no sample stops
 
@@ -174,10 +175,10 @@ class Bench:
 
         return call
 
-    def block(self) -> Block:
+    def block(self) -> BlockMap:
         s = self.size
         params = [t.detach() for t in IFRHead(s.channels, groups=s.groups).to(self.device).block.tensors()]
-        return Block(self.draw(), params, "released", s.groups, EPS, self.kernels, self.dtype)
+        return BlockMap(self.draw(), params, "released", s.groups, EPS, self.kernels, self.dtype)
 
     def f(self) -> Call:
         block, z = self.block(), self.draw(torch.float32)

@@ -29,7 +29,7 @@ from kernel_report import print_tables, rate
 from measure import Call
 
 from ifr_fast import backends
-from ifr_fast.kernels import RUNNING
+from ifr_fast.kernels.contract import RUNNING
 
 BACKENDS = ("triton", "cuda", "reference")
 SOLVED = {"forward solve", "backward solve"}

@@ -3,13 +3,15 @@
 See IFRHead, fixed_point and backends.
 """
 
-from .adjoint import Implicit, JacobianFree, Phantom, Shine, Unrolled
-from .backend import backends
+from .adjoints import Implicit, JacobianFree, Phantom, Shine, Unrolled
 from .block import ResidualBlock
-from .fixedpoint import fixed_point
+from .engine import graphs
+from .fixed_point import fixed_point
 from .head import IFRHead
-from .rules import Anderson, Broyden, Picard, Unroll
-from .solve import Solution, Status
+from .kernels.choose import backends
+from .solution import Solution, Status
+from .solvers import Anderson, Broyden, Picard, Unroll
+from .warmup import WarmupUnroll
 
 __all__ = [
     "Anderson",
@@ -25,6 +27,8 @@ __all__ = [
     "Status",
     "Unroll",
     "Unrolled",
+    "WarmupUnroll",
     "backends",
     "fixed_point",
+    "graphs",
 ]

@@ -50,12 +50,6 @@ def weight_norm(gain: Tensor, direction: Tensor) -> Tensor:
     return direction * (gain / torch.norm_except_dim(direction, 2, 0))
 
 
-def in_backward_pass() -> bool:
-    """Does autograd run a backward pass in this thread? Without the name: no."""
-    task = getattr(torch._C, "_current_graph_task_id", None)
-    return task is not None and task() != -1
-
-
 def in_traced_subgraph() -> bool:
     """For code that torch.compile traces: does it stand in a region such as torch.utils.checkpoint's, in which nothing
     outside may be assigned to? Without the names: no, and the compiler refuses the assignment itself."""

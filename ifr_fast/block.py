@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backend as backends
-from . import ops  # noqa: F401  (registers torch.ops.ifr_fast)
 from ._torch import autocast, conv2d, forward_mode_active, transforms_active
 from .altered import CONVOLUTION, altered_module, called_hooks, update_weights
-from .config import DTYPES, check_bool
-from .kernels.plain import wide
-from .residual import EPS, FORMS
+from .checks import DTYPES, check_bool
+from .engine.linearise import FORMS
+from .kernels import choose
+from .kernels.contract import EPS, wide
+from .ops import norms as _  # noqa: F401  (registers the ops)
 from .weight_norm import adopted, is_torchs, normalised
 
 
@@ -53,7 +53,7 @@ class ResidualBlock(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        backends.check(backend)
+        choose.check(backend)
         mid_channels = channels if mid_channels is None else mid_channels
         if form not in FORMS:
             raise ValueError(f"form={form!r}: expected one of {', '.join(FORMS)}")

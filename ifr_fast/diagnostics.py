@@ -10,15 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import backend as backends
-from .adjoint import Implicit
 from .block import compute_dtype
-from .config import check_int
-from .equilibrium import staged
+from .checks import check_int
+from .engine.linearise import BlockMap, staged
 from .head import IFRHead
-from .kernels.plain import wide
-from .residual import EPS, Block
-from .rules import Rule
+from .kernels import choose
+from .kernels.contract import wide
+from .solvers import Solver
 
 
 def spectral_radius(head: IFRHead, x: Tensor, *, iterations: int = 100) -> Tensor:
@@ -46,9 +44,9 @@ def spectral_radius(head: IFRHead, x: Tensor, *, iterations: int = 100) -> Tenso
 def _vjp(head: IFRHead, x: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
     """Products with the transpose of ∂F/∂z at z."""
     block, dtype = head.block, compute_dtype(x)
-    kernels = backends.kernels(block.backend, x.device.type, dtype)
+    kernels = choose.kernels(block.backend, x.device.type, dtype)
     x, z = (staged(t, wide(dtype), kernels) for t in (x, z))
-    return Block(x, block.tensors_for(x), block.form, block.groups, EPS, kernels, dtype).linearise(z).vjp
+    return BlockMap(x, block.tensors_for(x), block.form, block.groups, kernels, dtype).linearise(z).vjp
 
 
 def _vjp_by_calls(head: IFRHead, x: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
@@ -64,9 +62,9 @@ def adjoint_residual(head: IFRHead, x: Tensor, grad: Tensor) -> Tensor:
 
     Raises ValueError where the head does not solve (Unroll).
     """
-    if not isinstance(head.solver, Rule):
+    if not isinstance(head.solver, Solver):
         raise ValueError(f"head.solver={head.solver}: an unroll has no adjoint equation")
-    if not isinstance(head.adjoint, Implicit):
+    if not head.adjoint.solves:
         return torch.full((len(x),), torch.inf, dtype=wide(x.dtype), device=x.device)
     if head.altered():
         with torch.enable_grad():

@@ -9,21 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import (
-    equilibrium,  # noqa: F401  (implements the ops)
-    transforms,
-)
-from ._torch import in_backward_pass, in_traced_subgraph, is_fake, not_traced, transforms_active
-from .adjoint import Adjoint, Implicit, Shine, Unrolled, check_shine
+from ._torch import in_traced_subgraph, is_fake, not_traced, transforms_active
+from .adjoints import Adjoint, Implicit
 from .altered import check_map, warn_once
 from .block import ResidualBlock, compute_dtype
-from .call import Call
-from .config import DTYPES, build, check_bool, check_int, check_tensor
-from .fixedpoint import fixed_point
-from .kernels import memory_format
-from .kernels.plain import wide
-from .rules import Broyden, Rule, Unroll
-from .solve import Solution, differentiable_solve
+from .checks import DTYPES, check_bool, check_tensor, refuse_forward_mode
+from .config import build
+from .engine.call import Call
+from .engine.through import differentiable_solve
+from .fixed_point import fixed_point
+from .kernels.contract import memory_format, wide
+from .ops.solve import transformed_solve
+from .released import released_state
+from .solution import Solution
+from .solvers import Broyden, Solver, Unroll
 
 
 class IFRHead(nn.Module):
@@ -35,22 +34,18 @@ class IFRHead(nn.Module):
     Args:
         channels, form, groups, mid_channels, weight_norm, post_gain: as ResidualBlock's, whose docstring says how to
             initialise the convolutions anew.
-        solver: Broyden, Anderson or Picard (rules.Rule: max_iter, rtol, …), or Unroll(steps) for the explicit unroll.
+        solver: Broyden, Anderson or Picard (max_iter, rtol, …: solvers.Solver), or Unroll(steps), the explicit unroll.
         adjoint: how gradients pass: Implicit, Phantom, JacobianFree, Shine, Unrolled. An Unroll ignores it.
             Both also by name or as dict(type=name, …), and may be assigned later.
-        warmup_steps, warmup_unroll: the first `warmup_steps` forward passes in training mode unroll the block
-            `warmup_unroll` times in place of solving (the authors' remedy for an untrained block that does not
-            contract). The count is part of the state dict where warmup_steps > 0. Under activation checkpointing a
-            head that is called k times an iteration needs a multiple of k: all of them unroll, or none. torch.compile
-            would compile every pass of the warm-up anew: let it begin after the last.
-        backend: "auto", "reference", "native", "triton", "cuda"; see backends().
+        backend: "auto", "eager", "cpu", "triton", "cuda"; see backends().
         cuda_graphs: on a GPU, record the solve and its backward pass as CUDA graphs and replay them: for small batches,
             where launching takes longer than computing. Batches are padded to one of eight sizes an octave; recordings
-            keep their workspace (rules.Rule) until ifr_fast.graphs.clear().
+            keep their workspace (solvers.Solver) until ifr_fast.graphs.clear().
 
-    Attributes: block, the ResidualBlock; last_solution, the Solution of the last forward pass (None after an
+    Attributes: block, the ResidualBlock. last_solution, the Solution of the last forward pass (None after an
         Unroll and under torch.func's transforms; not set where torch.compile traces a checkpointed region); its value
-        may share memory with the output.
+        may share memory with the output. training_unroll: where it is not 0, passes in training mode unroll the block
+        so many times in place of solving; WarmupUnroll sets it.
     Where the block's modules were changed (`altered`), its solve is fixed_point's on their calls.
     Raises ValueError for arguments, shapes, dtypes and devices that do not fit, and for a block without an equilibrium
     of each sample; NotImplementedError in forward mode and under tools that cannot take a solve.
@@ -65,15 +60,11 @@ class IFRHead(nn.Module):
         mid_channels: int | None = None,
         weight_norm: bool = True,
         post_gain: float = 1.0,
-        solver: Rule | Unroll | str | Mapping[str, Any] = Broyden(),  # noqa: B008  (immutable)
+        solver: Solver | Unroll | str | Mapping[str, Any] = Broyden(),  # noqa: B008  (immutable)
         adjoint: Adjoint | str | Mapping[str, Any] = Implicit(),  # noqa: B008
-        warmup_steps: int = 0,
-        warmup_unroll: int = 4,
         backend: str = "auto",
         cuda_graphs: bool = False,
     ) -> None:
-        check_int("IFRHead", "warmup_steps", warmup_steps, 0)
-        check_int("IFRHead", "warmup_unroll", warmup_unroll, 1)
         check_bool("cuda_graphs", cuda_graphs)
         super().__init__()
         self.channels = channels
@@ -81,22 +72,20 @@ class IFRHead(nn.Module):
             channels, form=form, groups=groups, mid_channels=mid_channels, weight_norm=weight_norm, post_gain=post_gain,
             backend=backend,
         )  # fmt: skip
-        self.warmup_steps, self.warmup_unroll, self.cuda_graphs = warmup_steps, warmup_unroll, cuda_graphs
-        self.warmup = _Warmup()
-        if warmup_steps:
-            self.register_buffer("warmup_count", torch.zeros((), dtype=torch.int64))
-        self._solver = build(solver, (Rule, Unroll), "solver")
+        self.cuda_graphs = cuda_graphs
+        self.training_unroll = 0
+        self._solver = build(solver, (Solver, Unroll), "solver")
         self.adjoint = adjoint
         self.last_solution: Solution | None = None
 
     @property
-    def solver(self) -> Rule | Unroll:
+    def solver(self) -> Solver | Unroll:
         return self._solver
 
     @solver.setter
-    def solver(self, value: Rule | Unroll | str | Mapping[str, Any]) -> None:
-        solver = build(value, (Rule, Unroll), "solver")
-        check_shine(solver, self._adjoint)
+    def solver(self, value: Solver | Unroll | str | Mapping[str, Any]) -> None:
+        solver = build(value, (Solver, Unroll), "solver")
+        self._adjoint.check(solver)
         self._solver = solver
         self._encode_calls()
 
@@ -107,16 +96,16 @@ class IFRHead(nn.Module):
     @adjoint.setter
     def adjoint(self, value: Adjoint | str | Mapping[str, Any]) -> None:
         adjoint = build(value, Adjoint, "adjoint")
-        check_shine(self._solver, adjoint)
+        adjoint.check(self._solver)
         self._adjoint = adjoint
         self._encode_calls()
 
     def _encode_calls(self) -> None:
         """Ops take a string; made here, so that a forward pass, compiled or not, makes none."""
         self._calls: dict[tuple, str] = {}
-        if isinstance(self._solver, Rule) and isinstance(self.block, ResidualBlock):
+        if isinstance(self._solver, Solver) and isinstance(self.block, ResidualBlock):
             for dtype in DTYPES:
-                for keep in {False, isinstance(self._adjoint, Shine)}:
+                for keep in {False, self._adjoint.reuses}:
                     self.call(dtype, keep)
 
     def call(self, dtype: torch.dtype, keep: bool = False) -> str:
@@ -132,8 +121,9 @@ class IFRHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → the equilibrium, of the same shape, dtype and memory format. Differentiable once."""
         self._check_input(x)
-        steps = self._unroll_steps()
-        return self._differentiable(x, steps) if steps else self._solve(x)
+        if self.training and self.training_unroll:
+            return self._differentiable(x, self.training_unroll)
+        return self._differentiable(x, self.solver.steps) if isinstance(self.solver, Unroll) else self._solve(x)
 
     def solve(self, x: Tensor) -> Tensor:
         """The equilibrium as forward gives it, whatever the warm-up. ValueError where the solver is an Unroll."""
@@ -147,16 +137,17 @@ class IFRHead(nn.Module):
         return self.block.altered() if isinstance(self.block, ResidualBlock) else "the block was exchanged"
 
     def _solve(self, x: Tensor) -> Tensor:
-        if isinstance(self.adjoint, Unrolled):
+        if self.adjoint.through:
             return self._differentiable(x, 0)
-        transforms.refuse_forward_mode("IFRHead")
+        refuse_forward_mode("IFRHead")
         if torch.onnx.is_in_onnx_export():
             raise NotImplementedError("IFRHead: ONNX has no operator for a solve; export it with solver=Unroll(steps)")
         if why := self.altered():
             return self._solve_by_calls(x, why)
-        keep = isinstance(self.adjoint, Shine) and (torch.is_grad_enabled() or torch.jit.is_tracing())
+        keep = self.adjoint.reuses and (torch.is_grad_enabled() or torch.jit.is_tracing())
         params, call = self.block.tensors_for(x), self.call(compute_dtype(x), keep)
-        value, residual, iterations, trace, status, *_ = transforms.solve_op(x, params, call)
+        solve = transformed_solve if transforms_active() else torch.ops.ifr_fast.solve
+        value, residual, iterations, trace, status, *_ = solve(x, params, call)
         self._report(Solution(value, residual, iterations, trace, status))
         # The op's own result is kept for the backward pass; the caller may change this one, as nn.ReLU(inplace=True).
         # A trace is of one graph, with gradients and without.
@@ -189,14 +180,6 @@ class IFRHead(nn.Module):
             return
         # What a transform's tensors stand for is gone when it ends.
         self.last_solution = None if solution is None or transforms_active() else solution.detach()
-
-    def _unroll_steps(self) -> int:
-        """Blocks to unroll in this forward pass; 0 where the solver runs."""
-        if self.training and self.warmup_steps:
-            buffer = None if transforms_active() else self._buffers.get("warmup_count")
-            if self.warmup.unrolls(self.warmup_steps, buffer):
-                return self.warmup_unroll
-        return self.solver.steps if isinstance(self.solver, Unroll) else 0
 
     def _differentiable(self, x: Tensor, steps: int) -> Tensor:
         """An unroll of `steps` blocks, or with 0 the solver's steps, in autograd's sight."""
@@ -245,70 +228,11 @@ class IFRHead(nn.Module):
         (in the released Mask R-CNN: prefix="roi_heads.mask_head.repeat_block."). groups are 4, as there; kwargs go to
         IFRHead. Raises ValueError where a tensor is missing.
         """
-        if not isinstance(state_dict, Mapping) or not isinstance(prefix, str):
-            found = f"{type(state_dict).__name__} and {prefix!r}"
-            raise ValueError(f"state_dict and prefix are a {found}: expected a mapping of tensors and a string")
-        prefix = prefix if not prefix or prefix.endswith(".") else prefix + "."
-        kwargs = {"groups": 4, "form": "released", **kwargs}
-        layers = (1, 2) if kwargs["form"] == "paper" else (1, 2, 3)
-        norms = [f"gn{i}.{name}" for i in layers for name in ("weight", "bias")]
-        names = {name: name for name in norms}
-        for conv in ("conv1", "conv2"):
-            if kwargs.setdefault("weight_norm", prefix + "conv1.weight_g" in state_dict):
-                names[f"{conv}.parametrizations.weight.original0"] = f"{conv}.weight_g"
-                names[f"{conv}.parametrizations.weight.original1"] = f"{conv}.weight_v"
-            else:
-                names[f"{conv}.weight"] = f"{conv}.weight"
-        missing = [prefix + name for name in names.values() if prefix + name not in state_dict]
-        if missing:
-            found = [k for k in state_dict if k.endswith(("conv1.weight_g", "conv1.weight"))][:3]
-            raise ValueError(f"prefix={prefix!r}: the state dict has no {', '.join(missing)}; it has e.g. {found}")
-        conv1 = state_dict[prefix + names.get("conv1.weight", "conv1.weight_v")]
-        head = cls(conv1.shape[1], mid_channels=conv1.shape[0], **kwargs)
-        head.block.load_state_dict({ours: state_dict[prefix + theirs] for ours, theirs in names.items()})
+        options, state = released_state(state_dict, prefix, kwargs)
+        head = cls(**options)
+        head.block.load_state_dict(state)
         return head
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        self.warmup.seen = None
-        # Heads that differ in their warm-up alone load each other's states.
-        key = prefix + "warmup_count"
-        for keys in (missing, unexpected):
-            if key in keys:
-                keys.remove(key)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_solution": None}
-
-    def extra_repr(self) -> str:
-        return f"solver={self.solver}, adjoint={self.adjoint}"
-
-
-class _Warmup:
-    """Training passes so far: the head's buffer, for checkpoints and averaged copies, and beside it a plain number, so
-    that a device is waited for only where the buffer was written by others: loaded, or during the warm-up averaged or
-    broadcast (DistributedDataParallel does in every pass)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.seen: tuple[int, int] | None = None  # the buffer, and its version, that `count` agrees with
-
-    def unrolls(self, steps: int, buffer: Tensor | None) -> bool:
-        """Is this pass among the first `steps`? Computed again, in a backward pass, it is as it was."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and buffer is not None:
-            written = self.seen is None or (self.count <= steps and self.seen != _state(buffer))
-            if written or not buffer.is_cuda:
-                self.count = int(buffer)
-        # One past the last that unrolls is as far as it needs to count; compiled code is specialised on it.
-        if self.count <= steps and (compiling or not in_backward_pass()):
-            self.count += 1
-            if buffer is not None:
-                buffer.fill_(self.count)
-        if not compiling and buffer is not None:
-            self.seen = _state(buffer)
-        return self.count <= steps
-
-
-def _state(buffer: Tensor) -> tuple[int, int]:
-    return id(buffer), -1 if buffer.is_inference() else buffer._version
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + "warmup_count", None)  # of checkpoints from when heads counted their warm-up themselves
+        super()._load_from_state_dict(state_dict, prefix, *args)

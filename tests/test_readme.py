@@ -37,7 +37,12 @@ def test_the_example_prints_a_solution(capsys):
 
 def test_files_in_the_text_exist():
     named = set(re.findall(r"(?:benchmarks|tests|ifr_fast)/[\w/]+\.\w+", README))
-    assert {"benchmarks/speed.py", "benchmarks/accuracy.py", "tests/constraints.txt", "tests/machines.py"} <= named
+    assert {
+        "benchmarks/speed.py",
+        "benchmarks/accuracy.py",
+        "tests/constraints.txt",
+        "tests/tools/machines.py",
+    } <= named
     assert not [path for path in named if not (ROOT / path).is_file()]
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels (csrc/cuda), for float32, bfloat16 and float16 on NVIDIA GPUs: `plain`'s functions, NHWC.
+"""The CUDA kernels (csrc/cuda), for float32, bfloat16 and float16 on NVIDIA GPUs: `eager`'s functions, NHWC.
 
 Convolutions are cuDNN's. A sample's sums are formed in an order that its size alone decides. As Triton's, the kernels
 are launched on the current device, which callers make the tensors'.
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from . import address, cuda_norm, describe, optional, ridge
+from . import cuda_norm
+from .contract import address, describe, optional, ridge, wide
 from .cuda_norm import DTYPES, norm_relu, norm_relu_vjp, norm_tail, norm_tail_vjp, residual_tail
-from .device import STATE, DeviceState, Tail, Total, shift, tail, total
-from .plain import convolution, wide
+from .eager import convolution
+from .gpu import STATE, DeviceState, Tail, Total, shift, tail, total
 
 __all__ = [
     "convolution", "finish", "new_state", "norm_relu", "norm_relu_vjp", "norm_tail", "norm_tail_vjp", "shift", "step",
@@ -55,7 +56,7 @@ def step(
     divergence: float,
     affine: bool = False,
 ) -> None:
-    """plain.step without its result. f: (n, …) float32 laid out as z, or a pending result."""
+    """eager.step without its result. f: (n, …) float32 laid out as z, or a pending result."""
     row = -1 if last else evaluation % state.rows
     kernels = _native.cuda
     if isinstance(f, Tail):

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the GroupNorm chains (csrc/cuda/norm*.cu): `plain`'s functions, addresses passed on.
+"""The CUDA kernels of the GroupNorm chains (csrc/cuda/norm*.cu): `eager`'s functions, addresses passed on.
 
 NHWC activations in float32, bfloat16 or float16; ValueError for tensors that do not fit each other. How a sample is cut
 into tiles depends on its shape and the GPU alone, never on the batch, and sums are formed in a fixed order.
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from . import address, describe, optional
-from .device import DeviceState, Tail, activation, affine, given, like, moments, status_of
-from .plain import Norm
+from .contract import Norm, address, describe, optional
+from .gpu import DeviceState, Tail, activation, affine, given, like, moments, status_of
 
 DTYPES = {
     torch.float32: _native.cuda.DType.f32,

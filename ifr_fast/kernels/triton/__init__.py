@@ -1,13 +1,13 @@
-"""The Triton kernels, for float32, bfloat16 and float16 on NVIDIA GPUs: `plain`'s functions, NHWC."""
+"""The Triton kernels, for float32, bfloat16 and float16 on NVIDIA GPUs: `eager`'s functions, NHWC."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import plain
-from ..device import DeviceState, shift, tail, total
-from ..plain import Convolution, wide
+from .. import eager
+from ..contract import Convolution, wide
+from ..gpu import DeviceState, shift, tail, total
 from .conv import chip, implicit_gemm
 from .norm import norm_relu, norm_tail
 from .norm_vjp import norm_relu_vjp, norm_tail_vjp
@@ -30,5 +30,5 @@ new_state = DeviceState
 def convolution(weight: Tensor, x: Tensor) -> Convolution:
     """cuDNN's by way of torch, or the implicit GEMM where that is faster."""
     if (chip(weight.device).major, weight.dtype) not in IMPLICIT_GEMM:
-        return plain.convolution(weight, x)
+        return eager.convolution(weight, x)
     return implicit_gemm(weight, x, statistics=x.shape[2] * x.shape[3] > LARGE_MAP)

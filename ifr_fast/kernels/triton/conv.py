@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import DeviceState, status_of
+from ..gpu import DeviceState, status_of
 from .tiles import RUNNING, nhwc
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

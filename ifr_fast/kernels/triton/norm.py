@@ -1,4 +1,4 @@
-"""GroupNorm with ReLU, and the block's tail, on NHWC activations; `plain` is their specification.
+"""GroupNorm with ReLU, and the block's tail, on NHWC activations; `eager` is their specification.
 
 A map small enough for a program to hold all positions of some groups in registers is read once and written once (the
 whole path). Larger ones are split into runs of positions: partial moments, their combination, and a second reading.
@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import address, optional
-from ..device import DeviceState, Tail, activation, like, moments, status_of
-from ..device import affine as affine_of
-from ..plain import Norm
+from ..contract import Norm, address, optional
+from ..gpu import DeviceState, Tail, activation, like, moments, status_of
+from ..gpu import affine as affine_of
 from .tiles import (
     RUNNING,
     Budget,
@@ -44,7 +43,7 @@ def norm_relu(
     partial: Tensor | None = None,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """plain.norm_relu. partial: the convolution's moments of y, (n, parts, channels, 3) = (count, mean, M2)."""
+    """eager.norm_relu. partial: the convolution's moments of y, (n, parts, channels, 3) = (count, mean, M2)."""
     y, status = _checked(y, groups, norm, None, partial, state), status_of(state)
     n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
     out = y if consume else torch.empty_like(y)
@@ -75,7 +74,7 @@ def norm_tail(
     partial: Tensor | None = None,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """plain.norm_tail. partial: as norm_relu's."""
+    """eager.norm_tail. partial: as norm_relu's."""
     y = _checked(y, groups, first, second, partial, state)
     out = y if consume and y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
     shape = (2 if second is None else 4, y.shape[0], groups)

@@ -1,4 +1,4 @@
-"""The vjps of norm.py's functions on NHWC activations; `plain` is their specification.
+"""The vjps of norm.py's functions on NHWC activations; `eager` is their specification.
 
 With x̂ = (x - mean) / σ and g the gradient of a GroupNorm's output, that of x is (g·w - ⟨g·w⟩ - x̂ ⟨g·w·x̂⟩) / σ, means
 over the group. As in norm.py, small maps take the whole path (sums and result from registers), larger ones are split:
@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import optional
-from ..device import DeviceState, activation, given, like, status_of
-from ..device import affine as affine_of
-from ..plain import Norm
+from ..contract import Norm, optional
+from ..gpu import DeviceState, activation, given, like, status_of
+from ..gpu import affine as affine_of
 from .tiles import (
     RUNNING,
     Budget,
@@ -49,7 +48,7 @@ def norm_relu_vjp(
     params: bool,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """plain.norm_relu_vjp. params asks for sums over all samples: none is skipped then."""
+    """eager.norm_relu_vjp. params asks for sums over all samples: none is skipped then."""
     y = _checked(y, groups, norm, None, [mean, rstd], state)
     grad, status = like(grad, "grad", y), _status(state, params)
     return _norm_vjp(grad, y, norm, mean, rstd, groups, params, status, relu=True)
@@ -68,7 +67,7 @@ def norm_tail_vjp(
     params: bool,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """plain.norm_tail_vjp. params: as norm_relu_vjp's."""
+    """eager.norm_tail_vjp. params: as norm_relu_vjp's."""
     y = _checked(y, groups, first, second, statistics, state)
     grad, r, status = like(grad, "grad", y), None if r is None else like(r, "r", y), _status(state, params)
     if second is None:

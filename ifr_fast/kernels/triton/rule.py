@@ -48,7 +48,7 @@ def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
                 norms, residual, trace, status, iterations, improved,
                 n, rows, parts, splits, evaluation, row, window, affine, rtol, divergence, ridge,
                 METHOD: tl.constexpr, K: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """plain.assess, then (row ≥ 0, and only for a sample that still runs) METHOD's step; DeviceState's fields."""
+    """eager.assess, then (row ≥ 0, and only for a sample that still runs) METHOD's step; DeviceState's fields."""
     sample = tl.program_id(0).to(tl.int64)
     if tl.load(status + sample) != RUNNING:
         previous = tl.load(trace + tl.maximum(evaluation - 1, 0).to(tl.int64) * n + sample)
@@ -138,7 +138,7 @@ def _finish_gram(partials, gram, rows, splits, row, first, K: tl.constexpr, PART
 
 @triton.jit
 def _broyden(gram, p, q, newest, led, rows, k, K: tl.constexpr):
-    """plain.broyden_coefficients: the next step [K]; the new pair is stored."""
+    """gram.broyden_coefficients: the next step [K]; the new pair is stored."""
     i = tl.arange(0, K)[:, None]
     j = tl.arange(0, K)[None, :]
     at = i * rows + j
@@ -172,7 +172,7 @@ def _broyden(gram, p, q, newest, led, rows, k, K: tl.constexpr):
 
 @triton.jit
 def _anderson(gram, p, led, rows, k, first, ridge, K: tl.constexpr, M: tl.constexpr):
-    """plain.anderson_coefficients: the next step [K]; the one that led here is stored among the past ones, in p."""
+    """gram.anderson_coefficients: the next step [K]; the one that led here is stored among the past ones, in p."""
     index = tl.arange(0, K)
     tl.store(p + (k - 1) * rows + index, led, (index < rows) & (k > 0))
     tl.debug_barrier()

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import address, describe, ridge
-from ..device import STATE, DeviceState, Tail, Total
+from ..contract import address, describe, ridge
+from ..gpu import STATE, DeviceState, Tail, Total
 from .norm import residual_tail
 from .rule import rule_kernel, rule_tile
 from .tiles import RUNNING
@@ -69,7 +69,7 @@ def step(
     divergence: float,
     affine: bool = False,
 ) -> None:
-    """plain.step without its result. f: (N, …) fp32 laid out as z, or a pending result."""
+    """eager.step without its result. f: (N, …) fp32 laid out as z, or a pending result."""
     check(state, z)
     if not 0 <= evaluation < len(state.trace) or window < 1:
         raise ValueError(f"evaluation={evaluation}, window={window}: the state has room for {len(state.trace)}")
@@ -136,7 +136,7 @@ def rule(
     divergence: float,
     affine: bool = False,
 ) -> None:
-    """Finishes the sums, judges the running samples (plain.assess) and chooses their steps; row < 0: judges only."""
+    """Finishes the sums, judges the running samples (eager.assess) and chooses their steps; row < 0: judges only."""
     splits = 0 if state.gram_partials is None else state.gram_partials.shape[1]
     tile = rule_tile(method, state.rows, window)
     rule_kernel[(state.n,)](

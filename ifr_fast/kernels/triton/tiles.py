@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import RUNNING as _RUNNING
+from ..contract import RUNNING as _RUNNING
 
 RUNNING = tl.constexpr(_RUNNING)
 

@@ -1,0 +1,59 @@
+"""What a solve of the residual block is asked for: one value, which the registered ops take as one string."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import config
+from ..checks import DTYPES
+from ..kernels import choose
+from ..solvers import Solver
+from .linearise import FORMS
+
+if TYPE_CHECKING:
+    from ..adjoints import Adjoint
+
+
+@dataclass(frozen=True)
+class Call:
+    """form, groups: the block's. dtype: what its convolutions compute in. solver: resolved. adjoint: fitted to it.
+    backend: as choose.kernels takes it. graphs: replay CUDA graphs. keep: return what Shine needs of the solve.
+
+    Raises ValueError for a form, dtype, solver or backend that is none.
+    """
+
+    form: str
+    groups: int
+    dtype: torch.dtype
+    solver: Solver
+    adjoint: Adjoint
+    backend: str
+    graphs: bool = False
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS or self.dtype not in DTYPES or self.solver != self.solver.resolve(self.dtype):
+            raise ValueError(f"{self}: expected a form of {FORMS}, a dtype of {DTYPES} and a resolved solver")
+        choose.check(self.backend)
+
+    def encode(self) -> str:
+        """A string that decode() turns back into an equal Call."""
+        return json.dumps([
+            self.form, self.groups, config.dtype_name(self.dtype), config.encode(self.solver),
+            config.encode(self.adjoint), self.backend, self.graphs, self.keep,
+        ])  # fmt: skip
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def decode(text: str) -> Call:
+        """The Call that encode() gave; ValueError for another string."""
+        try:
+            form, groups, dtype, solver, adjoint, *rest = json.loads(text)
+            return Call(form, groups, getattr(torch, dtype), config.decode(solver), config.decode(adjoint), *rest)
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"call={text!r}: expected what Call.encode() gives") from error

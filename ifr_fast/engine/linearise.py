@@ -1,0 +1,155 @@
+"""The residual block as a function: F at an injection X, and its linearisation, on a backend's kernels.
+
+Used inside a solve, where autograd is off: the vjps are written out. `block.ResidualBlock` is the module around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from functools import cached_property
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..kernels import eager
+from ..kernels.contract import EPS, Convolution, State, memory_format, pick
+
+FORMS = ("released", "paper", "plain")
+
+
+def staged(x: Tensor, dtype: torch.dtype, kernels: ModuleType, like: Tensor | None = None) -> Tensor:
+    """A chunk, dense in the layout in which it is solved: where kernels take any, that of `like`, or x's own."""
+    channels_last = x.device.type == "cpu" or kernels.CHANNELS_LAST_ONLY
+    format = torch.channels_last if channels_last else memory_format(x if like is None else like)
+    # .to() takes a strided slice of a channels_last tensor for one that is laid out so already.
+    return x.to(dtype, memory_format=format).contiguous(memory_format=format)
+
+
+class BlockMap:
+    """F(·; X) for one chunk of samples; calling it evaluates F.
+
+    params as reference.residual_block's, in any floating dtype. dtype: what the convolutions compute in. The iterate, F
+    and gradients are in kernels.wide(dtype); the chunk's memory layout is x's.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        params: Sequence[Tensor],
+        form: str,
+        groups: int,
+        kernels: ModuleType,
+        dtype: torch.dtype,
+    ) -> None:
+        self.x, self.form, self.groups, self.kernels, self.dtype = x, form, groups, kernels, dtype
+        conv1, gn1_weight, gn1_bias, conv2, gn2_weight, gn2_bias, *gn3 = params
+        affine = kernels.wide(dtype)
+        self.format = memory_format(x)
+        self.weight1, self.weight2 = conv1, conv2
+        self.conv1, self.conv2 = self._convolution(conv1), self._convolution(conv2)
+        self.norm1, self.norm2 = _norm(gn1_weight, gn1_bias, affine), _norm(gn2_weight, gn2_bias, affine)
+        self.norm3 = None if form == "paper" else _norm(*gn3, affine)
+
+    def _convolution(self, weight: Tensor) -> Convolution:
+        return self.kernels.convolution(weight.to(self.dtype, memory_format=self.format), self.x)
+
+    @cached_property
+    def transposed(self) -> tuple[Convolution, Convolution]:
+        """The gradients of both convolutions in their inputs: convolutions by the turned, transposed kernels."""
+        weights = (w.transpose(0, 1).flip(2, 3) for w in (self.weight1, self.weight2))
+        return tuple(self._convolution(w) for w in weights)
+
+    def at(self, x: Tensor) -> BlockMap:
+        """The same block at another injection of the same layout."""
+        other = copy(self)
+        other.x = x
+        return other
+
+    def select(self, index: Tensor) -> BlockMap:
+        """F of some of the samples."""
+        return self.at(pick(self.x, index))
+
+    def __call__(self, z: Tensor, state: State | None = None) -> Tensor:
+        """F(z) for the solver's step, whose state may hold z + X already."""
+        y, r, partial, _ = self._until_tail(z, state, keep=False)
+        return self.kernels.tail(y, r, self.norm2, self.norm3, self.groups, EPS, partial=partial, state=state)
+
+    def linearise(self, z: Tensor) -> Linearised:
+        return Linearised(self, z)
+
+    def _until_tail(
+        self, z: Tensor, state: State | None, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple]:
+        """What F's tail takes, and with `keep` what the linearisation of the rest needs."""
+        k = self.kernels
+        r = k.shift(z, self.x, self.dtype, state)
+        y1, partial1 = self.conv1(r, state)
+        h, *statistics = k.norm_relu(y1, self.norm1, self.groups, EPS, consume=not keep, partial=partial1, state=state)
+        y2, partial2 = self.conv2(h, state)
+        return y2, None if self.form == "plain" else r, partial2, (r, y1, statistics, h)
+
+
+class Linearised:
+    """The block's linearisation at z: value F(z), and products with the Jacobian's transpose."""
+
+    def __init__(self, block: BlockMap, z: Tensor) -> None:
+        self.block = block
+        y, r, partial, head = block._until_tail(z, None, keep=True)
+        self.value, statistics = block.kernels.norm_tail(
+            y, r, block.norm2, block.norm3, block.groups, EPS, partial=partial
+        )
+        self.saved = head, (y, r, statistics)
+
+    def select(self, index: Tensor) -> Linearised:
+        """That of some of the samples, without what the parameters' gradients alone need."""
+
+        def some(*tensors: Tensor) -> list[Tensor]:
+            return [pick(t, index) for t in tensors]
+
+        (_, y1, statistics1, _), (y2, residual, statistics2) = self.saved
+        other = copy(self)
+        tail = *some(y2), None if residual is None else pick(residual, index), some(*statistics2)
+        other.saved = (None, *some(y1), some(*statistics1), None), tail
+        return other
+
+    def vjp(self, w: Tensor) -> Tensor:
+        """wᵀ ∂F/∂z = wᵀ ∂F/∂X, like w."""
+        return eager.total(*self._vjp(w, None, params=False)[0]).to(w.dtype)
+
+    def affine(self, w: Tensor, constant: Tensor, state: State) -> Tensor:
+        """wᵀ ∂F/∂z + constant, for the solver's step."""
+        return self.block.kernels.total(*self._vjp(w, state, params=False)[0], constant)
+
+    def vjp_params(self, w: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """wᵀ ∂F/∂X, like w, and wᵀ ∂F/∂θ for every parameter θ in order."""
+        addends, grads = self._vjp(w, None, params=True)
+        return eager.total(*addends).to(w.dtype), grads
+
+    def _vjp(self, w: Tensor, state: State | None, *, params: bool) -> tuple[list[Tensor], list[Tensor]]:
+        b, k = self.block, self.block.kernels
+        (r, y1, statistics1, h), (y2, residual, statistics2) = self.saved
+        grad_y2, grad_r, grads2 = k.norm_tail_vjp(
+            w, y2, residual, b.norm2, b.norm3, statistics2, b.groups, EPS, params=params, state=state
+        )
+        conv1_t, conv2_t = b.transposed
+        grad_h, _ = conv2_t(grad_y2, state)
+        grad_y1, grads1 = k.norm_relu_vjp(grad_h, y1, b.norm1, *statistics1, b.groups, EPS, params=params, state=state)
+        grad_z, _ = conv1_t(grad_y1, state)
+        addends = [grad_z] if grad_r is None else [grad_r, grad_z]
+        if not params:
+            return addends, []
+        conv1, conv2 = _weight_grad(r, grad_y1, b.weight1), _weight_grad(h, grad_y2, b.weight2)
+        return addends, [conv1, *grads1, conv2, *grads2]
+
+
+def _norm(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
+
+
+def _weight_grad(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.to(x.dtype)  # only its shape and layout count here
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+    )[1]

@@ -1,0 +1,226 @@
+"""fixed_point: the equilibrium of any callable, with gradients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._torch import autocast, is_fake, reference_count
+from .adjoints import Adjoint, Equation, Implicit, Memory
+from .checks import check_tensor, refuse_transforms
+from .config import build
+from .engine.loop import solution, solve
+from .engine.through import differentiable_solve, unit_scale
+from .kernels import choose
+from .kernels.contract import State, memory_format, wide
+from .solution import Solution
+from .solvers import Broyden, Solver, Unroll
+
+
+def fixed_point(
+    f: Callable[..., Tensor],
+    z0: Tensor,
+    *,
+    params: Sequence[Tensor] = (),
+    solver: Solver | Unroll | str | Mapping[str, Any] = Broyden(),  # noqa: B008  (immutable)
+    adjoint: Adjoint | str | Mapping[str, Any] = Implicit(),  # noqa: B008
+    backend: str = "auto",
+) -> tuple[Tensor, Solution | None]:
+    """z* = f(z*, *params), sample by sample, from z0.
+
+    Args:
+        f: maps (z, *params), z of z0's shape (N, …), dtype and layout, to the same shape. Samples (the first
+            dimension) must not see each other. It is called with the whole batch: the history takes max_iter·z0's size.
+            It may keep the z that it is given, but not change it.
+        params: tensors handed to f. Gradients reach them, and whatever else f closes over (a module's parameters,
+            say), whether named here or not. z0 gets none: the equilibrium does not depend on it.
+        solver, adjoint, backend: as IFRHead's. An Unroll applies f `steps` times under autograd; its Solution is None.
+
+    Returns z* (the best iterate, of z0's dtype and layout, differentiable once: create_graph=True raises RuntimeError)
+    and the Solution, whose value may share memory with z*. A backward pass fills the Solution's `adjoint`, and on a CPU
+    warns where Implicit missed its tolerance. Under torch.utils.checkpoint the backward pass evaluates f as often as
+    the forward pass, and once more where adjoint is Implicit, beside that adjoint's own products. On a GPU f's argument
+    and result are scaled to the size of 1 and back, two sweeps an evaluation.
+    ValueError for arguments that do not fit; NotImplementedError under torch.func's transforms and forward mode.
+    """
+    solver, adjoint = build(solver, (Solver, Unroll), "solver"), build(adjoint, Adjoint, "adjoint")
+    if not callable(f):
+        raise ValueError(f"f is {f!r}: expected a callable that maps z to a tensor of the same shape")
+    check_tensor("z0", z0)
+    if z0.dim() < 1:
+        raise ValueError("z0 has shape (): expected (N, …)")
+    if isinstance(params, Tensor) or not isinstance(params, Sequence):
+        raise ValueError(f"params is a {type(params).__name__}: expected a list or tuple of tensors")
+    choose.check(backend)
+    adjoint.check(solver)
+    z0 = z0.detach()
+    if z0.is_inference() and not torch.is_inference_mode_enabled():
+        z0 = z0.clone()  # autograd may save it
+    f = _CheckedMap(f, params, z0)
+    if isinstance(solver, Unroll):
+        z = z0
+        for _ in range(solver.steps):
+            z = f(z).to(z0.dtype)
+        return z.contiguous(memory_format=memory_format(z0)), None
+    rule, iterate = solver.resolve(z0.dtype), wide(z0.dtype)
+    adjoint = adjoint.fitted(solver, z0.dtype)
+    start = z0.to(iterate).contiguous(memory_format=memory_format(z0))
+    if adjoint.through:
+        solved = differentiable_solve(f, start, rule)
+        return solved.value.to(z0.dtype).contiguous(memory_format=memory_format(z0)), solved.detach()
+    refuse_transforms("fixed_point")
+    if is_fake(z0):
+        raise NotImplementedError("fixed_point cannot be traced: its solve is no operator (meta tensors give shapes)")
+    kernels = choose.kernels(backend, z0.device.type, iterate)
+    with torch.no_grad(), torch.cuda.device_of(z0):
+        state, value = _solve(f, start.clone(), rule, kernels)
+    solved = replace(solution(state), value=value, adjoint=torch.full_like(state.residual, torch.nan))
+    if not torch.is_grad_enabled():
+        return value.to(z0.dtype), solved
+    # The one evaluation that the graph keeps: from it gradients go on to the parameters.
+    leaf = value.detach().requires_grad_(adjoint.solves)
+    end = adjoint.end(f, leaf)
+    if not _depends_on_more(end, leaf):
+        return value.to(z0.dtype), solved
+    memory = Memory(state.history, state.p, state.q) if adjoint.reuses else None
+    # Checkpointing's hooks would repeat the forward pass for every product: those are taken of an evaluation beside.
+    beside = adjoint.solves and _tensors_are_saved_by_hooks()
+
+    def cotangent(grad: Tensor) -> Tensor:
+        z, fz = leaf, end
+        if beside:
+            z = value.detach().requires_grad_()
+            with torch.enable_grad():
+                fz = f(z)
+
+        def affine(w: Tensor, constant: Tensor, state: State | None) -> Tensor:
+            product = torch.autograd.grad(fz, z, w, retain_graph=True, allow_unused=True)[0]
+            return constant if product is None else product + constant
+
+        grad = grad.contiguous(memory_format=memory_format(value))
+        w, residual, _ = adjoint.cotangent(Equation(affine, grad, z0.dtype, kernels, memory))
+        solved.adjoint.copy_(residual)
+        if adjoint.solves:
+            _warn_unsolved(residual, adjoint.rule.rtol)
+        return w
+
+    return _Attach.apply(end, value, cotangent).to(z0.dtype), solved
+
+
+class _CheckedMap:
+    """f with its params, at z of any floating dtype: called in z0's dtype, under the caller's autocast, also from a
+    backward pass; its result is checked and in the dtype of the iterates."""
+
+    def __init__(self, f: Callable[..., Tensor], params: Sequence[Tensor], z0: Tensor) -> None:
+        self.f, self.params, self.dtype = f, params, z0.dtype
+        device = z0.device.type
+        self.autocast = self.no_autocast = nullcontext
+        if device != "meta" and torch.is_autocast_enabled(device):
+            self.autocast = partial(autocast, device, True, torch.get_autocast_dtype(device))
+            self.no_autocast = partial(autocast, device, False)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        given = z.to(self.dtype)
+        version = None if given.is_inference() else given._version
+        with self.autocast():
+            out = self.f(given, *self.params)
+        if not isinstance(out, Tensor) or out.shape != z.shape or out.device != z.device:
+            found = f"shape {tuple(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"f returned {found} for z of shape {tuple(z.shape)} on {z.device}: expected the same")
+        if out.layout is not torch.strided:
+            raise ValueError(f"f returned layout {out.layout}: expected a dense tensor")
+        if not out.is_floating_point():
+            raise ValueError(f"f returned dtype {out.dtype} for z of dtype {self.dtype}: expected a floating dtype")
+        if version is not None and given._version != version:
+            raise ValueError(
+                "f changed its argument z in place (nn.ReLU(inplace=True), say): expected it to leave z alone"
+            )
+        return out.to(wide(self.dtype))
+
+    def on_buffer(self, z: Tensor) -> Tensor:
+        """f(z) for a z that the solver will overwrite: where f keeps it, or a view of it, z moves to new memory."""
+        if z.dtype != self.dtype:
+            return self(z)
+        before = reference_count(z)
+        out = self(z.detach())
+        if before is None or reference_count(z) != before:
+            z.set_(z.clone())
+        return out
+
+
+def _solve(f: _CheckedMap, z: Tensor, rule: Solver, kernels: Any) -> tuple[State, Tensor]:
+    """The solver's state and the best iterate, like z, which is overwritten."""
+    scale, first = None, None
+    # Squares may over- or underflow where they are summed in the dtype of the iterates.
+    if z.dtype == torch.float64 or z.device.type != "cpu":
+        first = f.on_buffer(z)
+        scale = unit_scale(first, z).view(-1, *[1] * (z.dim() - 1))
+        ordinary = z.device.type == "cpu" and bool(((scale > 1e-100) & (scale < 1e100)).all())
+        scale = None if ordinary else scale
+    with f.no_autocast():
+        if scale is None:
+            state = solve(lambda z, _: f.on_buffer(z), z, rule, kernels, first=first)
+            return state, state.value
+        first, z = scale * first, scale * z
+        state = solve(lambda z, _: scale * f(z / scale), z, rule, kernels, first=first)
+        return state, state.value / scale
+
+
+def _tensors_are_saved_by_hooks() -> bool:
+    """Is checkpointing, or another hook on what autograd saves, on?"""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(""):  # raises where there are some
+            return False
+    except RuntimeError:
+        return True
+
+
+def _warn_unsolved(residual: Tensor, rtol: float) -> None:
+    """The same words every time: Python shows them once."""
+    if residual.device.type == "cpu" and rtol > 0 and bool((residual > rtol).any()):
+        warnings.warn(
+            "fixed_point: a gradient's own equation (Eq. 8) was not solved to the adjoint's rtol, so the gradient is "
+            "inexact; the Solution's `adjoint` has the residual of each sample. Give adjoint=Implicit(max_iter=…) more "
+            "steps, or make f contract.",
+            stacklevel=2,
+        )
+
+
+class _Attach(torch.autograd.Function):
+    """The equilibrium's value on the graph of f at the equilibrium; turns ∂L/∂z* into the w that f's graph takes."""
+
+    @staticmethod
+    def forward(ctx, end: Tensor, value: Tensor, cotangent: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.cotangent = cotangent
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if torch.is_grad_enabled():  # f's graph would take w for a constant, and second derivatives be wrong
+            raise RuntimeError("fixed_point is differentiable once: create_graph=True has no meaning for it")
+        with torch.cuda.device_of(grad):
+            return ctx.cotangent(grad), None, None
+
+
+def _depends_on_more(end: Tensor, leaf: Tensor) -> bool:
+    """Does anything that requires a gradient, beside leaf, lead to end?"""
+    if not leaf.requires_grad or (end.is_leaf and end is not leaf):
+        return end.requires_grad
+    own = torch.autograd.graph.get_gradient_edge(leaf).node
+    nodes, seen = [end.grad_fn], {None, own}
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        if hasattr(node, "variable"):  # accumulates the gradient of a leaf
+            return True
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+    return False

@@ -1,0 +1,170 @@
+"""Which kernels serve which call, and why, in words that a user can read.
+
+eager: PyTorch's own operators, any device. cpu: the compiled CPU kernels. triton: NVIDIA GPUs (and, for tests, any
+machine under Triton's interpreter). cuda: the extension's CUDA kernels in place of Triton's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+PACKAGE = __package__.split(".")[0]
+logger = logging.getLogger(PACKAGE)
+
+# What "auto" takes of those that can serve, first to last.
+AUTO = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
+NAMES = ("auto", "eager", "cpu", "triton", "cuda")
+ALIASES = {"reference": "eager", "native": "cpu"}  # the names of release 0.1
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (8, 0)  # compute capability
+
+
+class Backend(NamedTuple):
+    """available: can it serve a call here? reason: what it serves, or why it cannot and how to get it."""
+
+    available: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'available' if self.available else 'not available'}: {self.reason}"
+
+
+class _Backends(dict[str, Backend]):
+    """Knows the aliases too."""
+
+    def __missing__(self, name: str) -> Backend:
+        return self[ALIASES[name]]
+
+
+@lru_cache(maxsize=1)
+def _binary() -> tuple[ModuleType | None, str]:
+    """The compiled extension, or why there is none."""
+    try:
+        return importlib.import_module(f"{PACKAGE}._native"), ""
+    except ImportError as error:
+        advice = "pip install . with a C++17 compiler, and run outside of the source tree, or pip install -e ."
+        return None, f"the compiled extension does not import from {PACKAGE} ({error}); {advice}"
+
+
+def _cpu() -> Backend:
+    binary, problem = _binary()
+    if binary is None:
+        return Backend(False, problem)
+    threads = "OpenMP" if binary.openmp else "one thread, the compiler has no OpenMP"
+    return Backend(True, f"CPU tensors in float32, float64, bfloat16 ({binary.isa()} kernels, {threads})")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=1)
+def _gpu() -> Backend:
+    """The GPUs that this process sees."""
+    if not torch.cuda.is_available():
+        return Backend(False, "torch sees no NVIDIA GPU here")
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        name = torch.cuda.get_device_name(index)
+        if torch.version.cuda is None:
+            return Backend(False, f"{name} is no NVIDIA GPU")
+        if capability < OLDEST:
+            return Backend(False, f"{name} has compute capability {capability}: {OLDEST} is the oldest served")
+    return Backend(True, f"CUDA tensors in float32, bfloat16, float16 ({torch.cuda.get_device_name()})")
+
+
+def _triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend(False, "triton is not installed; pip install triton (torch's builds for Linux bring it)")
+    if _interpreted():
+        return Backend(True, "under Triton's interpreter (TRITON_INTERPRET=1): for tests, thousands of times slower")
+    return _gpu()
+
+
+def _cuda() -> Backend:
+    binary, problem = _binary()
+    if binary is None:
+        return Backend(False, problem)
+    if not binary.cuda_archs:
+        advice = "pip install . where nvcc is found (README, Install)"
+        return Backend(False, f"the extension was built without CUDA kernels; {advice}")
+    gpu = _gpu()
+    if not gpu.available:
+        return gpu
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not built_for(capability, binary.cuda_archs):
+            problem = f"built for {binary.cuda_archs}, not for {torch.cuda.get_device_name(index)}'s {capability}"
+            return Backend(False, f"{problem}; pip install . with IFR_FAST_ARCHS unset")
+    return gpu._replace(reason=f"{gpu.reason}; built for {binary.cuda_archs}")
+
+
+def built_for(capability: tuple[int, int], archs: str) -> bool:
+    """Does code for `archs`, as IFR_FAST_ARCHS names them, run on such a GPU? A number's does on those of the same
+    major version that are no older, and the largest number's portable code on all newer ones; 90a's on 9.0 alone."""
+    numbers = [int(arch.rstrip("af")) for arch in archs.split()]
+    here = 10 * capability[0] + capability[1]
+    same = any(
+        number == here or (arch.isdigit() and number // 10 == capability[0] and number <= here)
+        for arch, number in zip(archs.split(), numbers, strict=True)
+    )
+    return same or here >= max(numbers)
+
+
+def backends() -> dict[str, Backend]:
+    """The implementations of the kernels, and for each whether it can serve here and the reason.
+
+    >>> for name, backend in ifr_fast.backends().items():
+    ...     print(name, backend)
+    """
+    return _Backends({
+        "eager": Backend(True, "PyTorch's own operators on any device, in any floating dtype"),
+        "cpu": _cpu(),
+        "triton": _triton(),
+        "cuda": _cuda(),
+    })  # fmt: skip
+
+
+def check(name: str) -> str:
+    """The backend's name, an alias resolved, if it can be asked for here; ValueError otherwise."""
+    name = ALIASES.get(name, name) if isinstance(name, str) else name
+    if name not in NAMES:
+        raise ValueError(f"backend={name!r}: expected one of {', '.join(NAMES)}")
+    if name != "auto" and not backends()[name].available:
+        raise ValueError(f"backend={name!r} is not available: {backends()[name].reason}")
+    return name
+
+
+def _serves(name: str, device: str, dtype: torch.dtype) -> bool:
+    """Does an available backend serve tensors like these?"""
+    if name == "eager":
+        return True
+    if name == "cpu":
+        return device == "cpu" and dtype in (torch.float32, torch.float64, torch.bfloat16)
+    here = _gpu().available if device == "cuda" else name == "triton" and device == "cpu" and _interpreted()
+    return here and dtype in GPU_DTYPES
+
+
+@lru_cache(maxsize=64)
+def kernels(name: str, device: str, dtype: torch.dtype) -> ModuleType:
+    """The module that serves tensors of `dtype` on devices of type `device`. ValueError where `name` cannot."""
+    name = check(name)
+    found = backends()
+    if name != "auto" and not _serves(name, device, dtype):
+        raise ValueError(f"backend={name!r} serves {found[name].reason}; got {dtype} on {device}")
+    candidates = AUTO.get(device, ("eager",)) if name == "auto" else (name,)
+    chosen = next(c for c in candidates if found[c].available and _serves(c, device, dtype))
+    logger.info("%s on %s (backend=%r): %s kernels, %s", dtype, device, name, chosen, found[chosen].reason)
+    if name == "auto" and not found[candidates[0]].available:
+        logger.warning(
+            "running without the %s kernels, several times slower: %s", candidates[0], found[candidates[0]].reason
+        )
+    return importlib.import_module(f".{chosen}", __package__)

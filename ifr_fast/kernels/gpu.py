@@ -1,0 +1,160 @@
+"""What both GPU backends share: the solver's state on a device, and results that a step finishes.
+
+A step on a GPU is bound by memory, so nothing is written to be read again: the iterate is rebuilt from the history by
+its coefficients, the best one is remembered as coefficients, and F's last operation runs inside the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .contract import RUNNING, Checked, Norm, address, describe, optional
+
+MOST_ROWS = 64  # of a history: its K×K matrices are held on chip
+
+
+STATE = (  # a DeviceState's tensors, in the order in which `addresses` is asked for them
+    "value", "start", "history", "gram", "p", "q", "step", "total", "best", "norms", "residual", "trace", "status",
+    "iterations", "improved",
+)  # fmt: skip
+ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Tail(NamedTuple):
+    """norm_tail's arguments: F's end, left to the step."""
+
+    y: Tensor
+    r: Tensor | None
+    first: Norm
+    second: Norm | None
+    groups: int
+    eps: float
+    partial: Tensor | None
+
+
+class Total(NamedTuple):
+    """A sum of one to three tensors of the iterate's shape and layout, left to the step."""
+
+    addends: tuple[Tensor, ...]
+
+
+class DeviceState(Checked):
+    """A solve's state for n samples of `size` unknowns each; names as kernels.State's.
+
+    start: z⁰ in the iterate's own memory layout, None for zero. total, best (n, rows): coefficients of the iterate and
+    of the best one, z = start + Σ_j total_j g_j. improved (n,): the sample's last evaluation was its best; left alone
+    once it has stopped. injection, r: X, and z + X in F's dtype for the next evaluation (None until `shift` sets them).
+    norm_partials (n, parts, 2), gram_partials (n, splits, rows): sums that the rule's kernel finishes. value: set by
+    `finish`; Picard, whose history is one row, keeps the best iterate there.
+
+    Raises ValueError for more rows than MOST_ROWS.
+    """
+
+    def __init__(
+        self, z: Tensor, *, rows: int, evaluations: int, history_dtype: torch.dtype, from_zero: bool = False
+    ) -> None:
+        if rows > MOST_ROWS:
+            raise ValueError(
+                f"max_iter={rows}: the GPU kernels keep at most {MOST_ROWS} residuals; backend='eager' has no limit"
+            )
+        n, device = z.shape[0], z.device
+        self.n, self.rows, self.size = n, rows, math.prod(z.shape[1:])
+        self.history = torch.empty(n, rows, self.size, dtype=history_dtype, device=device)
+        single = {"dtype": torch.float32, "device": device}
+        self.gram, self.p, self.q = torch.zeros(3, n, rows, rows, **single)
+        self.step, self.total, self.best = torch.zeros(3, n, rows, **single)
+        self.norms = torch.zeros(n, 3, **single)
+        self.residual = torch.full((n,), torch.inf, **single)
+        self.trace = torch.empty(evaluations, n, **single)
+        self.status = torch.full((n,), RUNNING, dtype=torch.int64, device=device)
+        self.iterations = torch.zeros(n, dtype=torch.int64, device=device)
+        self.improved = torch.zeros(n, dtype=torch.bool, device=device)
+        self.start = None if from_zero else z.clone()
+        self.value = z.clone() if rows < evaluations - 1 else z
+        self.injection: Tensor | None = None
+        self.r: Tensor | None = None
+        self.norm_partials: Tensor | None = None
+        self.gram_partials: Tensor | None = None
+        self.seal()
+
+    def reserve_norms(self, parts: int) -> None:
+        """Makes room for the norms' sums in so many parts; a solve's kernels share it."""
+        if self.norm_partials is None or self.norm_partials.shape[1] != parts:
+            self.norm_partials = torch.empty(self.n, parts, 2, dtype=torch.float32, device=self.norms.device)
+
+
+def activation(y: Tensor, groups: int) -> Tensor:
+    """y in the layout that the kernels read, checked: a convolution or autograd may hand over another one."""
+    if y.dim() != 4 or y.dtype not in ACTIVATIONS or groups < 1 or y.shape[1] % groups:
+        expected = f"(N, C, H, W) in {', '.join(map(str, ACTIVATIONS))}, C divisible by groups={groups}"
+        raise ValueError(f"y is {describe(y)}: expected {expected}")
+    return like(y, "y", y)
+
+
+def like(tensor: Tensor, name: str, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """tensor, checked and in dtype (None: its own), laid out as the kernels read y."""
+    if tensor.shape != y.shape or tensor.device != y.device:
+        raise ValueError(f"{name} is {describe(tensor)}: expected y's shape {tuple(y.shape)} on {y.device}")
+    tensor = tensor.to(dtype or tensor.dtype).contiguous(memory_format=torch.channels_last)
+    address(tensor, name, tensor.dtype, y.numel(), y.device)
+    return tensor
+
+
+def affine(y: Tensor, norm: Norm | None, prefix: str = "") -> list[int]:
+    """Addresses of the parameters of y's norm, checked; zeros where there is none."""
+    if norm is None:
+        return [0, 0]
+    names = f"{prefix}weight", f"{prefix}bias"
+    return [address(t, name, torch.float32, y.shape[1], y.device) for t, name in zip(norm, names, strict=True)]
+
+
+def given(y: Tensor, groups: int, statistics: Sequence[Tensor], norms: int) -> list[int]:
+    """Addresses of the statistics that the forward pass left, checked: two a norm."""
+    names = ("mean", "rstd", "second mean", "second rstd")[: 2 * norms]
+    if len(statistics) != len(names):
+        raise ValueError(f"{len(statistics)} statistics: expected {', '.join(names)}")
+    size = y.shape[0] * groups
+    return [address(t, name, torch.float32, size, y.device) for t, name in zip(statistics, names, strict=True)]
+
+
+def moments(y: Tensor, partial: Tensor | None) -> int:
+    """The address of y's moments, (n, parts, C, 3) from its convolution, checked; 0 where there are none."""
+    parts = 0 if partial is None else partial.shape[1]
+    return optional(partial, "partial", torch.float32, 3 * y.shape[0] * parts * y.shape[1], y.device)
+
+
+def status_of(state: DeviceState | None) -> Tensor | None:
+    """What tells kernels which samples they may skip; None: none."""
+    return None if state is None else state.status
+
+
+def shift(z: Tensor, x: Tensor, dtype: torch.dtype, state: DeviceState | None) -> Tensor:
+    """z + x in dtype, what F's first convolution reads; with a state it comes from the last step."""
+    if state is None:
+        return (z + x).to(dtype)
+    if state.r is None:
+        state.injection, state.r = x, (z + x).to(dtype)
+    return state.r
+
+
+def tail(
+    y: Tensor,
+    r: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    groups: int,
+    eps: float,
+    *,
+    partial: Tensor | None = None,
+    state: DeviceState | None = None,
+) -> Tail:
+    return Tail(y, r, first, second, groups, eps, partial)
+
+
+def total(*addends: Tensor) -> Total:
+    return Total(addends)

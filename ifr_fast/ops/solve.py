@@ -1,0 +1,280 @@
+"""The ops `solve` and `solve_backward`: a residual block's equilibrium, and its gradients, for a batch.
+
+What is asked of them travels as one string (engine.call.Call): AOTInductor hands an op's dtype over as another number.
+
+Samples go through in chunks that fit the solver's workspace, so memory does not grow with their number. A chunk is
+worked on in channels_last, which oneDNN and tensor cores convolve faster, and leaves in the caller's layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from .._torch import is_fake
+from ..adjoints import Memory, Problem
+from ..checks import check_devices
+from ..engine import graphs
+from ..engine.call import Call
+from ..engine.linearise import BlockMap, staged
+from ..engine.loop import solve as solve_chunk
+from ..kernels import choose
+from ..kernels.contract import memory_format, wide
+from ..solvers import Solver
+from .norms import differentiable_once
+
+torch.library.define(
+    "ifr_fast::solve",
+    "(Tensor x, Tensor[] params, str call)"
+    " -> (Tensor value, Tensor residual, Tensor iterations, Tensor trace, Tensor status,"
+    " Tensor history, Tensor p, Tensor q)",
+)
+torch.library.define(
+    "ifr_fast::solve_backward",
+    "(Tensor grad, Tensor value, Tensor x, Tensor[] params, Tensor[] memory, str call)"
+    " -> (Tensor grad_x, Tensor[] grad_params, Tensor residual, Tensor iterations)",
+)
+
+# For each result of `solve` the dimension that counts samples.
+SAMPLES = (0, 0, 0, 1, 0, 0, 0, 0)
+
+
+def solve_results(x: Tensor, call: Call) -> tuple[Tensor, ...]:
+    """Empty results of the op `solve`, in its schema's order; the last three have no elements unless call.keep."""
+    n, state, steps = x.shape[0], wide(call.dtype), call.solver.max_iter
+    rows, size = (steps, math.prod(x.shape[1:])) if call.keep else (0, 0)
+    algebra = torch.float64 if x.device.type == "cpu" else state
+    return (
+        torch.empty_like(x, memory_format=memory_format(x)),
+        x.new_empty(n, dtype=state),
+        x.new_empty(n, dtype=torch.int64),
+        x.new_empty(steps + 1, n, dtype=state),
+        x.new_empty(n, dtype=torch.int64),
+        x.new_empty(n, rows, size, dtype=call.solver.history_dtype),
+        x.new_empty(n, rows, rows, dtype=algebra),
+        x.new_empty(n, rows, rows, dtype=algebra),
+    )
+
+
+@torch.library.register_fake("ifr_fast::solve")
+def _(x, params, call):
+    check_devices(x, params)
+    return solve_results(x, Call.decode(call))
+
+
+@torch.library.register_fake("ifr_fast::solve_backward")
+def _(grad, value, x, params, memory, call):
+    check_devices(x, [grad, value, *params, *memory])
+    n, state = x.shape[0], wide(Call.decode(call).dtype)
+    residual, iterations = x.new_empty(n, dtype=state), x.new_empty(n, dtype=torch.int64)
+    grad_x = torch.empty_like(x, memory_format=memory_format(x))
+    return grad_x, [torch.empty_like(p) for p in params], residual, iterations
+
+
+@torch.library.impl("ifr_fast::solve", "default")
+def _solve(x, params, call):
+    check_devices(x, params)
+    asked = Call.decode(call)
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        if not (asked.graphs and graphs.usable(x)):
+            return _solve_batch(x, params, asked)
+        replayed = lambda batch, params: _solve_batch(*batch, params, asked)  # noqa: E731
+        return graphs.run(replayed, ("solve", call), [x], params, dims=SAMPLES)
+
+
+def _solve_batch(x: Tensor, params: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
+    kernels = choose.kernels(call.backend, x.device.type, call.dtype)
+    results = solve_results(x, call)
+    value, residual, iterations, trace, status, history, p, q = results
+    solver, dtype, block = call.solver, call.dtype, None
+    for chunk in _chunks(solver, x, params):
+        # oneDNN and the C++ kernels want one dtype; a GPU reads X as it is, in half of the bytes.
+        injection = staged(x[chunk], wide(dtype) if x.device.type == "cpu" else x.dtype, kernels)
+        block = block.at(injection) if block else BlockMap(injection, params, call.form, call.groups, kernels, dtype)
+        z = torch.zeros_like(injection, dtype=wide(dtype))
+        state = solve_chunk(block, z, solver, kernels, from_zero=True, select=block.select)
+        value[chunk], residual[chunk], iterations[chunk] = state.value, state.residual, state.iterations
+        trace[:, chunk], status[chunk] = state.trace, state.status
+        if call.keep:
+            # Rows after a sample's last step were never written.
+            written = torch.arange(solver.rows, device=x.device) <= state.iterations.unsqueeze(1)
+            history[chunk] = torch.where(written.unsqueeze(2), state.history, 0)
+            p[chunk], q[chunk] = state.p, state.q
+        del state, z  # the chunk's history is freed before the next one's is allocated
+    return results
+
+
+@torch.library.impl("ifr_fast::solve_backward", "default")
+def _solve_backward(grad, value, x, params, memory, call):
+    check_devices(x, [grad, value, *params, *memory])
+    asked = Call.decode(call)
+    batch = [grad, value, x, *memory]
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        if asked.graphs and graphs.usable(x):
+            replayed = lambda batch, params: _backward_batch(batch, params, asked)  # noqa: E731
+            dims = (0, 0, 0, *[None] * len(params))
+            results = graphs.run(replayed, ("solve_backward", call), batch, params, dims=dims)
+        else:
+            results = _backward_batch(batch, params, asked)
+    grad_x, residual, iterations, *grad_params = results
+    return grad_x, grad_params, residual, iterations
+
+
+def _backward_batch(batch: Sequence[Tensor], params: Sequence[Tensor], call: Call) -> list[Tensor]:
+    """grad_x, residual, iterations and the parameters' gradients, given grad, value, x and the adjoint's memory."""
+    grad, value, x, *memory = batch
+    adjoint, dtype = call.adjoint, call.dtype
+    kernels = choose.kernels(call.backend, x.device.type, dtype)
+    grad_x = torch.empty_like(x, memory_format=memory_format(x))
+    residual = x.new_empty(len(x), dtype=wide(dtype))
+    iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    grad_params = [torch.zeros_like(p, dtype=wide(dtype)) for p in params]
+    block = None
+    for chunk in _chunks(adjoint.rule.resolve(dtype), x, params, adjoint.linearisations):
+        injection, z, g = (staged(t[chunk], wide(dtype), kernels, like=x[chunk]) for t in (x, value, grad))
+        block = block.at(injection) if block else BlockMap(injection, params, call.form, call.groups, kernels, dtype)
+        kept = Memory(*(t[chunk] for t in memory))
+        grad_x[chunk], grads, residual[chunk], iterations[chunk] = adjoint.backward(Problem(block, z, g, kept))
+        for total, part in zip(grad_params, grads, strict=True):
+            total += part
+        del kept, grads, z, g
+    return [grad_x, residual, iterations, *(g.to(p.dtype) for g, p in zip(grad_params, params, strict=True))]
+
+
+def _chunks(solver: Solver, x: Tensor, params: Sequence[Tensor], linearised: int = 0) -> Iterator[slice]:
+    """linearised: how many linearisations of the block are held at a time."""
+    wider = -(-params[0].shape[0] // x.shape[1])  # mid_channels / channels, rounded up
+    buffers = 6 + 2 * wider + linearised * (4 + 3 * wider)
+    step = solver.chunk(len(x), math.prod(x.shape[1:]), x.device, buffers) if len(x) else 1
+    return (slice(start, start + step) for start in range(0, len(x), step))
+
+
+def _save(ctx: Any, x: Tensor, params: Sequence[Tensor], call: str, output: tuple[Tensor, ...]) -> None:
+    ctx.call, ctx.count = call, len(params)
+    ctx.save_for_backward(output[0], x, *params, *output[5:])
+
+
+def _saved(ctx: Any) -> tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor], str]:
+    """What solve_backward takes beside the gradient."""
+    value, x, *rest = ctx.saved_tensors
+    return value, x, rest[: ctx.count], rest[ctx.count :], ctx.call
+
+
+def _solve_context(ctx, inputs, output):
+    _save(ctx, *inputs, output)
+    ctx.set_materialize_grads(False)
+
+
+def _solve_gradient(ctx, grad, *_):
+    if grad is None:
+        return None, [None] * ctx.count, None
+    grad_x, grad_params, *_ = torch.ops.ifr_fast.solve_backward(grad, *_saved(ctx))
+    return grad_x, grad_params, None
+
+
+torch.library.register_autograd("ifr_fast::solve", _solve_gradient, setup_context=_solve_context)
+torch.library.register_autograd("ifr_fast::solve_backward", differentiable_once)
+
+
+def transformed_solve(x: Tensor, params: Sequence[Tensor], call: str) -> tuple[Tensor, ...]:
+    """The op `solve` under torch.func's transforms: they reach into an autograd function, but not into an op."""
+    return _Solve.apply(x, call, *params)
+
+
+class _Solve(torch.autograd.Function):
+    """The op `solve` under grad, vjp and vmap. Batches of batches are one batch: samples share nothing."""
+
+    @staticmethod
+    def forward(x: Tensor, call: str, *params: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.ifr_fast.solve(x, params, call)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, call, *params = inputs
+        _save(ctx, x, params, call, output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
+        value, x, params, memory, call = _saved(ctx)
+        grads = _SolveBackward.apply(grad, value, x, call, len(params), *params, *memory)
+        return grads[0], None, *grads[1:]
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple, x: Tensor, call: str, *params: Tensor) -> tuple:
+        if any(dim is not None for dim in dims[2:]):
+            return _each(_Solve, info, dims, (x, call, *params))
+        many = x.movedim(dims[0], 0)
+        results = _Solve.apply(many.flatten(0, 1), call, *params)
+        return tuple(r.unflatten(d, many.shape[:2]) for r, d in zip(results, SAMPLES, strict=True)), SAMPLES
+
+
+class _SolveBackward(torch.autograd.Function):
+    """The op `solve_backward` under the same: (grad_x, *grad_params)."""
+
+    @staticmethod
+    def forward(grad: Tensor, value: Tensor, x: Tensor, call: str, count: int, *rest: Tensor) -> tuple[Tensor, ...]:
+        grad_x, grad_params, *_ = torch.ops.ifr_fast.solve_backward(grad, value, x, rest[:count], rest[count:], call)
+        return grad_x, *grad_params
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        pass
+
+    backward = staticmethod(differentiable_once)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple, *args: Any) -> tuple:
+        return _each(_SolveBackward, info, dims, args)  # every member has parameters' gradients of its own
+
+
+def _each(function: type[torch.autograd.Function], info: Any, dims: tuple, args: tuple) -> tuple:
+    """The vmap of a function, member by member."""
+    apply: Callable = function.apply
+    results = []
+    for i in range(info.batch_size):
+        members = [a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)]
+        results.append(apply(*members))
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
+# What torch.utils.flop_counter counts. A sample that has stopped costs no more; where nothing was computed (FakeTensor,
+# meta), each takes all steps.
+
+
+if torch.ops.aten.mkldnn_convolution not in flop_registry:  # an unroll's, on a CPU (_torch.conv2d)
+
+    @register_flop_formula(torch.ops.aten.mkldnn_convolution)
+    def _(x_shape, weight_shape, *_, out_shape, **__):
+        return 2 * math.prod(weight_shape) * x_shape[0] * math.prod(out_shape[2:])
+
+
+@register_flop_formula(torch.ops.ifr_fast.solve, get_raw=True)
+def _(x, params, call, out_val):
+    return _block_flops(x, params) * (x.shape[0] + _steps(out_val[2], Call.decode(call).solver.max_iter))
+
+
+@register_flop_formula(torch.ops.ifr_fast.solve_backward, get_raw=True)
+def _(grad, value, x, params, memory, call, out_val):
+    adjoint = Call.decode(call).adjoint
+    # F, its gradients in the input, and in the parameters; the first product of a solve is with zero.
+    passes = 3 * x.shape[0] * adjoint.linearisations
+    if adjoint.solves:
+        passes += _steps(out_val[3], adjoint.rule.max_iter)
+    return _block_flops(x, params) * passes
+
+
+def _block_flops(x: Tensor, params: Sequence[Tensor]) -> int:
+    """Of F's two convolutions for one sample, a multiplication and an addition counted as two."""
+    return 2 * (params[0].numel() + params[3].numel()) * x.shape[2] * x.shape[3]
+
+
+def _steps(iterations: Tensor, most: int) -> int:
+    """Steps of all samples together."""
+    unknown = is_fake(iterations) or iterations.is_meta
+    return most * len(iterations) if unknown else int(iterations.sum())

@@ -1,0 +1,139 @@
+"""The solvers that a user chooses from: Broyden, Anderson, Picard; and the explicit Unroll.
+
+They are options only. kernels/gram.py has their algebra, engine/loop.py the loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from .checks import check_int, check_rtol
+from .config import choice
+
+# Tensors of the iterate's size that one evaluation of the block and the step around it hold: the injection, z, the best
+# iterate, F, R and the convolutions' results.
+BUFFERS = 8
+
+
+def check_options(options: Any) -> None:
+    """Checks max_iter, rtol, history_dtype and workspace of a frozen dataclass; a dtype's name becomes the dtype."""
+    name = type(options).__name__
+    if options.max_iter is not None or isinstance(options, Solver):
+        check_int(name, "max_iter", options.max_iter, 1)
+    check_rtol(name, options.rtol)
+    if options.workspace is not None:
+        check_int(name, "workspace", options.workspace, 1)
+    given = options.history_dtype
+    dtype = getattr(torch, given, given) if isinstance(given, str) else given
+    if not (dtype is None or dtype in (torch.float32, torch.float64, torch.bfloat16)):
+        raise ValueError(f"{name}(history_dtype={given!r}): expected None, float32, float64 or bfloat16")
+    object.__setattr__(options, "history_dtype", dtype)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """What every iterative solver takes.
+
+    max_iter: steps at most; F is evaluated max_iter + 1 times. rtol: a sample stops where ‖F(z) - z‖ ≤ rtol·‖F(z)‖;
+        None means 1e-3, or 1e-2 where F is computed in 16 bits; 0 means max_iter steps, unless F(z) = z exactly.
+    history_dtype: of the stored residuals: torch.bfloat16 or its name, any other dtype means the iterate's; None means
+        bfloat16 where F is computed in 16 bits, else the iterate's. bfloat16 halves memory and traffic and leaves
+        the residuals' trace alike. workspace: bytes that a solve may take beside its results, None for 32 MiB on a CPU
+        and 1 GiB elsewhere; samples are solved in chunks that fit, one sample at least.
+
+    Raises ValueError for values outside these.
+    """
+
+    method: ClassVar[str]  # the kernels' name for it
+
+    max_iter: int = 15
+    rtol: float | None = None
+    history_dtype: torch.dtype | None = None
+    workspace: int | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def resolve(self, compute: torch.dtype) -> Solver:
+        """The solver with its defaults filled in, for an F that computes in `compute`."""
+        narrow = compute.itemsize <= 2
+        iterate = torch.float64 if compute == torch.float64 else torch.float32
+        stored = self.history_dtype or (torch.bfloat16 if narrow else iterate)
+        return replace(
+            self,
+            rtol=(1e-2 if narrow else 1e-3) if self.rtol is None else self.rtol,
+            history_dtype=torch.bfloat16 if stored == torch.bfloat16 else iterate,
+        )
+
+    def chunk(self, samples: int, size: int, device: torch.device, buffers: int = BUFFERS) -> int:
+        """Samples of `size` unknowns to solve at a time: as even a split as the (resolved) solver's workspace allows.
+
+        buffers: tensors of the iterate's size held beside the history.
+        """
+        budget = self.workspace or (32 << 20 if device.type == "cpu" else 1 << 30)
+        iterate = 8 if self.history_dtype == torch.float64 else 4
+        history = self.rows * self.history_dtype.itemsize
+        most = max(1, budget // max(1, size * (history + buffers * iterate)))
+        return -(-samples // -(-samples // most))
+
+    @property
+    def rows(self) -> int:
+        """Residuals that the history holds."""
+        return self.max_iter
+
+    @property
+    def window(self) -> int:
+        """How many residuals back the method takes inner products."""
+        return self.max_iter
+
+
+@choice
+@dataclass(frozen=True)
+class Broyden(Solver):
+    """Broyden's "good" method (Eq. 6 and 7), J₀⁻¹ = -I, without line search."""
+
+    method: ClassVar[str] = "broyden"
+
+
+@choice
+@dataclass(frozen=True)
+class Anderson(Solver):
+    """Anderson acceleration over the last m residuals (Walker & Ni, 2011), mixing 1."""
+
+    method: ClassVar[str] = "anderson"
+
+    m: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("Anderson", "m", self.m, 1)
+
+    @property
+    def window(self) -> int:
+        return self.m
+
+
+@choice
+@dataclass(frozen=True)
+class Picard(Solver):
+    """Plain iteration z ← F(z), with the stopping, the best iterate and the report of the others."""
+
+    method: ClassVar[str] = "picard"
+
+    @property
+    def rows(self) -> int:
+        return 1
+
+
+@choice
+@dataclass(frozen=True)
+class Unroll:
+    """Not a solver: the explicit weight-tied unroll, F applied `steps` times (Table 6), with plain backpropagation."""
+
+    steps: int = 4
+
+    def __post_init__(self) -> None:
+        check_int("Unroll", "steps", self.steps, 1)

@@ -1,0 +1,43 @@
+"""benchmarks/results_page.py: the figures of the page, and that the page in the repository is the files' own."""
+
+import json
+import shutil
+from pathlib import Path
+
+import results_page
+from strategies import TABLES
+
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def test_spread_is_mean_and_standard_deviation():
+    assert results_page.spread([0.70, 0.72, None, 0.74], 100) == "72.0 ± 2.0"
+    assert results_page.spread([None]) == "–"
+
+
+def test_intervals_are_in_points():
+    assert results_page.interval({"mean": 0.0062, "low": -0.0016, "high": 0.0133}) == "+0.6 [-0.2, +1.3]"
+
+
+def test_every_table_of_a_sweep_is_on_the_page(sweep, tmp_path):
+    folder = tmp_path / "some-device"
+    folder.mkdir()
+    shutil.copy(sweep / "ablation.json", folder / "ablation-small.json")
+    (folder / "ablation-small.png").touch()
+    (tmp_path / "findings.md").write_text("What we found.")
+    page = results_page.page(tmp_path)
+    assert "What we found." in page
+    assert "![ablation-small](some-device/ablation-small.png)" in page
+    for title, rows in TABLES.items():
+        table = page.split(f"**{title}**")[1].split("**Table")[0]
+        assert all(f"| {row} |" in table or f"| **{row}** |" in table for row in rows)
+
+
+def test_a_row_whose_trainings_failed_says_so(sweep):
+    content = json.loads((sweep / "ablation.json").read_text())
+    content["rows"]["IFR, paper's form"] = [{"seed": 0, "failed": "the loss is not finite in epoch 1"}]
+    assert "| IFR, paper's form | the loss is not finite in epoch 1 |" in results_page.ablation(content)
+
+
+def test_the_page_in_the_repository_is_what_its_files_say():
+    assert (COMMITTED / "README.md").read_text() == results_page.page(COMMITTED)

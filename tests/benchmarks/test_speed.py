@@ -1,0 +1,417 @@
+"""benchmarks/speed.py: its measuring, what it compares, a run of seconds."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import contenders
+import measure
+import pytest
+import speed
+import speed_report
+import torch
+from contenders import (
+    BASE,
+    BF16,
+    BF16_HISTORY,
+    BF16_STACK,
+    COMPILED_STACK,
+    EARLY,
+    EARLY_GEMM,
+    F_ALONE,
+    GRAPH,
+    IFR,
+    QUARTER,
+    RELEASED,
+    TORCHDEQ_BF16,
+    Setting,
+)
+from measure import Timed
+from speed_report import BACKWARD, FORWARD
+
+from ifr_fast import Broyden, reference
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def row(name: str, seed: int, steps: int = 3) -> contenders.Contender:
+    return next(c for c in contenders.contenders(Setting(8, steps, seed, CPU)) if c.name == name)
+
+
+def features(n: int, size: int, seed: int) -> torch.Tensor:
+    return speed.smooth_features(n, 8, size, torch.Generator().manual_seed(seed))
+
+
+def test_profile_counts_the_most_that_was_held_at_once():
+    def call() -> torch.Tensor:
+        kept = torch.ones(MIB // 4)
+        for _ in range(3):
+            passing = torch.ones(2 * MIB // 4)
+            del passing
+        return kept
+
+    assert measure.profile(call, CPU).peak_bytes == 3 * MIB
+
+
+def test_profile_ignores_what_was_there_before():
+    held = [torch.ones(MIB)]
+
+    def call() -> torch.Tensor:
+        held.clear()
+        return torch.ones(MIB // 4)
+
+    assert measure.profile(call, CPU).peak_bytes == MIB
+
+
+@pytest.mark.full
+def test_profiled_peak_is_what_the_process_really_takes():
+    """The released solver's peak against VmHWM, in a process of its own that returns freed blocks at once.
+
+    ru_maxrss would not do: a process starts with that of its parent, which here has run other tests.
+    """
+    script = """
+import re
+import measure, speed, torch
+from contenders import RELEASED, Setting, contenders
+
+def memory(kind):
+    return int(re.search(rf"{kind}:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+torch.set_num_threads(1)
+cpu = torch.device("cpu")
+released = next(c for c in contenders(Setting(32, 15, 0, cpu)) if c.name == RELEASED)
+released.forward(torch.rand(1, 32, 14, 14))()
+x = speed.smooth_features(96, 32, 14, torch.Generator().manual_seed(0))
+call = released.forward(x)
+before = memory("VmRSS")
+result = call()
+grown = memory("VmHWM") - before
+del result
+print(grown, measure.profile(call, cpu).peak_bytes)
+"""
+    status = Path("/proc/self/status")
+    if not status.exists() or "VmHWM" not in status.read_text():
+        pytest.skip("this system has no VmHWM in /proc/self/status to read a process's peak memory from")
+    environment = {
+        "PYTHONPATH": str(BENCHMARKS),
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    output = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    grown, profiled = map(int, output.split())
+    assert profiled > 70 * MIB
+    assert grown == pytest.approx(profiled, rel=0.1)
+
+
+def test_profile_lists_convolutions_as_they_were_run():
+    x = torch.rand(2, 4, 6, 5).to(memory_format=torch.channels_last).requires_grad_()
+    layer = torch.nn.Conv2d(4, 3, 3, padding=1)
+
+    def call() -> None:
+        for _ in range(2):
+            layer(x).sum().backward()
+
+    found = measure.profile(call, CPU).convolutions
+    assert sorted((c.name, count) for c, count in found.items()) == [("convolution", 2), ("convolution_backward", 2)]
+    forward = next(c for c in found if c.name == "convolution")
+    assert forward.arguments[0] == measure.Operand((2, 4, 6, 5), x.stride(), torch.float32)
+    assert forward.alone(CPU)().shape == (2, 3, 6, 5)
+    backward = next(c for c in found if c.name == "convolution_backward")
+    assert [g.shape for g in backward.alone(CPU)()] == [x.shape, layer.weight.shape, layer.bias.shape]
+
+
+@pytest.fixture
+def timed_by_a_false_clock(monkeypatch):
+    """Times calls of given costs within a budget; gives what was timed, and the indices run in each round."""
+
+    def run(costs: list[float], budget: float) -> tuple[list[Timed], list[list[int]]]:
+        now, turns = [0.0], []
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+        def call(i: int) -> None:
+            turns[-1].append(i)
+            now[0] += costs[i]
+
+        timed = [Timed(lambda i=i: partial(call, i)) for i in range(len(costs))]
+        measure.time_in_turns(timed, CPU, budget, before_round=lambda: turns.append([]))
+        return timed, turns
+
+    return run
+
+
+def test_calls_are_timed_in_turns(timed_by_a_false_clock):
+    timed, turns = timed_by_a_false_clock([1e-3, 1.0, 1e-3], 4.5)
+    assert [len(t.seconds) for t in timed] == [30, 4, 30]
+    assert [t.median for t in timed] == pytest.approx([1e-3, 1.0, 1e-3])
+    slow = [i for i, turn in enumerate(turns) if turn == [0, 1, 2]]
+    assert slow == [0, 10, 20, 29]
+    assert all(turn == [0, 2] for i, turn in enumerate(turns) if i not in slow)
+
+
+def test_past_the_budget_calls_still_get_the_least_runs(timed_by_a_false_clock):
+    timed, turns = timed_by_a_false_clock([1e-3, 10.0], 0.5)
+    assert turns == [[0, 1]] * measure.LEAST
+    assert [len(t.seconds) for t in timed] == [measure.LEAST] * 2
+
+
+def test_time_beyond_the_least_runs_goes_to_all_calls_equally():
+    assert measure.repeats([0.1, 0.2, 4.0], 16.0, least=3, most=30) == [20, 10, 3]
+
+
+@pytest.mark.parametrize("name", [IFR, F_ALONE, RELEASED])
+def test_rows_evaluate_f_once_more_than_they_step(name, seed):
+    convolutions = measure.profile(row(name, seed).forward(features(2, 6, seed)), CPU).convolutions
+    assert sum(convolutions.values()) == 2 * (3 + 1)
+
+
+def test_the_released_gradient_is_ours(seed):
+    """Two independent ways to the same equilibrium's gradient, at a step count where both converge."""
+    x = features(2, 6, seed).mul_(4).requires_grad_()
+    cotangent = torch.randn(x.shape)
+    found = [row(name, seed, steps=40).backward(x, cotangent)()[1][0] for name in (IFR, RELEASED)]
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2 * found[0].abs().max().item())
+
+
+def test_features_are_smooth_and_of_unit_size(seed):
+    x = features(4, 14, seed)
+    assert x.square().mean().item() == pytest.approx(1, rel=1e-5)
+    centred = x - x.mean()
+    assert (centred[..., 1:] * centred[..., :-1]).mean() > 0.5 * centred.square().mean()
+
+
+def test_rows_of_one_round_get_the_same_numbers_and_other_rounds_get_others(seed):
+    options = speed.parse(["--device", "cpu", "--channels", "8", "--size", "6", "--seed", str(seed)])
+    inputs = speed.Inputs(options)
+    plain, narrow = row(BASE, seed), row(BF16_STACK, seed)
+    x = inputs.of(plain, 2)[0].detach()
+    before = x.clone()
+    for _ in range(2):
+        inputs.renew()
+        other = inputs.of(narrow, 2)[0]
+        assert other.dtype == torch.bfloat16
+        assert other.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(other.detach(), x.bfloat16(), rtol=0, atol=0)
+    assert not torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--budget -1", "--budget: expected a positive number, got -1"),
+        ("--n 4 0", "--n: expected batch sizes of at least 1, got 0"),
+        ("--device foo", "--device: invalid choice: 'foo'"),
+        ("--device cuda", "--device: expected cpu, as torch finds no GPU here, got cuda"),
+    ],
+)
+def test_a_bad_option_is_named(options, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        speed.parse(options.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [IFR, QUARTER])
+def test_residuals_are_those_of_the_specification_in_float32(name, seed):
+    """Near the equilibrium, where a bfloat16 F or another width gives residuals of other magnitudes."""
+    setting = Setting(8, 30, seed, CPU)
+    head = setting.head(solver=Broyden(max_iter=30, rtol=0), **(setting.quarter if name == QUARTER else {}))
+    params = [t.detach() for t in head.block.tensors()]
+    x = features(2, 6, seed).mul_(4)
+    with torch.no_grad():
+        z = head(x)
+        value = reference.residual_block(z, x, params, groups=head.block.groups)
+    found = row(name, seed).residual(x, z)
+    expected = (value - z).flatten(1).norm(dim=1) / value.flatten(1).norm(dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6)
+    narrow = row(BF16, seed).residual(x.bfloat16(), z.bfloat16())
+    widened = row(RELEASED, seed).residual(x.bfloat16().float(), z.bfloat16().float())
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow, widened)
+
+
+def test_targets_say_what_was_missed():
+    quantities = {BASE: (1.0, 1), IFR: (10.0, 50), F_ALONE: (8.0, 1), RELEASED: (25.0, 120), BF16_HISTORY: (10.0, 30)}
+    entries = [
+        {"name": name, "n": 16, "mode": FORWARD, "median": median, "peak_extra_bytes": peak}
+        for name, (median, peak) in quantities.items()
+    ]
+    aims = speed_report.cpu_aims(16)
+    targets = speed_report.targets(entries, aims)
+    assert [target["value"] for target in targets] == pytest.approx([10, 2.5, 0.2, 0.25])
+    assert [target["met"] for target in targets] == [True, True, False, True]
+    assert [target["met"] for target in speed_report.targets(entries[:2], aims)] == [True, None, None, None]
+
+
+def test_a_gpus_targets():
+    """Each ratio is formed the right way round, of the right rows."""
+    milliseconds = {
+        (GRAPH, 100, FORWARD): 2.0,
+        (BF16, 100, FORWARD): 4.0,
+        (RELEASED, 100, FORWARD): 50.0,
+        (EARLY, 100, FORWARD): 1.5,
+        (TORCHDEQ_BF16, 100, FORWARD): 12.0,
+        (BASE, 100, FORWARD): 1.0,
+        (COMPILED_STACK, 100, FORWARD): 0.5,
+        (RELEASED, 100, BACKWARD): 120.0,
+        (GRAPH, 100, BACKWARD): 6.0,
+        (GRAPH, 128, FORWARD): 2.0,
+        (GRAPH, 512, FORWARD): 6.0,
+        (BF16, 512, BACKWARD): 9.0,
+        (BF16_STACK, 512, BACKWARD): 9.0,
+    }
+    convolutions = [{"count": 16, "alone": 5e-5}, {"count": 16, "alone": 4e-5}]
+    entries = [
+        {"name": name, "n": n, "mode": mode, "median": value / 1e3, "convolutions": convolutions, "peak_extra_bytes": 1}
+        for (name, n, mode), value in milliseconds.items()
+    ]
+    entries[-1]["peak_extra_bytes"] = 2
+    settings = {"device": torch.device("cuda"), "table": 100, "channels": 256, "size": 14, "steps": 15}
+    aims = speed_report.aims(settings, {"matmul": 32 * 100 * 0.231211008e9 / 1e-3, "copy": 3e12})
+    targets = speed_report.targets(entries, aims)
+    assert [t["value"] for t in targets] == pytest.approx([2, 0.28, 25, 6, 1.5, 3, 20, 0.5, 0.75])
+    assert [t["met"] for t in targets] == [False, True, True, False, False, True, True, True, True]
+    assert [t["bound"] for t in targets] == ["≤ 1.6", "≤ 0.3", "≥ 20", "≥ 8", "≤ 1.2", "≤ 3", "≥ 15", "≤ 1", "≤ 1"]
+    for entry in entries:
+        entry["convolutions"] = []
+    assert speed_report.targets(entries, aims)[1]["met"] is None
+
+
+def test_targets_are_for_one_setting_alone():
+    def has_targets(*options: str) -> bool:
+        return speed_report.has_targets(vars(speed.parse(["--device", "cpu", "--threads", "2", *options])))
+
+    assert has_targets()
+    assert has_targets("--n", "1", "--budget", "20", "--seed", "3")
+    for other in ("--threads 1", "--table 4", "--channels 128", "--size 7", "--steps 10"):
+        assert not has_targets(*other.split()), other
+
+
+@pytest.fixture
+def gpu_rows(monkeypatch, seed):
+    """A GPU's rows on a CPU, by name."""
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    x = features(3, 6, seed)
+    return {c.name: c for c in contenders.gpu_contenders(Setting(8, 3, seed, CPU), x)}
+
+
+def test_a_gpus_rows_compute(gpu_rows, seed):
+    """All of them, forward and backward, in the dtypes and layouts that they ask for."""
+    assert {GRAPH, EARLY, EARLY_GEMM, COMPILED_STACK, TORCHDEQ_BF16} < set(gpu_rows)
+    assert len(gpu_rows) == 11
+    for name, contender in gpu_rows.items():
+        if (name == TORCHDEQ_BF16 and contender.unavailable) or "triton kernels" in name or "cuda kernels" in name:
+            continue
+        assert not contender.unavailable
+        x = features(2, 6, seed).to(contender.dtype, memory_format=contender.layout)
+        y = contender.forward(x)()
+        assert y.shape == x.shape
+        assert contender.residual is None or contender.residual(x, y).isfinite().all()
+        y, grads = contender.backward(x.requires_grad_(), torch.randn_like(x))()
+        assert all(g.isfinite().all() for g in grads)
+
+
+def test_graphs_run_twice_before_they_are_profiled(gpu_rows, seed):
+    options = speed.parse(["--device", "cpu", "--channels", "8", "--size", "6", "--seed", str(seed)])
+    inputs, calls = speed.Inputs(options), []
+    counted = dataclasses.replace(gpu_rows[GRAPH], forward=lambda x: lambda: calls.append(x) or x)
+    speed.warm_up(speed_report.Row(counted, 2, FORWARD, in_table=True), inputs, CPU)
+    assert len(calls) == 3
+    assert "memory pool is not in extra MiB" in counted.note
+
+
+def test_the_block_that_stops_early_has_the_spectral_radius_it_is_named_after(seed):
+    setting = Setting(16, 15, seed, CPU)
+    x = speed.smooth_features(4, 16, 6, torch.Generator().manual_seed(seed))
+    gain, radii = contenders.calibrated(setting, x, radius=0.6)
+    assert radii.median().item() == pytest.approx(0.6, abs=0.05)
+    assert 0 < gain < 2
+
+
+def test_a_failing_row_is_reported(seed, capsys):
+    options = speed.parse(["--device", "cpu", "--channels", "8", "--size", "6"])
+
+    def broken():
+        raise ValueError("of no use\nwhatever")
+
+    failing = speed_report.Row(contenders.Contender("broken", lambda x: broken), 1, FORWARD, in_table=True)
+    speed.warm_up(failing, speed.Inputs(options), CPU)
+    assert failing.unavailable == "failed: ValueError: of no use"
+    assert failing.timed is None
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ceilings_are_rates():
+    found = measure.ceilings(CPU, side=64, copied=1 << 16)
+    for ceiling in found.values():
+        ceiling.timed.seconds.append(measure.seconds(ceiling.timed.prepare(), CPU) / ceiling.timed.runs)
+    assert found["matmul"].work == 2 * 64**3
+    assert found["copy"].work == 2 << 16
+    assert all(1e6 < ceiling.rate < 1e14 for ceiling in found.values())
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """The benchmark at toy sizes, nothing compiled: its output folder, report and printed text."""
+    out = tmp_path_factory.mktemp("speed")
+    script = "import sys, torch; torch.compile = lambda module, **_: module; import speed; speed.main(sys.argv[1:])"
+    sizes = "--n 1 2 3 --table 3 --n-backward 2 --channels 8 --size 6 --steps 3 --threads 1 --budget 1 --device cpu"
+    process = subprocess.run(
+        [sys.executable, "-c", script, *sizes.split(), "--out", str(out)],
+        cwd=BENCHMARKS, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return out, json.loads((out / "speed.json").read_text()), process.stdout
+
+
+def test_every_row_of_the_report_is_complete(tiny_run):
+    _, found, _ = tiny_run
+    assert found["environment"]["torch"] == torch.__version__
+    for entry in found["rows"]:
+        if entry["name"].startswith("torchdeq") and "unavailable" in entry:
+            assert "pip install torchdeq" in entry["unavailable"]
+            continue
+        assert len(entry["seconds"]) >= measure.LEAST
+        assert all(s > 0 for s in entry["seconds"])
+        for key in ("median", "ratio_to_stack", "ratio_to_convolutions", "peak_extra_bytes", "parameters"):
+            assert entry[key] > 0, (entry["name"], key)
+        solves = any(word in entry["name"] for word in ("IFR", "unroll", "released", "torchdeq"))
+        assert (entry["residual_median"] is not None) == solves
+        assert not solves or 0 < entry["residual_median"] <= entry["residual_worst"] < 1
+
+
+def test_the_table_and_the_sweep_have_their_rows(tiny_run):
+    _, found, _ = tiny_run
+    names = {(mode, n): [e["name"] for e in found["rows"] if (e["mode"], e["n"]) == (mode, n)]
+             for mode in (FORWARD, BACKWARD) for n in (1, 2, 3)}  # fmt: skip
+    everything = names[FORWARD, 3]
+    assert len(everything) == len(set(everything)) == 16
+    assert names[BACKWARD, 2] == [name for name in everything if name != F_ALONE]
+    assert names[BACKWARD, 3] == []
+    assert names[FORWARD, 1] == names[FORWARD, 2] == names[BACKWARD, 1]
+    assert {BASE, IFR, RELEASED} < set(names[FORWARD, 1]) < set(everything)
+
+
+def test_the_table_is_printed_and_drawn(tiny_run):
+    out, found, printed = tiny_run
+    lines = printed.splitlines()
+    for entry in found["rows"]:
+        assert any(line.startswith(entry["name"]) for line in lines)
+    assert found["targets"] == []
+    assert "target" not in printed
+    assert (out / "speed.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,68 @@
+"""Every registered op through torch.library.opcheck: schema, fake, autograd registration, compilation."""
+
+import pytest
+import torch
+
+from ifr_fast import Broyden, Implicit, Phantom, Shine
+from ifr_fast.engine.call import Call
+
+EPS = 1e-5
+backends = pytest.mark.parametrize("backend", ["native", "reference"])
+layouts = pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def activation(dtype, format, grad=True):
+    return torch.randn(2, 8, 4, 3).to(dtype, memory_format=format).requires_grad_(grad)
+
+
+def affine(count):
+    return [torch.randn(8, requires_grad=True) for _ in range(count)]
+
+
+@backends
+@layouts
+@dtypes
+def test_norm_relu(dtype, format, backend):
+    y, grad = activation(dtype, format), activation(dtype, format, False)
+    weight, bias = affine(2)
+    torch.library.opcheck(torch.ops.ifr_fast.norm_relu, (y, weight, bias, 2, EPS, backend))
+    detached = [t.detach() for t in (y, weight, bias)]
+    statistics = torch.ops.ifr_fast.norm_relu(*detached, 2, EPS, backend)[1:]
+    torch.library.opcheck(torch.ops.ifr_fast.norm_relu_vjp, (grad, *detached, *statistics, 2, EPS, backend))
+
+
+@backends
+@layouts
+@dtypes
+@pytest.mark.parametrize(("residual", "norms"), [(True, 4), (True, 2), (False, 4)])
+def test_norm_tail(residual, norms, dtype, format, backend):
+    y, r, grad = (
+        activation(dtype, format),
+        activation(dtype, format) if residual else None,
+        activation(torch.float32, format, False),
+    )
+    norms = affine(norms)
+    torch.library.opcheck(torch.ops.ifr_fast.norm_tail, (y, r, norms, 2, EPS, backend))
+    y, r, norms = y.detach(), r.detach() if residual else None, [n.detach() for n in norms]
+    statistics = torch.ops.ifr_fast.norm_tail(y, r, norms, 2, EPS, backend)[1]
+    torch.library.opcheck(torch.ops.ifr_fast.norm_tail_vjp, (grad, y, r, norms, statistics, 2, EPS, backend))
+
+
+@backends
+@pytest.mark.parametrize(
+    "form", ["released", *(pytest.param(form, marks=pytest.mark.full) for form in ("plain", "paper"))]
+)
+@pytest.mark.parametrize("adjoint", [Implicit(4), Shine(), Phantom(2)], ids=lambda a: type(a).__name__)
+@pytest.mark.filterwarnings("ignore:form='paper'")
+def test_solve(adjoint, form, backend, make_head):
+    head = make_head(8, groups=2, form=form)
+    rule = Broyden(3, rtol=0.0).resolve(torch.float32)
+    call = Call(form, 2, torch.float32, rule, adjoint, backend, keep=isinstance(adjoint, Shine)).encode()
+    x = activation(torch.float32, torch.contiguous_format)
+    params = [p.detach().requires_grad_() for p in head.block.tensors()]
+    torch.library.opcheck(torch.ops.ifr_fast.solve, (x, params, call))
+    x, params = x.detach(), [p.detach() for p in params]
+    value, *_, history, p, q = torch.ops.ifr_fast.solve(x, params, call)
+    backward = torch.randn_like(x), value, x, params, [history, p, q], call
+    torch.library.opcheck(torch.ops.ifr_fast.solve_backward, backward)
