@@ -289,9 +289,7 @@ def _branch(folder: Path, content: dict[str, Any], row: str, report: dict[str, A
     weights = Run(row, report["lr"], report["seed"]).path(folder).with_suffix(".pt")
     state = torch.load(weights, map_location="cpu", weights_only=True)
     channels = content["settings"]["channels"]
-    branch = MaskBranch(
-        *(state[name].flatten() for name in ("mean", "std")), channels, STRATEGIES[row].build(channels, 1)
-    )
+    branch = MaskBranch(*(state[name].flatten() for name in ("mean", "std")), channels, STRATEGIES[row].build(channels))
     branch.load_state_dict(state)
     return branch.eval()
 

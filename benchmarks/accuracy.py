@@ -185,7 +185,6 @@ def build_model(options: argparse.Namespace, num_classes: int) -> torch.nn.Modul
         steps=options.steps,
         adjoint=options.adjoint,
         groups=options.groups,
-        warmup_steps=options.warmup_steps,
     )
     return build_detector(
         options.backbone,
@@ -221,6 +220,7 @@ def run(options: argparse.Namespace, process: Process) -> tuple[torch.nn.Module,
         options.seed,
         bf16=options.amp == "bf16",
         workers=options.workers,
+        warmup_steps=options.warmup_steps or 0,
     )
     checkpoints = checkpoints_of(options) if options.checkpoint else None
     stream = TrainingStream(train_set, options.seed)

@@ -41,9 +41,7 @@ class SharedConvolution(nn.Module):
         return x
 
 
-def build_refinement(
-    name: str, channels: int, *, solver: str, steps: int, adjoint: str, groups: int, warmup_steps: int
-) -> nn.Module:
+def build_refinement(name: str, channels: int, *, solver: str, steps: int, adjoint: str, groups: int) -> nn.Module:
     """What stands where Mask R-CNN's four mask-head convolutions stand, (N, C, H, W) → the same shape.
 
     "stack": torchvision's four convolutions; "shared": one of them, applied four times; "unroll": the IFR
@@ -66,7 +64,6 @@ def build_refinement(
             groups=groups,
             solver=SOLVERS[solver](max_iter=steps, rtol=rtol),
             adjoint=gradient,
-            warmup_steps=warmup_steps,
         )
     if name == "none":
         return nn.Identity()

@@ -197,7 +197,7 @@ def planned(out: Path, scratch: Path) -> list[Stage]:
         sanitizer("racecheck", 15, 50, [name for name in own if name == "cuda"], "--kernels-alone"),
         kernels("triton", 45, 120),
         kernels("cuda", 25, 50),
-        kernels("reference", 10, 25),
+        kernels("eager", 10, 25),
         Stage("speed", speed, 185, 230, out / "speed.json", missing("matplotlib", "tqdm")),
     ]
 

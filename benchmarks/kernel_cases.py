@@ -8,7 +8,7 @@ import torch
 from measure import Call
 from torch import Tensor
 
-from ifr_fast import Broyden, IFRHead, Implicit, backends
+from ifr_fast import Broyden, IFRHead, Implicit
 from ifr_fast.engine.linearise import BlockMap
 from ifr_fast.kernels import choose as implementations
 from ifr_fast.kernels.contract import EPS
@@ -54,7 +54,6 @@ class Case:
     traffic: float = 0
     flop: float = 0
     per_solve: int = 0
-    note: str = ""
 
 
 class Bench:
@@ -83,7 +82,7 @@ class Bench:
         yield case("norm_tail", self.norm_tail, traffic=(2 * b + 4) * e)
         yield case("norm_relu_vjp", self.norm_relu_vjp, traffic=3 * b * e)
         yield case("norm_tail_vjp", self.norm_tail_vjp, traffic=(3 * b + 8) * e)
-        if self.backend != "reference":
+        if self.backend != "eager":
             traffic = (2 * b + 4 + h) * e
             yield case("tail + residual", self.residual_of_tail, traffic=traffic, per_solve=evaluations)
             yield case("residual of total", self.residual_of_total, traffic=(b + 12 + h) * e)
@@ -178,7 +177,7 @@ class Bench:
     def block(self) -> BlockMap:
         s = self.size
         params = [t.detach() for t in IFRHead(s.channels, groups=s.groups).to(self.device).block.tensors()]
-        return BlockMap(self.draw(), params, "released", s.groups, EPS, self.kernels, self.dtype)
+        return BlockMap(self.draw(), params, "released", s.groups, self.kernels, self.dtype)
 
     def f(self) -> Call:
         block, z = self.block(), self.draw(torch.float32)
@@ -260,8 +259,7 @@ class Pieces:
 
 
 def convolution_cases(size: Size, dtype: torch.dtype, steps: int, device: torch.device) -> Iterator[Case]:
-    """cuDNN's convolution (on a CPU, oneDNN's), the weight's gradient, and the implicit product: by the tile that it
-    chooses, and for RoIs in bfloat16 by all (each takes seconds to compile)."""
+    """cuDNN's convolution (on a CPU, oneDNN's), and the weight's gradient."""
     channels = size.channels
     deviation = (9 * channels) ** -0.5
 
@@ -294,20 +292,3 @@ def convolution_cases(size: Size, dtype: torch.dtype, steps: int, device: torch.
     if dtype != torch.float32:
         yield case(searched, "cudnn", "searched")
     yield Case("weight gradient", weight_gradient, "cudnn", traffic=traffic, flop=size.convolution)
-    if not backends()["triton"].available:
-        return
-    from ifr_fast.kernels.triton import conv
-
-    def implicit(config, statistics: bool) -> Call:
-        x, weight = operands()
-        return partial(conv.implicit_gemm(weight, x, statistics=statistics).launch, config, x)
-
-    precision = conv.implicit_gemm(*reversed(operands())).precision
-    chip, positions = conv.chip(device), size.height * size.width
-    chosen = conv.choose(size.n, positions, channels, channels, dtype, precision, chip)
-    yield case(partial(implicit, chosen, False), "triton", "chosen tile", note=str(chosen))
-    yield case(partial(implicit, chosen, True), "triton", "chosen tile, with GroupNorm's sums", note=str(chosen))
-    if size in ROIS and dtype == torch.bfloat16:
-        for config in conv.candidates(channels, dtype, precision, chip):
-            name = f"{config.height}×{config.width}×{config.depth}, {config.warps} warps, {config.stages} stages"
-            yield case(partial(implicit, config, False), "triton", name)

@@ -31,7 +31,7 @@ from measure import Call
 from ifr_fast import backends
 from ifr_fast.kernels.contract import RUNNING
 
-BACKENDS = ("triton", "cuda", "reference")
+BACKENDS = ("triton", "cuda", "eager")
 SOLVED = {"forward solve", "backward solve"}
 BLOCK = {"F", "vjp of F", *SOLVED}
 CACHES = 4  # how many times the sets of tensors exceed the L2 cache
@@ -76,7 +76,7 @@ def run(case: Case, size: Size, dtype: torch.dtype, bench: Bench | None, device:
     """The case's entry in kernels.json, with its traceback where it failed."""
     entry = {"family": case.family, "variant": case.variant, "backend": case.backend, "size": str(size), "n": size.n}
     entry |= {"dtype": str(dtype).removeprefix("torch."), "traffic": case.traffic, "flop": case.flop}
-    entry |= {"per_solve": case.per_solve, "note": case.note}
+    entry["per_solve"] = case.per_solve
     sets = 1
     if case.traffic and device.type == "cuda" and not dry:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -91,7 +91,7 @@ def run(case: Case, size: Size, dtype: torch.dtype, bench: Bench | None, device:
         else:
             taken = seconds(calls, device)
             entry |= {"seconds": statistics.median(taken), "fastest": min(taken), "slowest": max(taken)}
-        states = bench.states if bench and bench.backend != "reference" else []
+        states = bench.states if bench and bench.backend != "eager" else []
         if any((state.status != RUNNING).any() for state in states):
             raise RuntimeError("samples stopped while their kernels were timed")
     except Exception as error:
@@ -138,8 +138,7 @@ def planned(
                     yield case, size, dtype, bench
         if not options.kernels_alone:
             for case in convolution_cases(size, dtype, options.steps, device):
-                if case.backend == "cudnn" or "triton" in options.backends:
-                    yield case, size, dtype, None
+                yield case, size, dtype, None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,9 +14,9 @@ from strategies import Strategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from training import CLIP_NORM, WEIGHT_DECAY, Plan, autocast
+from training import CLIP_NORM, WEIGHT_DECAY, Plan, autocast, warm_up
 
-from ifr_fast import IFRHead, Implicit
+from ifr_fast import IFRHead, Implicit, WarmupUnroll
 from ifr_fast.diagnostics import adjoint_residual
 
 
@@ -79,16 +79,18 @@ def train_branch(
     """
     device = splits.device
     iterations = epochs * math.ceil(len(splits.train) / batch_size)
-    plan = Plan(iterations, batch_size, lr, seed, bf16=strategy.bf16)
+    warmup_steps = strategy.warmup_steps(iterations)
+    plan = Plan(iterations, batch_size, lr, seed, bf16=strategy.bf16, warmup_steps=warmup_steps)
     torch.manual_seed(seed)
-    model = MaskBranch(splits.mean, splits.std, channels, strategy.build(channels, iterations)).to(device)
+    model = MaskBranch(splits.mean, splits.std, channels, strategy.build(channels)).to(device)
+    warmup = warm_up(model, plan)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
     epochs_done, best_state = [], {}
     for epoch in range(epochs):
         clock = seconds(device)
         model.train()
         losses = [
-            train_step(model, optimizer, batch, plan, iteration)
+            train_step(model, optimizer, batch, plan, warmup, iteration)
             for iteration, batch in enumerate(shuffled(splits.train, plan, epoch), epoch * iterations // epochs)
         ]
         loss = torch.stack(losses).mean().item()
@@ -128,7 +130,12 @@ def shuffled(objects: Objects, plan: Plan, epoch: int) -> Iterator[tuple[Tensor,
 
 
 def train_step(
-    model: MaskBranch, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], plan: Plan, iteration: int
+    model: MaskBranch,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    plan: Plan,
+    warmup: WarmupUnroll | None,
+    iteration: int,
 ) -> Tensor:
     """Returns the loss, on the device."""
     features, masks = batch
@@ -140,6 +147,8 @@ def train_step(
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
     optimizer.step()
+    if warmup:
+        warmup.step()
     return loss.detach()
 
 

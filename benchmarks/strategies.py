@@ -60,15 +60,19 @@ class Strategy:
     tuned: str = "4 convolutions"
     bf16: bool = True
 
-    def build(self, channels: int, iterations: int) -> nn.Module:
-        """(N, channels, H, W) → the same shape. iterations: the training's length."""
+    def build(self, channels: int) -> nn.Module:
+        """(N, channels, H, W) → the same shape."""
         if self.kind != "ifr":
             return BUILDERS[self.kind](channels, **self.options)
-        options = {"groups": GROUPS, "warmup": 0.1, "width": 1.0, **self.options}
+        options = {"groups": GROUPS, "width": 1.0, **self.options}
+        options.pop("warmup", None)
         mid_channels = round(options.pop("width") * channels)
         options["groups"] = math.gcd(options["groups"], mid_channels, channels)
-        warmup_steps = round(options.pop("warmup") * iterations)
-        return IFRHead(channels, mid_channels=mid_channels, warmup_steps=warmup_steps, **options)
+        return IFRHead(channels, mid_channels=mid_channels, **options)
+
+    def warmup_steps(self, iterations: int) -> int:
+        """How many of a training's iterations unroll the block."""
+        return round(self.options.get("warmup", 0.1) * iterations) if self.kind == "ifr" else 0
 
     def convolutions(self, steps: float | None) -> float:
         """A forward pass's arithmetic, in 3×3 convolutions between all channels. steps: of its solve, None without."""

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ifr_fast import IFRHead
+from ifr_fast import IFRHead, WarmupUnroll
 
 CLIP_NORM = 5.0
 WEIGHT_DECAY = 1e-4
@@ -81,7 +81,10 @@ def use_deterministic_algorithms() -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, on how many images a step (over all processes), how fast, in which precision to train."""
+    """How long, on how many images a step (over all processes), how fast, in which precision to train.
+
+    warmup_steps: iterations, the first ones, that unroll the blocks of IFRHeads.
+    """
 
     iterations: int
     batch_size: int
@@ -89,6 +92,7 @@ class Plan:
     seed: int
     bf16: bool = False
     workers: int = 0
+    warmup_steps: int = 0
 
     def lr_at(self, iteration: int) -> float:
         """Linear warm-up over a tenth of the training, 500 iterations at most; then half a cosine to zero."""
@@ -157,6 +161,7 @@ def train(
     )
     history = checkpoints.load(model, optimizer) if checkpoints and resume else []
     start = len(history)
+    warmup = warm_up(model, plan, start)
     loader = DataLoader(stream, batch_sampler=batches(start, plan, process), num_workers=plan.workers, collate_fn=unzip)
     parallel = DistributedDataParallel(model) if process.world > 1 else model
     parallel.train()
@@ -186,6 +191,8 @@ def train(
         if not math.isfinite(entry["loss"]):
             raise FloatingPointError(f"the loss is not finite at iteration {iteration}: {entry}; try a lower --lr")
         optimizer.step()
+        if warmup:
+            warmup.step()
         now = time.perf_counter()
         history.append({"iteration": iteration, **entry, "lr": lr, "seconds": now - clock})
         clock = now
@@ -194,6 +201,15 @@ def train(
         if checkpoints and process.is_first and (done % checkpoints.every == 0 or done == plan.iterations):
             checkpoints.save(model, optimizer, history)
     return history
+
+
+def warm_up(model: nn.Module, plan: Plan, done: int = 0) -> WarmupUnroll | None:
+    """The plan's warm-up of the model's IFRHeads after `done` iterations; None where it has none."""
+    if not plan.warmup_steps:
+        return None
+    warmup = WarmupUnroll(model, plan.warmup_steps)
+    warmup.load_state_dict({"count": done})
+    return warmup
 
 
 def batches(start: int, plan: Plan, process: Process) -> list[range]:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_parameters_of_every_refinement():
     channels = 16
-    options = {"solver": "broyden", "steps": 4, "adjoint": "implicit", "groups": 4, "warmup_steps": 0}
+    options = {"solver": "broyden", "steps": 4, "adjoint": "implicit", "groups": 4}
     layer = 9 * channels**2 + channels
     counts = {
         name: sum(parameter.numel() for parameter in build_refinement(name, channels, **options).parameters())
@@ -29,7 +29,7 @@ def test_parameters_of_every_refinement():
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 def test_every_adjoint_trains_every_parameter_of_the_mask_head(adjoint):
-    head = build_refinement("ifr", 16, solver="broyden", steps=3, adjoint=adjoint, groups=4, warmup_steps=0).train()
+    head = build_refinement("ifr", 16, solver="broyden", steps=3, adjoint=adjoint, groups=4).train()
     head(torch.randn(2, 16, 14, 14)).square().mean().backward()
     for name, parameter in head.named_parameters():
         assert parameter.grad.isfinite().all(), name
@@ -88,7 +88,7 @@ SIDE = 320  # in bfloat16 coordinates above 256 would be even
 
 
 def small_detector(refinement):
-    options = {"solver": "broyden", "steps": 2, "adjoint": "implicit", "groups": 4, "warmup_steps": 0}
+    options = {"solver": "broyden", "steps": 2, "adjoint": "implicit", "groups": 4}
     return build_detector(
         "mobilenet_v3_small",
         partial(build_refinement, refinement, **options),

@@ -31,7 +31,7 @@ def splits(objects):
 
 
 def parameters(row, channels=64):
-    return sum(p.numel() for p in STRATEGIES[row].build(channels, 100).parameters())
+    return sum(p.numel() for p in STRATEGIES[row].build(channels).parameters())
 
 
 def test_objects_are_those_of_the_area_and_no_crowds(shapes, tmp_path):
@@ -144,7 +144,7 @@ def test_the_backward_residual_is_that_of_the_adjoints_equation(splits):
     residuals = []
     for steps in (1, 40):
         torch.manual_seed(0)
-        refinement = ifr(adjoint=Implicit(max_iter=steps, rtol=1e-4), post_gain=0.1).build(32, 10)
+        refinement = ifr(adjoint=Implicit(max_iter=steps, rtol=1e-4), post_gain=0.1).build(32)
         model = MaskBranch(splits.mean, splits.std, 32, refinement).eval()
         mask_branch.evaluate(model, splits.test, bf16=False)
         residuals.append(mask_branch.backward_residual(model, splits.test, bf16=False))
@@ -153,7 +153,7 @@ def test_the_backward_residual_is_that_of_the_adjoints_equation(splits):
 
 @pytest.mark.parametrize("row", ["4 convolutions", "unroll", "IFR, JacobianFree"])
 def test_without_an_adjoint_equation_there_is_no_backward_residual(splits, row):
-    model = MaskBranch(splits.mean, splits.std, 32, STRATEGIES[row].build(32, 10))
+    model = MaskBranch(splits.mean, splits.std, 32, STRATEGIES[row].build(32))
     mask_branch.evaluate(model, splits.test, bf16=False)
     assert mask_branch.backward_residual(model, splits.test, bf16=False) is None
 
@@ -167,11 +167,25 @@ def test_half_of_the_towers_parameters():
 
 def test_an_unshared_unroll_of_equal_blocks_is_the_shared_one():
     x = torch.randn(2, 64, 14, 14)
-    shared, unshared = (STRATEGIES[row].build(64, 10) for row in ("unroll", "unroll, unshared"))
+    shared, unshared = (STRATEGIES[row].build(64) for row in ("unroll", "unroll, unshared"))
     for block in unshared.blocks:
         block.load_state_dict(shared.block.state_dict())
     torch.testing.assert_close(unshared(x), shared(x), rtol=0, atol=0)
 
 
 def test_the_warm_up_is_a_share_of_the_training():
-    assert STRATEGIES["IFR, warm-up 0.3"].build(64, 100).warmup_steps == 30
+    assert STRATEGIES["IFR, warm-up 0.3"].warmup_steps(100) == 30
+    assert STRATEGIES["unroll"].warmup_steps(100) == STRATEGIES["4 convolutions"].warmup_steps(100) == 0
+
+
+def test_the_first_iterations_unroll_and_the_others_solve(splits, monkeypatch):
+    found, train_step = [], mask_branch.train_step
+
+    def recorded(model, *args):
+        found.append(model.refine.training_unroll)
+        return train_step(model, *args)
+
+    monkeypatch.setattr(mask_branch, "train_step", recorded)
+    train_branch(ifr(warmup=0.5), splits, channels=32, epochs=2, batch_size=4, lr=1e-3, seed=0)
+    half = len(found) // 2
+    assert found == [4] * half + [0] * half

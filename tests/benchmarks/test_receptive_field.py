@@ -36,7 +36,7 @@ def test_held_statistics_are_constants_of_the_gradient_alone(norm):
 
 @pytest.mark.parametrize("row", ["4 convolutions, GroupNorm", "unroll", "unroll, unshared", "IFR"])
 def test_made_of_torchs_operators_it_is_the_same_refinement(row):
-    refinement, x = STRATEGIES[row].build(32, 1).eval(), torch.randn(2, 32, 7, 7)
+    refinement, x = STRATEGIES[row].build(32).eval(), torch.randn(2, 32, 7, 7)
     torch.testing.assert_close(specified(refinement)(x), refinement(x), rtol=1e-3, atol=1e-3)
 
 

@@ -65,7 +65,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(shapes, tmp_path):
 
 
 def test_resumed_training_equals_the_uninterrupted(shapes, tmp_path, monkeypatch):
-    options = ["--refine", "ifr", "--groups", "4", "--steps", "3", "--warmup-steps", "2", "--iterations", "6"]
+    options = ["--refine", "ifr", "--groups", "4", "--steps", "3", "--warmup-steps", "4", "--iterations", "6"]
     whole, expected = run_accuracy(shapes, tmp_path / "whole", *options)
 
     saved = ["--checkpoint", str(tmp_path / "checkpoint"), "--checkpoint-every", "3"]
