@@ -44,14 +44,15 @@ TOWERS: dict[type[nn.Module], dict[str, list[str]]] = {
 }
 
 
-class IFRTowers:
+class IFRTowers(nn.Module):
     """Puts IFRHeads in place of the conv towers of the mmdet head that it is mixed into.
 
-    ifr: every option of IFRHead but channels, and `where`: "cls", "reg" or "mask" as the head has them, a list of
-      these, or "both" for all. Without `where` the paper's choice: the mask branch where there is one, else all.
+    Args:
+        ifr: options of IFRHead, all but channels, and `where`: "cls", "reg" or "mask" as the head has them, a list of
+            these, or "both" for all. Without `where` the paper's choice: the mask branch where there is one, else all.
     All other arguments are the head's own.
 
-    Attributes: replaced, the Report of replace_towers: paths, channels, parameters before and after.
+    Attributes: replaced, the Report of replace_towers.
 
     A first convolution that changes the number of channels stays (SOLO: 258 → 256), and so does a deformable one.
     A block without weight norm starts as the head's init_cfg says of Conv2d; with it, as IFRHead does.
@@ -63,29 +64,27 @@ class IFRTowers:
     towers: ClassVar[dict[str, list[str]]]
 
     def __init__(self, *args: Any, ifr: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        options = self._read(ifr)
-        paths = self._paths(options.pop("where", None))
+        options = self._options(ifr)
         super().__init__(*args, **kwargs)
-        self.replaced = replace_towers(self, where=paths, **options)
+        self.replaced = replace_towers(self, **options)
 
-    def _read(self, ifr: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _options(self, ifr: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The arguments of replace_towers that `ifr` stands for."""
         if not isinstance(ifr, Mapping | None):
             raise ValueError(f"ifr={ifr!r}: expected a dict of IFRHead's options and `where`")
         known = {"where", *inspect.signature(IFRHead).parameters} - {"channels"}
         for name in ifr or {}:
             if name not in known:
                 raise ValueError(f"ifr has no option {name!r}: expected some of {', '.join(sorted(known))}")
-        return dict(ifr or {})
-
-    def _paths(self, where: Any) -> list[str]:
-        """Where the towers that `where` names are in the head."""
+        options = dict(ifr or {})
+        where = options.get("where")
         if where is None:
             where = "mask" if "mask" in self.towers else "both"
         names = list(self.towers) if where == "both" else [where] if isinstance(where, str) else where
         if not isinstance(names, list | tuple) or not names or not all(name in list(self.towers) for name in names):
             has = ", ".join(map(repr, self.towers))
             raise ValueError(f"ifr.where={where!r}: expected 'both' or some of {type(self).__name__}'s towers, {has}")
-        return [path for name in names for path in self.towers[name]]
+        return options | {"where": [path for name in names for path in self.towers[name]]}
 
 
 for _head, _towers in TOWERS.items():

@@ -1,6 +1,5 @@
-"""What training a model with IFRHeads under mmengine needs: the warm-up schedule, and what the solver reaches."""
+"""Training a model with IFRHeads under mmengine: the warm-up, and what the solvers reach."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +9,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from ifr_fast import IFRHead, Unroll
+from ifr_fast import IFRHead, WarmupUnroll
 from ifr_fast.diagnostics import spectral_radius
 
 POWER_ITERATIONS = 20  # the radius to a few hundredths, for the price of a backward solve
@@ -19,76 +19,67 @@ POWER_ITERATIONS = 20  # the radius to a few hundredths, for the price of a back
 
 @HOOKS.register_module()
 class IFRHook(Hook):
-    """Unrolls the blocks of a model's IFRHeads at first, then logs what their solvers reach.
+    """Steps a model's warm-up (ifr_fast.WarmupUnroll), logs what its IFRHeads' solvers reach, and warns.
 
-    warmup_iters: for so many training iterations each block is unrolled `warmup_unroll` times, the authors' remedy
-      for a new block, which need not contract. Validation always solves. Counted by the runner's iteration, hence
-      right after resuming and whatever the number of feature levels (ifr.warmup_steps counts forward passes).
-    interval: every so many iterations the main process logs ifr_residual (median over the samples), ifr_iterations
-      (mean) and ifr_spectral_radius (of the first sample of the head's last call in that iteration: the coarsest
-      level of a pyramid); of several IFRHeads, the largest. Other iterations wait for no device. What a compiled
-      model (compile=True) solves is not seen, hence not logged.
-    warn_above: a residual above it there, or one that is not finite, is warned of, once until it recovers.
+    Args:
+        warmup_iters: so many training iterations unroll the blocks in place of solving. The runner's iteration counts,
+            so that a resumed training goes on where it was. Validation and testing always solve.
+        warmup_unroll: how often an unroll applies its block.
+        interval: every so many iterations the main process logs ifr_residual (median over the samples),
+            ifr_iterations (mean) and ifr_spectral_radius (of the first sample of the head's last call: the coarsest
+            level of a pyramid). Of several IFRHeads it logs the largest. Nothing is logged of an unroll or of a
+            compiled model (compile=True). Only these iterations wait for the device.
+        warn_above: a logged residual above it, or one that is not finite, is warned of, once until it recovers.
 
-    Raises ValueError for arguments that do not fit; on training where the model has no IFRHead.
+    Raises ValueError for arguments that do not fit; when training starts, for a model without an IFRHead.
     """
 
     def __init__(
         self, warmup_iters: int = 0, warmup_unroll: int = 4, interval: int = 50, warn_above: float = 0.05
     ) -> None:
-        for name, value, least in (
-            ("warmup_iters", warmup_iters, 0),
-            ("warmup_unroll", warmup_unroll, 1),
-            ("interval", interval, 1),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"IFRHook({name}={value!r}): expected an integer ≥ {least}")
+        least = {"warmup_iters": 0, "warmup_unroll": 1, "interval": 1}
+        for name, value in zip(least, (warmup_iters, warmup_unroll, interval), strict=True):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least[name]:
+                raise ValueError(f"IFRHook({name}={value!r}): expected an integer ≥ {least[name]}")
         if not isinstance(warn_above, int | float) or not warn_above > 0:
             raise ValueError(f"IFRHook(warn_above={warn_above!r}): expected a number > 0")
-        self.warmup_iters, self.interval, self.warn_above = warmup_iters, interval, warn_above
-        self.unroll = Unroll(warmup_unroll)
-        self._watched: list[_Watched] = []
+        self.warmup_iters, self.warmup_unroll = warmup_iters, warmup_unroll
+        self.interval, self.warn_above = interval, warn_above
 
     def before_train(self, runner: Runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        heads = [(path, m) for path, m in model.named_modules() if isinstance(m, IFRHead)]
-        if not heads:
+        self._watched = [_Watched(path, m) for path, m in model.named_modules() if isinstance(m, IFRHead)]
+        if not self._watched:
             raise ValueError(
                 f"IFRHook: {type(model).__name__} has no IFRHead; in a configuration write e.g. "
                 "mask_head=dict(type='IFRFCNMaskHead'), or remove the hook"
             )
-        self._watched = [_Watched(path, head) for path, head in heads]
+        self._warmup = WarmupUnroll(model, self.warmup_iters, self.warmup_unroll)
+        self._warmup.load_state_dict({"count": runner.iter})
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
-        for watched in self._watched:
-            watched.unroll(self.unroll if runner.iter < self.warmup_iters else None)
-            if self.every_n_train_iters(runner, self.interval) and is_main_process():
+        if self.every_n_train_iters(runner, self.interval) and is_main_process():
+            for watched in self._watched:
                 watched.listen()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: object = None
     ) -> None:
-        reached = {watched: watched.summary() for watched in self._watched}
-        reached = {watched: summary for watched, summary in reached.items() if summary is not None}
+        self._warmup.step()
+        reached = [(watched, summary) for watched in self._watched if (summary := watched.summary())]
         for name in _Summary.__dataclass_fields__ if reached else ():
-            largest = max(getattr(summary, name) for summary in reached.values())
+            largest = max(getattr(summary, name) for _, summary in reached)
             runner.message_hub.update_scalar(f"train/ifr_{name}", largest)
-        for watched, summary in reached.items():
+        for watched, summary in reached:
             is_bad = not summary.residual <= self.warn_above
             if is_bad and not watched.is_bad:
                 runner.logger.warning(self._advice(watched, summary))
             watched.is_bad = is_bad
 
-    def before_val(self, runner: Runner) -> None:
-        for watched in self._watched:
-            watched.unroll(None)
-
-    after_train = before_val
-
     def _advice(self, watched: "_Watched", summary: "_Summary") -> str:
         return (
             f"{watched.path}: the equilibrium is not reached. After {summary.iterations:.0f} iterations of "
-            f"{watched.solver} the median relative residual is {summary.residual:.1e}, above warn_above="
+            f"{watched.head.solver} the median relative residual is {summary.residual:.1e}, above warn_above="
             f"{self.warn_above:g} (spectral radius {summary.spectral_radius:.2f}; below 1 the block contracts). The "
             "head's output then depends on where the solver stopped. What helps: a longer warm-up (IFRHook's "
             "warmup_iters), more steps (ifr.solver.max_iter), a smaller ifr.post_gain, a lower learning rate."
@@ -103,25 +94,16 @@ class _Summary:
 
 
 class _Watched:
-    """One IFRHead, its own solver, and what its forward passes leave while it is listened to."""
+    """One IFRHead, and what its forward passes reach while it is listened to."""
 
     def __init__(self, path: str, head: IFRHead) -> None:
-        self.path, self.head, self.solver = path, head, head.solver
-        self.is_bad = False
+        self.path, self.head, self.is_bad = path, head, False
         self._calls: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._stop: Callable[[], None] | None = None
-
-    def unroll(self, unroll: Unroll | None) -> None:
-        """Unroll in place of solving; None to solve again."""
-        if unroll is None and self.head.solver is not self.solver:
-            self.head.solver = self.solver
-        elif unroll is not None and self.head.solver is not unroll:
-            self.head.solver = unroll
+        self._listener: RemovableHandle | None = None
 
     def listen(self) -> None:
-        """Keep what every forward pass reaches, a pyramid's levels included, until summary()."""
-        self._calls = []
-        self._stop = self.head.register_forward_hook(self._keep).remove
+        """Keeps what every forward pass reaches, of each level of a pyramid, until summary()."""
+        self._listener = self.head.register_forward_hook(self._keep)
 
     def _keep(self, head: IFRHead, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         solution = head.last_solution
@@ -130,10 +112,8 @@ class _Watched:
 
     def summary(self) -> _Summary | None:
         """What was reached since listen(); None where nothing was solved. Waits for the device."""
-        if self._stop is None:
-            return None
-        self._stop()
-        self._stop = None
+        if self._listener is not None:
+            self._listener.remove()
         if not self._calls:
             return None
         residuals, iterations, features = zip(*self._calls, strict=True)

@@ -1,5 +1,7 @@
 """torchvision's detectors with IFR heads."""
 
+from typing import Any
+
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 
@@ -16,7 +18,7 @@ _TOWERS: dict[type[nn.Module], list[str]] = {
 }
 
 
-def refine(model: nn.Module, **ifr_kwargs) -> nn.Module:
+def refine(model: nn.Module, **ifr_kwargs: Any) -> nn.Module:
     """Replaces the conv towers of a torchvision detector's heads by IFRHeads, in place; returns the model.
 
     model: a MaskRCNN (the mask branch is refined: 4 × 256), KeypointRCNN (the keypoint branch: 256 → 512

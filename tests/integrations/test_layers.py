@@ -1,4 +1,4 @@
-"""integrations.layers: what one layer is to a tower."""
+"""integrations.towers.layers: what one layer is to a tower."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ifr_fast import IFRHead
-from ifr_fast.integrations.layers import read_layer
+from ifr_fast.integrations.towers.layers import read_layer
 
 
 def conv(channels_in=C, channels_out=C, kernel=3, padding=1, **kwargs):

@@ -1,11 +1,11 @@
-"""integrations.loops: which loops pass one value through a list's elements in order, read from their source."""
+"""integrations.towers.loops: which loops pass one value through a list's elements in order, read from their source."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ifr_fast.integrations.loops import read_use
+from ifr_fast.integrations.towers.loops import read_use
 
 
 class Owner(nn.Module):

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-pytest.importorskip("mmengine", reason="mmengine is not installed: the README's section on mmdet says how")
+pytest.importorskip("mmengine", reason="mmengine is not installed: integrations/README.md says how")
 
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
-from ifr_fast import Broyden, IFRHead, Unroll
+from ifr_fast import Broyden, IFRHead
 from ifr_fast.integrations.mmengine import IFRHook
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -17,7 +17,7 @@ SOLVER = Broyden(max_iter=3)
 
 
 class Pyramid(BaseModel):
-    """One head on two levels; remembers its solver and its residuals in every pass."""
+    """One head on two levels; remembers its unroll and its residuals in every pass."""
 
     def __init__(self, head=None):
         super().__init__()
@@ -30,8 +30,8 @@ class Pyramid(BaseModel):
             outputs.append(self.tower(x).square().mean())
             if isinstance(self.tower, IFRHead) and self.tower.last_solution:
                 residuals.append(self.tower.last_solution.residual)
-        solver = getattr(self.tower, "solver", None)
-        self.passes.append((mode, solver, residuals, bool(self.tower._forward_hooks)))
+        unroll = getattr(self.tower, "training_unroll", 0)
+        self.passes.append((mode, unroll, residuals, bool(self.tower._forward_hooks)))
         return {"loss": sum(outputs)} if mode == "loss" else outputs
 
     def train_step(self, data, optim_wrapper):
@@ -71,16 +71,16 @@ def train(model, hook, folder, iterations, **changes):
     return runner
 
 
-def solvers(model, mode):
-    return [solver for passed, solver, *_ in model.passes if passed == mode]
+def passes(model, mode):
+    """Of every pass: how often it was to be unrolled, and on how many levels it solved."""
+    return [(unroll, len(residuals)) for passed, unroll, residuals, _ in model.passes if passed == mode]
 
 
 def test_warm_up_is_counted_in_iterations(tmp_path):
     model = Pyramid()
     train(model, IFRHook(warmup_iters=3, warmup_unroll=2), tmp_path, 6)
-    assert solvers(model, "loss") == [Unroll(2)] * 3 + [SOLVER] * 3
-    assert set(solvers(model, "predict")) == {SOLVER}
-    assert model.tower.solver == SOLVER
+    assert passes(model, "loss") == [(2, 0)] * 3 + [(0, 2)] * 3
+    assert passes(model, "predict") == [(2, 2), (0, 2), (0, 2)]
 
 
 def test_interrupted_warm_up_goes_on_when_resumed(tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_interrupted_warm_up_goes_on_when_resumed(tmp_path, monkeypatch):
     model = Pyramid()
     saved = str(tmp_path / "first/iter_2.pth")
     train(model, IFRHook(warmup_iters=3), tmp_path / "again", 4, resume=True, load_from=saved)
-    assert solvers(model, "loss") == [Unroll(4), SOLVER]
+    assert passes(model, "loss") == [(4, 0), (0, 2)]
 
 
 def test_logs_every_level_at_the_interval_only(tmp_path):

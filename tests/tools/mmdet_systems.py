@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("mmdet", reason="mmdet is not installed: the README's section on mmdet says how")
+pytest.importorskip("mmdet", reason="mmdet is not installed: integrations/README.md says how")
 # A binary that does not fit this torch is an error, not a reason to skip.
 pytest.importorskip("mmcv._ext", reason="mmcv has no compiled operators: see there", exc_type=ModuleNotFoundError)
 

@@ -4,6 +4,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterator
 from types import FunctionType
 
@@ -31,21 +32,21 @@ def parse(function: FunctionType) -> ast.Module | None:
 
 
 def methods_that_run(cls: type) -> list[tuple[str, ast.Module | None]]:
-    """Qualified names and syntax trees (None without source) of cls's methods, those only its construction reaches
-    left out."""
+    """Qualified names and syntax trees (None without source) of the methods that an input may reach.
+
+    Left out are those that only the construction reaches: the methods in _SETUP, and what they alone mention.
+    """
     methods = [(name, function, parse(function)) for name, function in own_functions(cls)]
-    named = {name for name, _, _ in methods}
-    mentions = [(name, _attributes(tree) & named) for name, _, tree in methods]
-    setup, before = named & _SETUP, set()
-    while setup != before:
-        before = setup
-        setup = setup.union(*(mentioned for name, mentioned in mentions if name in setup)) - {"forward"}
-    before = set()
-    while setup != before:
-        before = setup
-        setup = _SETUP | setup.difference(*(mentioned for name, mentioned in mentions if name not in setup))
+    mentions: dict[str, set[str]] = defaultdict(set)  # of methods by methods; bases' under the same name
+    for name, _, tree in methods:
+        mentions[name] |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} if tree else set()
+    setup = _SETUP & mentions.keys()
+    while more := mentions.keys() & _mentioned(mentions, setup) - setup - {"forward"}:
+        setup |= more
+    while shared := setup & _mentioned(mentions, mentions.keys() - setup) - _SETUP:
+        setup -= shared
     return [(function.__qualname__, tree) for name, function, tree in methods if name not in setup]
 
 
-def _attributes(tree: ast.AST | None) -> set[str]:
-    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} if tree else set()
+def _mentioned(mentions: dict[str, set[str]], by: set[str]) -> set[str]:
+    return set[str]().union(*(mentions[name] for name in by))

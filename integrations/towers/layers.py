@@ -1,4 +1,4 @@
-"""What one layer is to a tower: convolutions of it, a norm or activation between them, or its end."""
+"""What one module means for a tower: convolutions of it, a norm or activation between them, or its end."""
 
 import ast
 import inspect
@@ -25,8 +25,11 @@ _ARITHMETIC = (ast.BinOp, ast.UnaryOp, ast.AugAssign, ast.Subscript, ast.Tuple, 
 
 @dataclass(frozen=True)
 class Layer:
-    """convolutions: those of a tower, in order; none where the layer is between them or ends the tower.
-    ends: why it ends a tower, "" where it does not. is_convolution: whether a reader would call it one."""
+    """A module as part of a tower.
+
+    convolutions: its convolutions, in order; none where it stands between those of a tower or ends it.
+    ends: why it ends a tower, "" where it does not. is_convolution: whether a reader would call it one.
+    """
 
     convolutions: tuple[nn.Conv2d, ...] = ()
     ends: str = ""
@@ -34,14 +37,14 @@ class Layer:
 
 
 def read_layer(module: nn.Module | None, trusted: bool = False) -> Layer:
-    """What `module` is to a tower that it might belong to.
-
-    trusted: take a wrapper of one convolution, norm and activation for just that, whatever its forward does.
-    """
+    """What `module` means for a tower. trusted: a wrapper of one convolution is no more than that convolution."""
     if isinstance(module, nn.Conv2d):
         ends = _misfit(module) or ("" if trusted else _does_more(module))
         return Layer(() if ends else (module,), ends, is_convolution=True)
-    if isinstance(module, nn.Sequential) and _applies_in_order(module):
+    if module is None:
+        return Layer(ends=a_kind(module))
+    forward = vars(module).get("forward", type(module).forward)
+    if isinstance(module, nn.Sequential) and forward is nn.Sequential.forward:
         return _several([read_layer(child, trusted) for child in module._modules.values()])
     if _is_norm_or_activation(module):
         return Layer()
@@ -49,7 +52,8 @@ def read_layer(module: nn.Module | None, trusted: bool = False) -> Layer:
     parts = [read_layer(child, trusted) for child in _children(module)]
     convolutions = sum(max(len(part.convolutions), part.is_convolution) for part in parts)
     layer = _several(parts)
-    unlike_a_wrapper = isinstance(module, nn.Sequential) or _owns_tensors(module) or not _has_forward(module)
+    owns_tensors = any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
+    unlike_a_wrapper = isinstance(module, nn.Sequential) or owns_tensors or forward is nn.Module.forward
     if not parts or convolutions > 1 or unlike_a_wrapper or (layer.ends and not convolutions):
         return Layer(ends=kind, is_convolution=re.search("Conv|DCN", kind) is not None)
     if layer.ends:
@@ -72,7 +76,7 @@ def _several(parts: list[Layer]) -> Layer:
     if not ends and len(channels) > 1:
         ends = f"convolutions of {' and '.join(map(str, sorted(channels)))} channels"
     if ends:
-        # Several convolutions in a Sequential are looked at there, not as one layer here.
+        # A Sequential of several convolutions is read as a container of its own, not as one layer here.
         return Layer(ends=ends, is_convolution=sum(part.is_convolution for part in parts) == 1)
     return Layer(convolutions, is_convolution=bool(convolutions))
 
@@ -86,52 +90,37 @@ def _misfit(conv: nn.Conv2d) -> str:
         return f"{a_kind(conv)} holding {a_kind(others[0])}"
     if conv.kernel_size != (3, 3):
         return "a {}×{} convolution".format(*conv.kernel_size)
-    for odd, said in (
+    odd = (
         (conv.stride != (1, 1), f"stride {conv.stride[0]}"),
         (conv.dilation != (1, 1), f"dilation {conv.dilation[0]}"),
         (conv.groups != 1, f"{conv.groups} groups"),
         (conv.padding not in ((1, 1), "same"), f"padding {conv.padding}"),
         (conv.padding_mode != "zeros", f"padding_mode {conv.padding_mode!r}"),
         (conv.in_channels != conv.out_channels, f"{conv.in_channels} → {conv.out_channels} channels"),
-    ):
-        if odd:
-            return f"a 3×3 convolution with {said}"
-    return ""
+    )
+    return next((f"a 3×3 convolution with {said}" for is_odd, said in odd if is_odd), "")
 
 
-def _is_norm_or_activation(module: nn.Module | None) -> bool:
+def _is_norm_or_activation(module: nn.Module) -> bool:
     if isinstance(module, (nn.Identity, *_NORMS, *_ACTIVATIONS)):
         return True
-    named_so = module is not None and _NORM_OR_ACTIVATION.search(type(module).__name__)
-    return bool(named_so) and not any(isinstance(m, nn.Conv2d) for m in module.modules())
+    named_so = _NORM_OR_ACTIVATION.search(type(module).__name__) is not None
+    return named_so and not any(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
-def _applies_in_order(module: nn.Sequential) -> bool:
-    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
-
-
-def _children(module: nn.Module | None) -> list[nn.Module]:
+def _children(module: nn.Module) -> list[nn.Module]:
     """Children, but for the parametrizations (weight norm) of the module's own tensors."""
-    if module is None:
-        return []
     return [child for name, child in module._modules.items() if child is not None and name != "parametrizations"]
 
 
-def _owns_tensors(module: nn.Module | None) -> bool:
-    return module is None or any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return "forward" in vars(module) or type(module).forward is not nn.Module.forward
-
-
 def _does_more(module: nn.Module) -> str:
-    """What the source of module's forward does beyond applying its children to one value in turn, or ""."""
+    """What module's forward may do beyond applying its children to one value in turn, or ""."""
     if "forward" in vars(module):
         return f"{a_kind(module)} with a forward put on it: name it with `where`"
     for function in (f for name, f in own_functions(type(module)) if name == "forward"):
         tree = parse(function)
-        more = "its forward has no source" if tree is None else _first_doubt(tree.body[0], module)
+        forward = tree.body[0] if tree else None
+        more = _first_doubt(forward, module) if isinstance(forward, ast.FunctionDef) else "its forward has no source"
         if more:
             what = "convolution" if any(isinstance(m, nn.Conv2d) for m in module.modules()) else "norm"
             return f"{a_kind(module)} that may be more than a {what} ({more}): name it with `where`"
@@ -139,6 +128,7 @@ def _does_more(module: nn.Module) -> str:
 
 
 def _first_doubt(forward: ast.FunctionDef, module: nn.Module) -> str:
+    """The first expression that computes with the input and is neither a call of a child nor an activation, or ""."""
     positional = [arg.arg for arg in forward.args.args]
     required = positional[1 : len(positional) - len(forward.args.defaults)]
     if len(required) != 1:
@@ -165,7 +155,7 @@ def _first_doubt(forward: ast.FunctionDef, module: nn.Module) -> str:
 
 
 def _is_known(function: ast.AST, module: nn.Module, touched: Callable[[ast.AST], bool]) -> bool:
-    """function is a child of module, torch's convolution or activation, super().forward or a question of shape."""
+    """Whether function is a child of module, torch's convolution or activation, super().forward or asks for a shape."""
     if isinstance(function, ast.Subscript):
         return ast.unparse(function.value) == "self" and isinstance(module, nn.ModuleList)
     if not isinstance(function, ast.Attribute):
