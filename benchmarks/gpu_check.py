@@ -151,7 +151,7 @@ def planned(out: Path, scratch: Path) -> list[Stage]:
         return f"not installed: {', '.join(absent)}" if absent else ""
 
     def tests(name: str, least: float, most: float, pattern: str, lacking: str = "") -> Stage:
-        paths = sorted((ROOT / "tests").glob(pattern))
+        paths = sorted((ROOT / "tests").rglob(pattern))
         options = ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-v", "--tb=short", "--maxfail=15"]
         options += ["--full", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=45", "-k", NEED_NO_GPU]
         if not missing("xdist"):  # most of the time kernels are compiled, on one core a process
@@ -164,7 +164,7 @@ def planned(out: Path, scratch: Path) -> list[Stage]:
 
         def command(seconds: float) -> list:
             options = "--backends", backend, "--budget", max(5, round(seconds - SLACK / 3)), "--out", folder
-            return [python, BENCHMARKS / "kernels.py", *options]
+            return [python, BENCHMARKS / "timing/kernels.py", *options]
 
         return Stage(f"kernels_{backend}", command, least, most, folder / "kernels.json", found[backend])
 
@@ -174,7 +174,7 @@ def planned(out: Path, scratch: Path) -> list[Stage]:
         command = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20"]
         if name == "memcheck":
             command += ["--report-api-errors", "no"]  # libraries try calls that may fail
-        dry = [python, BENCHMARKS / "kernels.py", "--dry", "--steps", "3", "--out", scratch, *options]
+        dry = [python, BENCHMARKS / "timing/kernels.py", "--dry", "--steps", "3", "--out", scratch, *options]
         dry += ["--backends", *backends]
         absent = "" if tool else "there is no compute-sanitizer"
         absent = absent or ("" if backends else f"there are no such kernels here: {found['cuda']}")
@@ -189,7 +189,7 @@ def planned(out: Path, scratch: Path) -> list[Stage]:
     own = [name for name in ("triton", "cuda") if not found[name]]
     facts = scratch / "environment.json"
     return [
-        Stage("environment", lambda _: [python, BENCHMARKS / "environment.py", facts], 10, 40, facts),
+        Stage("environment", lambda _: [python, BENCHMARKS / "report/environment.py", facts], 10, 40, facts),
         tests("gpu_tests", 75, 150, "test_gpu.py"),
         tests("triton_tests", 35, 80, "test_triton*.py"),
         tests("cuda_tests", 15, 60, "test_cuda*.py", found["cuda"]),

@@ -23,15 +23,18 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import measure
 import torch
 import torch.nn.functional as F
-from contenders import Contender, Setting, contenders, gpu_contenders
-from environment import environment
-from measure import Call, Convolution, Timed
-from speed_report import BACKWARD, FORWARD, Row, print_report, report, save_picture
 from torch import Tensor
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind an installed ifr_fast
+
+from benchmarks.report.environment import environment
+from benchmarks.timing import measure
+from benchmarks.timing.contenders import Contender, Setting, contenders, gpu_contenders
+from benchmarks.timing.measure import Call, Convolution, Timed
+from benchmarks.timing.speed_report import BACKWARD, FORWARD, Row, print_report, report, save_picture
 
 BACK_TO_BACK = 10  # runs of a lone convolution on a GPU: one is shorter than its launch
 

@@ -5,7 +5,9 @@ Tests marked `full` run under `pytest --full` only: what is left is quick, and m
 
 import os
 import random
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ if not torch.cuda.is_available():
 
 from ifr_fast import IFRHead
 
+sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`, behind the installed ifr_fast
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2: a core for each worker
     torch.set_num_threads(1)
 
@@ -99,7 +102,7 @@ def shapes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sweep(shapes, tmp_path_factory):
     """The folder of an ablation that trained every row for an epoch on the shapes."""
-    import ablation
+    from benchmarks.quality import ablation
 
     folder = tmp_path_factory.mktemp("sweep")
     options = ["--channels", "32", "--epochs", "1", "--batch-size", "4", "--min-area", "200", "--device", "cpu"]

@@ -1,13 +1,14 @@
-"""benchmarks/ablation.py: every row trains, a stopped sweep goes on, the learning rate that validates best is taken."""
+"""ablation.py: every row trains, a stopped sweep goes on, the learning rate that validates best is taken."""
 
 import json
 import math
 
-import ablation
 import pytest
-from ablation import Run
-from coco import DataError
-from strategies import STRATEGIES, TABLES
+
+from benchmarks.quality import ablation
+from benchmarks.quality.ablation import Run
+from benchmarks.quality.coco import DataError
+from benchmarks.quality.strategies import STRATEGIES, TABLES
 
 OPTIONS = ["--channels", "32", "--epochs", "1", "--batch-size", "4", "--min-area", "200", "--device", "cpu"]
 

@@ -1,17 +1,17 @@
-"""benchmarks/accuracy.py: its options, its report."""
+"""benchmarks/quality/accuracy.py: its options, its report."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import accuracy
-import coco
 import numpy as np
 import pytest
 from coco_shapes import losses, run_accuracy, shared
-from detector import REFINEMENTS
 from PIL import Image
+
+from benchmarks.quality import accuracy, coco
+from benchmarks.quality.detector import REFINEMENTS
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-import coco
 import numpy as np
 import pytest
 import torch
 from coco_shapes import HEIGHT, WIDTH, edit, encode, shared, write_dataset
 from PIL import Image
+
+from benchmarks.quality import coco
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
 

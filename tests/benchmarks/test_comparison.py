@@ -1,20 +1,19 @@
-"""benchmarks/comparison.py: every training once, from several seeds, whatever stops it; its figures and pictures."""
+"""comparison.py: every training once, from several seeds, whatever stops it; its figures and pictures."""
 
 import json
 import re
 import shutil
 import statistics
 
-import accuracy
-import comparison
 import numpy as np
 import pytest
-import results_page
-import training
-from coco import CocoFolder, DataError
 from coco_shapes import TINY, edit, write_dataset
-from files import write_json, write_whole
 from PIL import Image
+
+from benchmarks.quality import accuracy, comparison, training
+from benchmarks.quality.coco import CocoFolder, DataError
+from benchmarks.report import results_page
+from benchmarks.report.files import write_json, write_whole
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -1,21 +1,21 @@
-"""benchmarks/convergence.py: its figures against the specification, its resumption, its report."""
+"""benchmarks/analysis/convergence.py: its figures against the specification, its resumption, its report."""
 
 import json
 import math
 from itertools import pairwise
 from types import SimpleNamespace
 
-import convergence
 import numpy as np
 import pytest
-import results_page
 import torch
-from coco import DataError
-from convergence import PRECISIONS, Equation, iterate, limit, solves, spectrum
-from convergence_report import PAPER_BOUND, STEADY, moving
 from PIL import Image
 from torch import nn
 
+from benchmarks.analysis import convergence
+from benchmarks.analysis.convergence import PRECISIONS, Equation, iterate, limit, solves, spectrum
+from benchmarks.quality.coco import DataError
+from benchmarks.report import results_page
+from benchmarks.report.convergence_report import PAPER_BOUND, STEADY, moving
 from ifr_fast import Unroll, reference
 
 pytestmark = [

@@ -5,11 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from detector import ADJOINTS, REFINEMENTS, build_backbone, build_detector, build_refinement
-from efficientnet_lite import SameConv2d
 from torchvision.models.detection import roi_heads
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.rpn import RegionProposalNetwork
+
+from benchmarks.quality.detector import ADJOINTS, REFINEMENTS, build_backbone, build_detector, build_refinement
+from benchmarks.quality.efficientnet_lite import SameConv2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

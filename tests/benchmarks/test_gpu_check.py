@@ -6,14 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-import gpu_check
-import kernel_cases
-import kernel_report
-import kernels
 import pytest
 import torch
 from emulated_cuda import cuda_fixture  # noqa: F401
-from gpu_check import Outcome, Stage
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Outcome, Stage
+from benchmarks.timing import kernel_cases, kernel_report, kernels
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -141,7 +140,7 @@ def test_planned_stages_fit_the_budget(tmp_path, monkeypatch):
 
 
 def test_the_benchmarks_take_the_options_that_stages_give_them(tmp_path, monkeypatch):
-    import speed
+    from benchmarks import speed
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "gpu_backends", lambda: {"triton": "", "cuda": "", "eager": ""})
@@ -150,7 +149,7 @@ def test_the_benchmarks_take_the_options_that_stages_give_them(tmp_path, monkeyp
     for s in gpu_check.planned(tmp_path, tmp_path):
         words = [str(word) for word in s.command(100)]
         for module in (speed, kernels):
-            if (script := f"{module.__name__}.py") in (names := [Path(word).name for word in words]):
+            if (script := Path(module.__file__).name) in (names := [Path(word).name for word in words]):
                 options = module.parse(words[names.index(script) + 1 :])
                 assert options.out.parent in (tmp_path, tmp_path.parent)
 

@@ -1,14 +1,15 @@
-"""benchmarks/inference_steps.py: trained heads tested with other solves than they were trained with."""
+"""benchmarks/analysis/inference_steps.py: trained heads tested with other solves than they were trained with."""
 
 import json
 
-import inference_steps
 import pytest
-import results_page
-from ablation import load_test_objects, trained_branches
-from coco import DataError
-from mask_branch import evaluate
 from PIL import Image
+
+from benchmarks.analysis import inference_steps
+from benchmarks.quality.ablation import load_test_objects, trained_branches
+from benchmarks.quality.coco import DataError
+from benchmarks.quality.mask_branch import evaluate
+from benchmarks.report import results_page
 
 NARROW = "IFR, C/4 inside, stopping at 1e-1"
 

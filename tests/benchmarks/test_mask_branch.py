@@ -1,16 +1,16 @@
 """benchmarks/{objects,mask_branch,strategies}.py: features of objects, and the branch that is trained on them."""
 
-import mask_branch
 import numpy as np
 import pytest
 import torch
-from coco import CocoFolder, DataError
-from efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLite0Features, imagenet_state
-from mask_branch import MaskBranch, Splits, train_branch
-from objects import Objects, load_objects
-from strategies import STRATEGIES, ifr
 from torch import nn
 
+from benchmarks.quality import mask_branch
+from benchmarks.quality.coco import CocoFolder, DataError
+from benchmarks.quality.efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLite0Features, imagenet_state
+from benchmarks.quality.mask_branch import MaskBranch, Splits, train_branch
+from benchmarks.quality.objects import Objects, load_objects
+from benchmarks.quality.strategies import STRATEGIES, ifr
 from ifr_fast import Implicit
 
 pytestmark = [
@@ -72,7 +72,7 @@ def test_features_are_those_of_the_four_blocks_at_the_object(shapes, objects):
 def test_features_are_made_once(shapes, tmp_path, monkeypatch):
     dataset = CocoFolder(shapes, "val")
     first = load_objects(dataset, tmp_path, min_area=200)
-    monkeypatch.setattr("objects._make_objects", None)
+    monkeypatch.setattr("benchmarks.quality.objects._make_objects", None)
     again = load_objects(dataset, tmp_path, min_area=200)
     torch.testing.assert_close(vars(again), vars(first), rtol=0, atol=0)
 

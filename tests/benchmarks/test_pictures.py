@@ -1,11 +1,12 @@
 """benchmarks/pictures.py: masks are drawn where they are, in the colour of their object; no panel is lost."""
 
 import numpy as np
-import pictures
 import pytest
-from coco import CocoFolder
 from coco_shapes import HEIGHT, WIDTH
 from pycocotools import mask as rle
+
+from benchmarks.quality.coco import CocoFolder
+from benchmarks.report import pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
 

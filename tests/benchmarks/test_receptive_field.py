@@ -1,17 +1,17 @@
-"""benchmarks/receptive_field.py: the share of the gradient that four convolutions cannot see."""
+"""benchmarks/analysis/receptive_field.py: the share of the gradient that four convolutions cannot see."""
 
 import json
 
 import pytest
-import receptive_field
-import results_page
 import torch
-from coco import DataError
 from PIL import Image
-from receptive_field import HeldStatistics, specified
-from strategies import STRATEGIES
 from torch.nn import functional as F
 
+from benchmarks.analysis import receptive_field
+from benchmarks.analysis.receptive_field import HeldStatistics, specified
+from benchmarks.quality.coco import DataError
+from benchmarks.quality.strategies import STRATEGIES
+from benchmarks.report import results_page
 from ifr_fast import Broyden, Unroll
 
 

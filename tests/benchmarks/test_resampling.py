@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from coco import load_annotations, matched
-from files import write_json
-from resampling import average_precision, paired_gain, paired_precision_gain, together
+
+from benchmarks.analysis.resampling import average_precision, paired_gain, paired_precision_gain, together
+from benchmarks.quality.coco import load_annotations, matched
+from benchmarks.report.files import write_json
 
 SIDE = 40
 

@@ -1,11 +1,11 @@
-"""benchmarks/results_page.py: the figures of the page, and that the page in the repository is the files' own."""
+"""benchmarks/report/results_page.py: the figures of the page, and that the page in the repository is the files' own."""
 
 import json
 import shutil
 from pathlib import Path
 
-import results_page
-from strategies import TABLES
+from benchmarks.quality.strategies import TABLES
+from benchmarks.report import results_page
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
 

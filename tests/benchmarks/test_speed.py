@@ -7,13 +7,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import contenders
-import measure
 import pytest
-import speed
-import speed_report
 import torch
-from contenders import (
+
+from benchmarks import speed
+from benchmarks.timing import contenders, measure, speed_report
+from benchmarks.timing.contenders import (
     BASE,
     BF16,
     BF16_HISTORY,
@@ -28,12 +27,11 @@ from contenders import (
     TORCHDEQ_BF16,
     Setting,
 )
-from measure import Timed
-from speed_report import BACKWARD, FORWARD
-
+from benchmarks.timing.measure import Timed
+from benchmarks.timing.speed_report import BACKWARD, FORWARD
 from ifr_fast import Broyden, reference
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 MIB = 1 << 20
 
@@ -83,8 +81,10 @@ def test_profiled_peak_is_what_the_process_really_takes():
     """
     script = """
 import re
-import measure, speed, torch
-from contenders import RELEASED, Setting, contenders
+import torch
+from benchmarks import speed
+from benchmarks.timing import measure
+from benchmarks.timing.contenders import RELEASED, Setting, contenders
 
 def memory(kind):
     return int(re.search(rf"{kind}:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
@@ -105,7 +105,7 @@ print(grown, measure.profile(call, cpu).peak_bytes)
     if not status.exists() or "VmHWM" not in status.read_text():
         pytest.skip("this system has no VmHWM in /proc/self/status to read a process's peak memory from")
     environment = {
-        "PYTHONPATH": str(BENCHMARKS),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -368,11 +368,12 @@ def test_ceilings_are_rates():
 def tiny_run(tmp_path_factory):
     """The benchmark at toy sizes, nothing compiled: its output folder, report and printed text."""
     out = tmp_path_factory.mktemp("speed")
-    script = "import sys, torch; torch.compile = lambda module, **_: module; import speed; speed.main(sys.argv[1:])"
+    script = "import sys, torch; from benchmarks import speed; "
+    script += "torch.compile = lambda module, **_: module; speed.main(sys.argv[1:])"
     sizes = "--n 1 2 3 --table 3 --n-backward 2 --channels 8 --size 6 --steps 3 --threads 1 --budget 1 --device cpu"
     process = subprocess.run(
         [sys.executable, "-c", script, *sizes.split(), "--out", str(out)],
-        cwd=BENCHMARKS, capture_output=True, text=True,
+        cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return out, json.loads((out / "speed.json").read_text()), process.stdout

@@ -7,18 +7,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import accuracy
 import numpy as np
 import pytest
 import torch
-import training
 from coco_shapes import TINY, edit, losses, run_accuracy, write_dataset
+
+from benchmarks.quality import training
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools"),
 ]
-BENCHMARKS = Path(accuracy.__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_processes_share_each_batch():
@@ -120,7 +120,8 @@ def test_a_checkpoint_is_neither_overwritten_nor_resumed_otherwise(shapes, tmp_p
 
 TORCHRUN_SCRIPT = """
 import os, sys
-import accuracy, torch
+from benchmarks.quality import accuracy
+import torch
 torch.set_num_threads(1)
 model, report = accuracy.main(sys.argv[2:])
 losses = [entry["loss"] for entry in report["history"]]
@@ -136,7 +137,7 @@ def test_two_processes_agree(shapes, tmp_path):
     options += ["--checkpoint", str(tmp_path / "checkpoint")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(script), str(tmp_path), str(shapes), *TINY, *options, "--output", str(tmp_path)]
-    paths = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,15 +1,16 @@
-"""A folder in COCO format full of triangles and ellipses, and benchmarks/accuracy.py run on one."""
+"""A folder in COCO format full of triangles and ellipses, and benchmarks/quality/accuracy.py run on one."""
 
 import json
 import os
 from pathlib import Path
 
-import accuracy
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
+
+from benchmarks.quality import accuracy
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 HEIGHT, WIDTH = 64, 80

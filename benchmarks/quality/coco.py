@@ -14,11 +14,9 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from benchmarks.report.files import DataError
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message names the place at fault."""
 
 
 def find_annotations(root: Path, split: str) -> Path:

@@ -1,13 +1,13 @@
-"""What benchmarks/kernels.py times: every kernel on random tensors, with the bytes and the FLOP that it needs."""
+"""What kernels.py times: every kernel on random tensors, with the bytes and the FLOP that it needs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from measure import Call
 from torch import Tensor
 
+from benchmarks.timing.measure import Call
 from ifr_fast import Broyden, IFRHead, Implicit
 from ifr_fast.engine.linearise import BlockMap
 from ifr_fast.kernels import choose as implementations

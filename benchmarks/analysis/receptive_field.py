@@ -1,6 +1,6 @@
 """Where the centre of a trained refinement's output looks: its effective receptive field on real RoI features.
 
-    python benchmarks/receptive_field.py DATA --sweep runs/ablation --output runs/receptive_field
+    python benchmarks/analysis/receptive_field.py DATA --sweep runs/ablation --output runs/receptive_field
 
 Takes the branches that ablation.py trained, and DATA's unseen objects. Four stacked 3×3 convolutions see 9×9 positions;
 what lies outside of them is the share that only a larger field can give. GroupNorm alone has one, as its mean and
@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import load_test_objects, trained_branches
-from coco import DataError
-from environment import environment
-from files import write_json
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from pictures import evenly_spaced
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
+
+from benchmarks.quality.ablation import load_test_objects, trained_branches
+from benchmarks.report.environment import environment
+from benchmarks.report.files import DataError, write_json
+from benchmarks.report.pictures import evenly_spaced
 from ifr_fast import IFRHead, Implicit, ResidualBlock, Unroll, fixed_point
 from ifr_fast.diagnostics import effective_receptive_field
 from ifr_fast.reference import residual_block

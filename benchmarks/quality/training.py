@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from coco import CocoFolder, TrainingStream, detections
-from files import refuse_changes, write_whole
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from benchmarks.quality.coco import CocoFolder, TrainingStream, detections
+from benchmarks.report.files import refuse_changes, write_whole
 from ifr_fast import IFRHead, WarmupUnroll
 
 CLIP_NORM = 5.0

@@ -5,15 +5,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from detector import SharedConvolution
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
+from benchmarks.quality.detector import SharedConvolution
 from ifr_fast import IFRHead, ResidualBlock
 from ifr_fast.block import compute_dtype
 
 DEPTH = 4  # of Mask R-CNN's tower
 GROUPS = 32
+REFERENCES = BASELINE, IFR = "4 convolutions", "IFR"  # what rows are compared with
 
 
 class UnsharedBlocks(nn.Module):

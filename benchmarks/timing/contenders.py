@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from measure import Call
 from torch import Tensor, nn
 
+from benchmarks.timing.measure import Call
 from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Unroll, backends, reference
 from ifr_fast.diagnostics import spectral_radius
 from ifr_fast.engine.linearise import BlockMap, staged

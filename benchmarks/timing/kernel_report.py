@@ -1,4 +1,4 @@
-"""Rates and tables of benchmarks/kernels.py."""
+"""Rates and tables of kernels.py."""
 
 
 def rate(found: dict) -> None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from objects import FINE, PREDICTED, Objects
-from strategies import Strategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from training import CLIP_NORM, WEIGHT_DECAY, Plan, autocast, warm_up
 
+from benchmarks.quality.objects import FINE, PREDICTED, Objects
+from benchmarks.quality.strategies import Strategy
+from benchmarks.quality.training import CLIP_NORM, WEIGHT_DECAY, Plan, autocast, warm_up
 from ifr_fast import IFRHead, Implicit, WarmupUnroll
 from ifr_fast.diagnostics import adjoint_residual
 

@@ -1,7 +1,7 @@
 """Compare mask heads end to end: Mask R-CNN trained with each of them from several seeds, COCO metrics, pictures.
 
-    python benchmarks/comparison.py DATA --output runs/comparison
-    python benchmarks/comparison.py DATA --output runs/comparison --refine stack unroll ifr --seeds 5 --epochs 24
+    python benchmarks/quality/comparison.py DATA --output runs/comparison
+    python benchmarks/quality/comparison.py DATA --output runs/comparison --refine stack unroll ifr --seeds 5
 
 Takes the options of accuracy.py; those of the solver go to the refinements they apply to. Every training has a folder
 of its own, OUTPUT/REFINEMENT-seedN, with its checkpoint: started again, a sweep that was stopped goes on where it was.
@@ -21,19 +21,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import accuracy
 import numpy as np
 import torch
-from coco import METRICS, CocoFolder, DataError, matched
-from detector import REFINEMENTS
-from environment import environment
-from files import refuse_changes, write_json, write_whole
-from pictures import Refined, draw_features, draw_predictions, evenly_spaced, overlay
-from resampling import paired_precision_gain
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN
 from tqdm import tqdm
-from training import joined_processes
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
+
+from benchmarks.analysis.resampling import paired_precision_gain
+from benchmarks.quality import accuracy
+from benchmarks.quality.coco import METRICS, CocoFolder, DataError, matched
+from benchmarks.quality.detector import REFINEMENTS
+from benchmarks.quality.training import joined_processes
+from benchmarks.report.environment import environment
+from benchmarks.report.files import refuse_changes, write_json, write_whole
+from benchmarks.report.formats import cell, interval
+from benchmarks.report.pictures import Refined, draw_features, draw_predictions, evenly_spaced, overlay
 
 EXAMPLES = 6  # objects and images in the pictures
 KINDS = ("segm", "bbox")
@@ -148,18 +152,6 @@ def mean_and_std(values: Iterable[float | None]) -> dict[str, float] | None:
         return None
     spread = {"std": statistics.stdev(values)} if len(values) > 1 else {}
     return {"mean": statistics.mean(values), **spread}
-
-
-def cell(figure: dict[str, float] | None, scale: float = 100, form: str = ".1f") -> str:
-    """What mean_and_std found."""
-    if figure is None:
-        return "-"
-    return " ± ".join(format(scale * value, form) for value in figure.values())
-
-
-def interval(gain: dict[str, float]) -> str:
-    """In points of a hundred, with its 95 % interval."""
-    return f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
 
 
 def table(content: dict[str, Any]) -> str:

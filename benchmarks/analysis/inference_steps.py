@@ -1,6 +1,6 @@
 """What a trained head's masks are worth when its equilibrium is solved for in fewer or more steps than in training.
 
-    python benchmarks/inference_steps.py DATA --sweep runs/ablation --output runs/inference_steps
+    python benchmarks/analysis/inference_steps.py DATA --sweep runs/ablation --output runs/inference_steps
 
 Takes the branches that ablation.py trained, and tests them on DATA's unseen objects with Broyden's method cut after a
 number of steps, and stopped at a relative residual; beside them stands the baseline, four convolutions. Writes
@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import load_test_objects, trained_branches
-from coco import DataError
-from environment import environment
-from files import write_json
-from mask_branch import evaluate
 from matplotlib.figure import Figure
-from objects import Objects
-from resampling import paired_gain
-from results_page import BASELINE
-from strategies import STRATEGIES
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
+
+from benchmarks.analysis.resampling import paired_gain
+from benchmarks.quality.ablation import load_test_objects, trained_branches
+from benchmarks.quality.mask_branch import evaluate
+from benchmarks.quality.objects import Objects
+from benchmarks.quality.strategies import BASELINE, STRATEGIES
+from benchmarks.report.environment import environment
+from benchmarks.report.files import DataError, write_json
 from ifr_fast import Broyden, IFRHead, Unroll
 
 ROWS = ["IFR", "IFR, C/4 inside, stopping at 1e-1"]

@@ -1,4 +1,4 @@
-"""What measurements depend on: machine, versions, clocks, kernels. `python environment.py PATH` writes them as JSON."""
+"""What measurements depend on: machine, versions, clocks, kernels. `environment.py PATH` writes them as JSON."""
 
 import json
 import os
@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
 from ifr_fast import backends
 

@@ -6,13 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from coco import CocoFolder, DataError
-from efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLite0Features, imagenet_state
-from files import write_whole
 from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
+
+from benchmarks.quality.coco import CocoFolder, DataError
+from benchmarks.quality.efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLite0Features, imagenet_state
+from benchmarks.report.files import write_whole
 
 BLOCKS = {2: 4, 4: 8, 10: 16, 15: 32}  # of EfficientNet-Lite0, counted from 0 → stride
 POOLED = 14  # side of an object's features, as in Mask R-CNN

@@ -8,10 +8,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from coco import CocoFolder
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pycocotools import mask as rle
+
+from benchmarks.quality.coco import CocoFolder
 
 COLOURS = matplotlib.colormaps["tab10"].colors
 UNMATCHED = (0.1, 0.1, 0.1)

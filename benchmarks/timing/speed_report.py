@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from contenders import (
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.timing.contenders import (
     BASE,
     BF16,
     BF16_HISTORY,
@@ -21,10 +25,7 @@ from contenders import (
     TORCHDEQ_BF16,
     Contender,
 )
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from measure import Ceiling, Convolution, Timed
-from torch import Tensor
+from benchmarks.timing.measure import Ceiling, Convolution, Timed
 
 FORWARD, BACKWARD = "forward", "forward+backward"
 MIB = 1 << 20

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
-from coco import DataError
+
+class DataError(ValueError):
+    """The data cannot be used; the message names the place at fault."""
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -1,7 +1,7 @@
 """How the plain iteration and the solvers converge on trained blocks: Sec. 3.5 of the paper.
 
-    python benchmarks/convergence.py DATA --sweep runs/ablation
-    python benchmarks/convergence.py DATA --sweep runs/ablation --rows "IFR, 4 groups" --objects 12 --steps 10000
+    python benchmarks/analysis/convergence.py DATA --sweep runs/ablation
+    python benchmarks/analysis/convergence.py DATA --sweep runs/ablation --rows "IFR, 4 groups" --steps 10000
 
 DATA and the blocks are those of ablation.py's finished sweep; X is what a block is given for one of DATA's unseen
 objects. H* is an equilibrium that Broyden's method finds in float64, from where the plain iteration ended.
@@ -41,17 +41,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from ablation import load_test_objects, trained_branch
-from coco import DataError
-from convergence_report import CONVERGED, PLAIN, STEADY, print_report, save_picture
-from environment import environment
-from files import refuse_changes, write_json, write_whole
-from pictures import evenly_spaced
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
+
+from benchmarks.quality.ablation import load_test_objects, trained_branch
+from benchmarks.report.convergence_report import CONVERGED, PLAIN, STEADY, print_report, save_picture
+from benchmarks.report.environment import environment
+from benchmarks.report.files import DataError, refuse_changes, write_json, write_whole
+from benchmarks.report.pictures import evenly_spaced
 from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Solution, Status, Unroll, fixed_point
 from ifr_fast.reference import relative_residual
 

@@ -1,7 +1,7 @@
 """What every kernel of the GPU backends takes, beside the rates that the device reaches on a large copy and product.
 
-    python benchmarks/kernels.py
-    python benchmarks/kernels.py --backends cuda --budget 60
+    python benchmarks/timing/kernels.py
+    python benchmarks/timing/kernels.py --backends cuda --budget 60
 
 A kernel is launched many times from a CUDA graph, on as many sets of random tensors as exceed the L2 cache several
 times over; its time is the median replay's over its launches. GB/s counts every input once and every output once; "of
@@ -21,13 +21,15 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-import measure
 import torch
-from environment import environment
-from kernel_cases import ROIS, Bench, Case, Size, convolution_cases
-from kernel_report import print_tables, rate
-from measure import Call
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
+
+from benchmarks.report.environment import environment
+from benchmarks.timing import measure
+from benchmarks.timing.kernel_cases import ROIS, Bench, Case, Size, convolution_cases
+from benchmarks.timing.kernel_report import print_tables, rate
+from benchmarks.timing.measure import Call
 from ifr_fast import backends
 from ifr_fast.kernels.contract import RUNNING
 

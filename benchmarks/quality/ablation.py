@@ -1,7 +1,7 @@
 """Reproduce the paper's ablations on the mask branch alone, trained on frozen features of annotated objects.
 
-    python benchmarks/ablation.py DATA --output runs/ablation
-    python benchmarks/ablation.py DATA --output runs/ablation --rows "4 convolutions" IFR --seeds 3
+    python benchmarks/quality/ablation.py DATA --output runs/ablation
+    python benchmarks/quality/ablation.py DATA --output runs/ablation --rows "4 convolutions" IFR --seeds 3
 
 DATA is a folder in COCO format (see accuracy.py). Every training leaves a file in the output folder, so a sweep that
 was stopped goes on where it was; ablation.json there holds them all. results_page.py makes tables of it.
@@ -23,18 +23,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import accuracy
 import torch
-from coco import CocoFolder, DataError
-from environment import environment
-from files import refuse_changes, write_json, write_whole
-from mask_branch import MaskBranch, Splits, train_branch
-from objects import Objects, load_objects
-from resampling import paired_gain, together
-from results_page import REFERENCES, spread
-from strategies import STRATEGIES, TABLES
 from tqdm import tqdm
-from training import use_deterministic_algorithms
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
+
+from benchmarks.analysis.resampling import paired_gain, together
+from benchmarks.quality import accuracy
+from benchmarks.quality.coco import CocoFolder, DataError
+from benchmarks.quality.mask_branch import MaskBranch, Splits, train_branch
+from benchmarks.quality.objects import Objects, load_objects
+from benchmarks.quality.strategies import REFERENCES, STRATEGIES, TABLES
+from benchmarks.quality.training import use_deterministic_algorithms
+from benchmarks.report.environment import environment
+from benchmarks.report.files import refuse_changes, write_json, write_whole
+from benchmarks.report.formats import spread
 
 SEARCH_SEEDS = 2  # of each learning rate; the trainings at the chosen one count
 

@@ -1,7 +1,7 @@
 """Train a Mask R-CNN on a folder in COCO format, with a mask head of your choice, and take its COCO metrics.
 
-    python benchmarks/accuracy.py DATA --refine ifr
-    torchrun --nproc-per-node 8 benchmarks/accuracy.py DATA --refine stack --backbone resnet50 --seed 1
+    python benchmarks/quality/accuracy.py DATA --refine ifr
+    torchrun --nproc-per-node 8 benchmarks/quality/accuracy.py DATA --refine stack --backbone resnet50 --seed 1
 
 DATA holds annotations/instances_{train,val}.json, and its images in train/ and val/ or in images/. Writes
 accuracy.json (configuration, versions, losses, metrics), detections.json (COCO's results format) and masks.png
@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coco import CocoFolder, DataError, TrainingStream, coco_metrics
-from detector import ADJOINTS, REFINEMENTS, SOLVERS, build_detector, build_refinement
-from files import write_json
-from pictures import draw_predictions
-from training import Checkpoints, Findings, Plan, Process, evaluate, joined_processes, train
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
+
+from benchmarks.quality.coco import CocoFolder, DataError, TrainingStream, coco_metrics
+from benchmarks.quality.detector import ADJOINTS, REFINEMENTS, SOLVERS, build_detector, build_refinement
+from benchmarks.quality.training import Checkpoints, Findings, Plan, Process, evaluate, joined_processes, train
+from benchmarks.report.files import write_json
+from benchmarks.report.pictures import draw_predictions
 
 # Options that do not change what is learnt: a training may be resumed with others.
 INCIDENTAL = (

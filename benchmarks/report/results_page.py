@@ -1,37 +1,35 @@
 """Make results/README.md of the JSON files and pictures in results/DEVICE/, and of results/findings.md.
 
-python benchmarks/results_page.py
+python benchmarks/report/results_page.py
 """
 
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from comparison import cell, interval
-from convergence_report import PAPER_BOUND, STEADY, each, median, moving, near, numbers, roi_name, worst
-from strategies import STRATEGIES, TABLES
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
-RESULTS = Path(__file__).parent / "results"
-REFERENCES = BASELINE, IFR = "4 convolutions", "IFR"  # what rows are compared with
+from benchmarks.quality.strategies import BASELINE, IFR, STRATEGIES, TABLES
+from benchmarks.report.convergence_report import (
+    PAPER_BOUND,
+    STEADY,
+    each,
+    median,
+    moving,
+    near,
+    numbers,
+    roi_name,
+    worst,
+)
+from benchmarks.report.formats import cell, interval, spread, table
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 Content = dict[str, Any]
-
-
-def spread(values: Iterable[float | None], scale: float = 1.0, digits: int = 1) -> str:
-    """Mean ± standard deviation over seeds."""
-    found = [scale * value for value in values if value is not None]
-    if not found:
-        return "–"
-    deviation = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
-    return f"{statistics.mean(found):.{digits}f}{deviation}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def machine(content: Content) -> str:
@@ -47,7 +45,7 @@ def ablation(content: Content) -> str:
     hours = sum(epoch["seconds"] for report in trainings for epoch in report.get("epochs", [])) / 3600
     clock = "processor" if settings["device"] == "cpu" else "device"
     rates = ", ".join(f"{row} {rate:g}" for row, rate in content["learning_rates"].items())
-    command = f"python benchmarks/ablation.py {settings['data'].upper()} --channels {settings['channels']}"
+    command = f"python benchmarks/quality/ablation.py {settings['data'].upper()} --channels {settings['channels']}"
     command += f" --epochs {settings['epochs']} --batch-size {settings['batch_size']} --device {settings['device']}"
     parts = [
         f"Mask branch alone on {settings['data']}, C = {settings['channels']}, {settings['epochs']} epochs "
@@ -114,7 +112,7 @@ def receptive_field(content: Content) -> str:
             f"Share of the centre's gradient outside of the 9×9 positions that four 3×3 convolutions see, mean of "
             f"{content['rois']} RoIs. GroupNorm alone sees all positions, through its mean and variance; with these "
             "held constant, only what passes through convolutions and the equilibrium is left. "
-            "`python benchmarks/receptive_field.py DATA --sweep runs/ablation`.",
+            "`python benchmarks/analysis/receptive_field.py DATA --sweep runs/ablation`.",
             table(["", "outside 9×9, %", "with GroupNorm's statistics held, %", "seeds"], rows),
         ]
     )
@@ -142,7 +140,7 @@ def inference_steps(content: Content) -> str:
             f"Trained mask branches, C = {content['channels']}, tested on {content['objects']} objects of "
             f"{content['data']} with other solves than they were trained with: cut after a number of steps, or stopped "
             f"at a relative residual; {BASELINE}: {baseline} %. "
-            f"`python benchmarks/inference_steps.py {content['data'].upper()} --sweep runs/ablation`.",
+            f"`python benchmarks/analysis/inference_steps.py {content['data'].upper()} --sweep runs/ablation`.",
             table(head, lines),
         ]
     )
@@ -165,7 +163,7 @@ def comparison(content: Content) -> str:
         [
             f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. − {reference}: mask AP gained "
             "in points, with its 95 % interval by the bootstrap over seeds and images.",
-            f"`python benchmarks/comparison.py {settings['data'].upper()} {options}`",
+            f"`python benchmarks/quality/comparison.py {settings['data'].upper()} {options}`",
             table([*head, "s / iteration", "seeds"], rows),
         ]
     )
@@ -206,7 +204,7 @@ def convergence(content: Content) -> str:
         [
             f"Trained blocks, seed {settings['seed']}, on unseen objects; "
             f"{content['elapsed_seconds'] / 60:.0f} minutes on {machine(content)}.",
-            f"`python benchmarks/convergence.py {settings['data'].upper()} {command}`",
+            f"`python benchmarks/analysis/convergence.py {settings['data'].upper()} {command}`",
             f"**{settings['objects']} objects, {settings['object_steps']:,} plain steps each in float32.** An object "
             f"has converged where the last step is below {STEADY:.0e} of the iterate; the spectral radius is that of "
             "∂F/∂H at H*, the equilibrium that Broyden's method finds in float64.",
