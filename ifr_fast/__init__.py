@@ -1,7 +1,9 @@
 """Implicit Feature Refinement: the equilibrium of one residual block in place of a tower of convolutions.
 
-See IFRHead, fixed_point and backends.
+See IFRHead, fixed_point and backends. `python -m ifr_fast` prints versions and backends, and tests them.
 """
+
+from typing import TYPE_CHECKING
 
 from .adjoints import Implicit, JacobianFree, Phantom, Shine, Unrolled
 from .block import ResidualBlock
@@ -32,3 +34,18 @@ __all__ = [
     "fixed_point",
     "graphs",
 ]
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """__version__, read when asked for: from the installed package's metadata, which alone knows it."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("ifr-fast")
+        except PackageNotFoundError:  # a source tree that was not installed
+            return "unknown"

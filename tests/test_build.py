@@ -21,7 +21,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NVCC = shutil.which("nvcc", path=os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin")
 IMPORTS = """
+import importlib.metadata, importlib.resources
 import ifr_fast, ifr_fast._native, ifr_fast.integrations
+assert importlib.resources.files(ifr_fast).joinpath("py.typed").is_file()  # type checkers look for it
+assert ifr_fast.__version__ == importlib.metadata.version("ifr-fast")
 for module in (ifr_fast, ifr_fast._native, ifr_fast.integrations):
     print(module.__file__)
 """
@@ -120,7 +123,8 @@ def test_these_tests_see_an_installed_package(name):
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel, built):
-    expected = {path.relative_to(built) for path in (built / "ifr_fast").rglob("*.py")}
+    kept = {".py", ".md", ".typed"}
+    expected = {path.relative_to(built) for path in (built / "ifr_fast").rglob("*") if path.suffix in kept}
     for path in (built / "integrations").rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:
             expected.add("ifr_fast/integrations" / path.relative_to(built / "integrations"))
@@ -136,6 +140,7 @@ def test_wheel_metadata(wheel):
     required = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
     assert required == ["torch>=2.11"]
     assert metadata["License-Expression"] == "MIT"
+    assert {url.partition(",")[0] for url in metadata.get_all("Project-URL")} == {"Paper", "The authors' code"}
     assert info.replace("METADATA", "licenses/LICENSE") in archive.namelist()
 
 
@@ -148,12 +153,12 @@ def test_wheel_imports(wheel, tmp_path):
 def test_sdist_holds_what_a_build_and_the_tests_need(sdist):
     with tarfile.open(sdist) as archive:
         names = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
-    needed = [Path("LICENSE"), Path("README.md"), Path("tests/constraints.txt"), Path("tests/test_build.py")]
-    needed += [Path(".ci/run")]
+    needed = [Path(name) for name in ("LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".ci/run")]
+    needed += [Path("tests/constraints.txt"), Path("tests/test_build.py"), Path(".github/workflows/tests.yml")]
     needed += [path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.*")]
-    needed += [path.relative_to(ROOT) for path in (ROOT / "benchmarks").glob("*.py")]
+    needed += [path.relative_to(ROOT) for path in (ROOT / "benchmarks").rglob("*.py")]
     assert not set(needed) - names
-    assert sum(name.name == "towers.py" for name in names) == 1, "integrations/ is there under two names"
+    assert sum(name.match("towers/replace.py") for name in names) == 1, "integrations/ is there under two names"
 
 
 @pytest.mark.full
@@ -175,8 +180,8 @@ def test_editable_install_imports_the_tree_itself(tree, tmp_path, mode):
 def test_a_start_inside_the_tree_finds_the_integrations(wheel, tree, tmp_path):
     """Of the package that is installed only the native module is not found, and none is needed."""
     python = install(tmp_path, wheel)
-    program = "import ifr_fast, ifr_fast.integrations.layers as layers; print(layers.__file__, ifr_fast.backends())"
-    assert run([python, "-c", program], tree).startswith(str(tree / "ifr_fast/integrations/layers.py"))
+    program = "import ifr_fast, ifr_fast.integrations.towers as towers; print(towers.__file__, ifr_fast.backends())"
+    assert run([python, "-c", program], tree).startswith(str(tree / "ifr_fast/integrations/towers/__init__.py"))
 
 
 def test_an_archive_without_links_gives_the_whole_wheel(wheel, tree, tmp_path):
@@ -333,3 +338,16 @@ def test_cuda_on_demand_without_sources_is_an_error(tree):
 def test_readme_gives_the_commands_that_ci_runs():
     _, commands = (ROOT / ".ci/run").read_text().split("\n\n")
     assert f"```sh\n{commands}```" in (ROOT / "README.md").read_text()
+
+
+def test_workflows_run_the_readmes_commands():
+    quick, *_ = re.findall(r"^python3 -m venv .*pytest -n.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    jobs = (ROOT / ".github/workflows/tests.yml").read_text()
+    assert f"- run: {quick}\n" in jobs
+    assert "- run: .ci/run\n" in jobs
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("check_jsonschema"), reason="check-jsonschema is not installed")
+def test_workflows_fit_githubs_schema():
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows"]
+    run([*command, *(ROOT / ".github/workflows").glob("*.yml")], ROOT)
