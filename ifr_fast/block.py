@@ -135,7 +135,7 @@ class ResidualBlock(nn.Module):
         affine = wide(dtype)
         conv1, gn1_weight, gn1_bias, conv2, *norms = self.tensors_for(x)
         norm1, norms = ([t.to(affine).contiguous() for t in ts] for ts in ((gn1_weight, gn1_bias), norms))
-        options = self.groups, EPS, self.backend
+        options = self.groups, self.backend
         with autocast(x.device.type, enabled=False):
             r = (z + x).to(dtype)
             y = conv2d(r, conv1.to(dtype))

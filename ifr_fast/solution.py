@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 from torch import Tensor
 
-
-class Status(IntEnum):
-    """Why a sample stopped."""
-
-    CONVERGED = 0  # ‖F(z) - z‖ ≤ rtol·‖F(z)‖
-    MAX_ITER = 1  # not within max_iter steps
-    DIVERGED = 2  # ‖F(z) - z‖ grew a thousandfold
-    NONFINITE = 3  # F(z) or z overflowed or was NaN
+from .kernels.contract import Status
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import eager
-from ..kernels.contract import EPS, Convolution, State, memory_format, pick
+from ..kernels.contract import Convolution, Kernels, Norm, memory_format, pick, wide
 
 FORMS = ("released", "paper", "plain")
 
 
-def staged(x: Tensor, dtype: torch.dtype, kernels: ModuleType, like: Tensor | None = None) -> Tensor:
+def staged(x: Tensor, dtype: torch.dtype, kernels: Kernels, like: Tensor | None = None) -> Tensor:
     """A chunk, dense in the layout in which it is solved: where kernels take any, that of `like`, or x's own."""
     channels_last = x.device.type == "cpu" or kernels.CHANNELS_LAST_ONLY
     format = torch.channels_last if channels_last else memory_format(x if like is None else like)
@@ -31,7 +31,7 @@ class BlockMap:
     """F(·; X) for one chunk of samples; calling it evaluates F.
 
     params as reference.residual_block's, in any floating dtype. dtype: what the convolutions compute in. The iterate, F
-    and gradients are in kernels.wide(dtype); the chunk's memory layout is x's.
+    and gradients are in wide(dtype); the chunk's memory layout is x's.
     """
 
     def __init__(
@@ -40,20 +40,23 @@ class BlockMap:
         params: Sequence[Tensor],
         form: str,
         groups: int,
-        kernels: ModuleType,
+        kernels: Kernels,
         dtype: torch.dtype,
     ) -> None:
         self.x, self.form, self.groups, self.kernels, self.dtype = x, form, groups, kernels, dtype
         conv1, gn1_weight, gn1_bias, conv2, gn2_weight, gn2_bias, *gn3 = params
-        affine = kernels.wide(dtype)
         self.format = memory_format(x)
         self.weight1, self.weight2 = conv1, conv2
         self.conv1, self.conv2 = self._convolution(conv1), self._convolution(conv2)
-        self.norm1, self.norm2 = _norm(gn1_weight, gn1_bias, affine), _norm(gn2_weight, gn2_bias, affine)
-        self.norm3 = None if form == "paper" else _norm(*gn3, affine)
+        self.norm1, self.norm2 = self._norm(gn1_weight, gn1_bias), self._norm(gn2_weight, gn2_bias)
+        self.norm3 = None if form == "paper" else self._norm(*gn3)
 
     def _convolution(self, weight: Tensor) -> Convolution:
         return self.kernels.convolution(weight.to(self.dtype, memory_format=self.format), self.x)
+
+    def _norm(self, weight: Tensor, bias: Tensor) -> Norm:
+        dtype = wide(self.dtype)
+        return Norm(weight.to(dtype).contiguous(), bias.to(dtype).contiguous(), self.groups)
 
     @cached_property
     def transposed(self) -> tuple[Convolution, Convolution]:
@@ -71,24 +74,21 @@ class BlockMap:
         """F of some of the samples."""
         return self.at(pick(self.x, index))
 
-    def __call__(self, z: Tensor, state: State | None = None) -> Tensor:
+    def __call__(self, z: Tensor, state: Any = None) -> Tensor:
         """F(z) for the solver's step, whose state may hold z + X already."""
-        y, r, partial, _ = self._until_tail(z, state, keep=False)
-        return self.kernels.tail(y, r, self.norm2, self.norm3, self.groups, EPS, partial=partial, state=state)
+        y, shortcut, _ = self._until_tail(z, state, keep=False)
+        return self.kernels.tail(y, shortcut, self.norm2, self.norm3, state=state)
 
     def linearise(self, z: Tensor) -> Linearised:
         return Linearised(self, z)
 
-    def _until_tail(
-        self, z: Tensor, state: State | None, *, keep: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple]:
+    def _until_tail(self, z: Tensor, state: Any, *, keep: bool) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
         """What F's tail takes, and with `keep` what the linearisation of the rest needs."""
         k = self.kernels
         r = k.shift(z, self.x, self.dtype, state)
-        y1, partial1 = self.conv1(r, state)
-        h, *statistics = k.norm_relu(y1, self.norm1, self.groups, EPS, consume=not keep, partial=partial1, state=state)
-        y2, partial2 = self.conv2(h, state)
-        return y2, None if self.form == "plain" else r, partial2, (r, y1, statistics, h)
+        y1 = self.conv1(r)
+        h, statistics = k.norm_relu(y1, self.norm1, consume=not keep, state=state)
+        return self.conv2(h), None if self.form == "plain" else r, (r, y1, statistics, h)
 
 
 class Linearised:
@@ -96,11 +96,9 @@ class Linearised:
 
     def __init__(self, block: BlockMap, z: Tensor) -> None:
         self.block = block
-        y, r, partial, head = block._until_tail(z, None, keep=True)
-        self.value, statistics = block.kernels.norm_tail(
-            y, r, block.norm2, block.norm3, block.groups, EPS, partial=partial
-        )
-        self.saved = head, (y, r, statistics)
+        y, shortcut, head = block._until_tail(z, None, keep=True)
+        self.value, statistics = block.kernels.norm_tail(y, shortcut, block.norm2, block.norm3)
+        self.saved = head, (y, shortcut, statistics)
 
     def select(self, index: Tensor) -> Linearised:
         """That of some of the samples, without what the parameters' gradients alone need."""
@@ -108,9 +106,9 @@ class Linearised:
         def some(*tensors: Tensor) -> list[Tensor]:
             return [pick(t, index) for t in tensors]
 
-        (_, y1, statistics1, _), (y2, residual, statistics2) = self.saved
+        (_, y1, statistics1, _), (y2, shortcut, statistics2) = self.saved
         other = copy(self)
-        tail = *some(y2), None if residual is None else pick(residual, index), some(*statistics2)
+        tail = *some(y2), None if shortcut is None else pick(shortcut, index), some(*statistics2)
         other.saved = (None, *some(y1), some(*statistics1), None), tail
         return other
 
@@ -118,7 +116,7 @@ class Linearised:
         """wᵀ ∂F/∂z = wᵀ ∂F/∂X, like w."""
         return eager.total(*self._vjp(w, None, params=False)[0]).to(w.dtype)
 
-    def affine(self, w: Tensor, constant: Tensor, state: State) -> Tensor:
+    def affine(self, w: Tensor, constant: Tensor, state: Any) -> Tensor:
         """wᵀ ∂F/∂z + constant, for the solver's step."""
         return self.block.kernels.total(*self._vjp(w, state, params=False)[0], constant)
 
@@ -127,25 +125,20 @@ class Linearised:
         addends, grads = self._vjp(w, None, params=True)
         return eager.total(*addends).to(w.dtype), grads
 
-    def _vjp(self, w: Tensor, state: State | None, *, params: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def _vjp(self, w: Tensor, state: Any, *, params: bool) -> tuple[list[Tensor], list[Tensor]]:
         b, k = self.block, self.block.kernels
-        (r, y1, statistics1, h), (y2, residual, statistics2) = self.saved
-        grad_y2, grad_r, grads2 = k.norm_tail_vjp(
-            w, y2, residual, b.norm2, b.norm3, statistics2, b.groups, EPS, params=params, state=state
+        (r, y1, statistics1, h), (y2, shortcut, statistics2) = self.saved
+        grad_y2, grad_shortcut, grads2 = k.norm_tail_vjp(
+            w, y2, shortcut, b.norm2, b.norm3, statistics2, params=params, state=state
         )
         conv1_t, conv2_t = b.transposed
-        grad_h, _ = conv2_t(grad_y2, state)
-        grad_y1, grads1 = k.norm_relu_vjp(grad_h, y1, b.norm1, *statistics1, b.groups, EPS, params=params, state=state)
-        grad_z, _ = conv1_t(grad_y1, state)
-        addends = [grad_z] if grad_r is None else [grad_r, grad_z]
+        grad_y1, grads1 = k.norm_relu_vjp(conv2_t(grad_y2), y1, b.norm1, statistics1, params=params, state=state)
+        grad_z = conv1_t(grad_y1)
+        addends = [grad_z] if grad_shortcut is None else [grad_shortcut, grad_z]
         if not params:
             return addends, []
         conv1, conv2 = _weight_grad(r, grad_y1, b.weight1), _weight_grad(h, grad_y2, b.weight2)
         return addends, [conv1, *grads1, conv2, *grads2]
-
-
-def _norm(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
 
 
 def _weight_grad(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:

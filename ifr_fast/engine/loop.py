@@ -1,4 +1,4 @@
-"""The engine: evaluate F, store the residual, judge every sample, let the rule choose the step.
+"""The engine: evaluate F, store the residual, judge every sample, let the method choose the step.
 
 No decision looks at more than one sample, and nothing waits for a device: on a CPU the loop ends when every sample has
 stopped, elsewhere finished samples keep their iterate until the last step.
@@ -7,12 +7,11 @@ stopped, elsewhere finished samples keep their iterate until the last step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..kernels.contract import DIVERGENCE, RUNNING, State, memory_order, pick
+from ..kernels.contract import RUNNING, Kernels, State, Step, memory_order, pick
 from ..solution import Solution
 from ..solvers import Solver
 
@@ -22,8 +21,8 @@ WORTHWHILE = 3 / 4  # of the samples still run: to gather them takes the time of
 def solve(
     f: Callable[[Tensor, State], Tensor],
     z: Tensor,
-    rule: Solver,
-    kernels: ModuleType,
+    solver: Solver,
+    kernels: Kernels,
     *,
     from_zero: bool = False,
     first: Tensor | None = None,
@@ -33,16 +32,16 @@ def solve(
     """The equilibrium of f from z (n, …), float32 or float64 and dense in kernels.memory_format(z); z is overwritten.
 
     f maps an iterate and the solve's state to a tensor of the iterate's shape, or to what kernels.tail or kernels.total
-    give. rule must be resolved. from_zero: z is zero everywhere. first: f(z) where it is known. affine: residuals are
+    give. solver must be resolved. from_zero: z is zero everywhere. first: f(z) where it is known. affine: residuals are
     relative to that of z, as ‖f‖ of an affine f grows with the error and would make the wildest iterate the best.
     select: f of some samples, given their indices; on a CPU those that have stopped are not evaluated any more.
     Returns the solver's state; its value, residual, iterations, trace and status are a Solution's fields.
     """
     state = kernels.new_state(
-        z, rows=rule.rows, evaluations=rule.max_iter + 1, history_dtype=rule.history_dtype, from_zero=from_zero
+        z, rows=solver.rows, evaluations=solver.max_iter + 1, history_dtype=solver.history_dtype, from_zero=from_zero
     )
     index = None  # of the samples that are evaluated, None for all
-    for k in range(rule.max_iter + 1):
+    for k in range(solver.max_iter + 1):
         if k == 0 and first is not None:
             fz = first
         elif index is None:
@@ -53,18 +52,8 @@ def solve(
             fz.permute(order).index_copy_(0, index, f(pick(z, index), None).permute(order))
         if isinstance(fz, Tensor) and (fz.stride() != z.stride() or fz.dtype != z.dtype):
             fz = torch.empty_like(z).copy_(fz)
-        running = kernels.step(
-            state,
-            fz,
-            z,
-            method=rule.method,
-            window=rule.window,
-            evaluation=k,
-            last=k == rule.max_iter,
-            rtol=rule.rtol,
-            divergence=DIVERGENCE,
-            affine=affine,
-        )
+        step = Step(solver.method, solver.window, k, k == solver.max_iter, solver.rtol, affine)
+        running = kernels.step(state, fz, z, step)
         if running == 0:
             state.trace[k + 1 :] = state.trace[k]
             break

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels.contract import DIVERGENCE, ridge
+from ..kernels.contract import DIVERGENCE, Status
 from ..kernels.eager import relative_residual
 from ..kernels.gram import anderson_coefficients, broyden_coefficients
-from ..solution import Solution, Status
+from ..solution import Solution
 from ..solvers import Solver
 
 
@@ -90,7 +90,7 @@ class _Anderson:
     def __call__(self, gram: Tensor, k: int) -> Tensor:
         if k == 0:
             self.steps = gram.new_zeros(len(gram), 0, gram.shape[1])
-        step = anderson_coefficients(gram, self.steps, k, self.m, ridge(gram.dtype))
+        step = anderson_coefficients(gram, self.steps, k, self.m)
         self.steps = torch.cat([self.steps, step.unsqueeze(1)], 1)
         return step
 

@@ -1,21 +1,143 @@
-"""The kernels, one module a backend, all with the functions of `eager` and its semantics.
+"""What a backend's kernels are, for those who write one and for those who call one. README.md here explains it.
 
-`State` is what the solver's kernels work on; they change it in place.
+A backend is a module with the functions of `Kernels`; eager.py is their specification. Kernels work on a solver's
+state, which they change in place. Whatever crosses into compiled code goes through `address`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 EPS = 1e-5  # of every GroupNorm
-DIVERGENCE = 1e3  # a sample whose residual norm has grown by this factor is given up
-Norm = tuple[Tensor, Tensor]
-Convolution = Callable[[Tensor, "State | None"], tuple[Tensor, "Tensor | None"]]
-RUNNING = 1  # the status of a sample that still runs; if that is its last, solve.Status calls it MAX_ITER
+DIVERGENCE = 1e3  # a sample is given up when its residual norm has grown by this factor
+
+Method = Literal["broyden", "anderson", "picard"]
+Convolution = Callable[[Tensor], Tensor]
+
+
+class Status(IntEnum):
+    """Why a sample stopped. The kernels' codes; in csrc they are those of types.h."""
+
+    CONVERGED = 0  # ‖F(z) - z‖ ≤ rtol·‖F(z)‖
+    MAX_ITER = 1  # not within max_iter steps
+    DIVERGED = 2  # ‖F(z) - z‖ grew a thousandfold
+    NONFINITE = 3  # F(z) or z overflowed or was NaN
+
+
+RUNNING = Status.MAX_ITER.value  # a sample that still runs has this status: what it stays with if no step is left
+
+
+class Norm(NamedTuple):
+    """A GroupNorm: weight and bias (C,) in wide(the activations' dtype)."""
+
+    weight: Tensor
+    bias: Tensor
+    groups: int
+
+
+class Step(NamedTuple):
+    """What a solver's step is told.
+
+    method chooses the step from the inner products of the last `window` residuals. evaluation: how many evaluations
+    came before. last: the samples are judged, and z stays. rtol: of the relative residual, ‖g‖ / ‖f‖; affine: ‖g‖ /
+    ‖g₀‖ instead, as ‖f‖ of an affine f grows with the error.
+    """
+
+    method: Method
+    window: int
+    evaluation: int
+    last: bool
+    rtol: float
+    affine: bool = False
+
+    def row(self, state: SolverState) -> int:
+        """The history's row for this evaluation's residual; -1 for none."""
+        return -1 if self.last else self.evaluation % state.rows
+
+
+def check_step(state: SolverState, step: Step) -> None:
+    """ValueError where the state has no room for this step."""
+    if not 0 <= step.evaluation < len(state.trace) or step.window < 1:
+        room = f"the state has room for {len(state.trace)} evaluations, a window holds at least 1"
+        raise ValueError(f"evaluation={step.evaluation}, window={step.window}: {room}")
+
+
+class Kernels(Protocol):
+    """The functions of a backend. Activations are (n, C, H, W), in any layout where CHANNELS_LAST_ONLY is False.
+
+    consume: the result may take y's memory. state: kernels may skip samples that have stopped. params: the gradients
+    of weights and biases are wanted too, of all samples; else the list of them is empty. first, second: the block's
+    last two GroupNorms, second None in form="paper". shortcut: R, None in form="plain".
+    """
+
+    CHANNELS_LAST_ONLY: bool
+
+    def convolution(self, weight: Tensor, x: Tensor) -> Convolution:
+        """The 3×3 convolution of padding 1 by `weight`, ready for many tensors of x's size (n, ·, H, W)."""
+
+    def shift(self, z: Tensor, x: Tensor, dtype: torch.dtype, state: Any) -> Tensor:
+        """z + x in dtype: what F's first convolution reads."""
+
+    def norm_relu(
+        self, y: Tensor, norm: Norm, *, consume: bool = False, state: Any = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """relu(gn(y)), of y's dtype, and the statistics mean, rstd (n, groups)."""
+
+    def norm_relu_vjp(
+        self, grad: Tensor, y: Tensor, norm: Norm, statistics: list[Tensor], *, params: bool, state: Any = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gradient of y, and with params those of weight and bias, given that of norm_relu's output."""
+
+    def norm_tail(
+        self,
+        y: Tensor,
+        shortcut: Tensor | None,
+        first: Norm,
+        second: Norm | None,
+        *,
+        consume: bool = False,
+        state: Any = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The end of the block, in the wide dtype, and its norms' statistics: u = gn_first(y) + shortcut, then
+        gn_second(relu(u)) where there is a second norm."""
+
+    def norm_tail_vjp(
+        self,
+        grad: Tensor,
+        y: Tensor,
+        shortcut: Tensor | None,
+        first: Norm,
+        second: Norm | None,
+        statistics: list[Tensor],
+        *,
+        params: bool,
+        state: Any = None,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Gradients of y (its dtype) and shortcut (wide dtype; None without), and with params those of the norms'
+        weights and biases, given that of norm_tail's output."""
+
+    def tail(self, y: Tensor, shortcut: Tensor | None, first: Norm, second: Norm | None, *, state: Any = None) -> Any:
+        """norm_tail's result, for `step` alone: a backend may leave its computation to the step."""
+
+    def total(self, *addends: Tensor) -> Any:
+        """The sum, for `step` alone: a backend may leave it to the step."""
+
+    def new_state(self, z: Tensor, *, rows: int, evaluations: int, history_dtype: torch.dtype, from_zero: bool) -> Any:
+        """A state for a solve from z (n, …); from_zero: z is zero everywhere."""
+
+    def step(self, state: Any, f: Any, z: Tensor, step: Step) -> int | None:
+        """What follows an evaluation f = F(z): the residual g = f - z joins the history, every running sample is
+        judged, the method chooses its step, and z moves, in place. Returns how many samples still run; None on a
+        device, where that would cost a synchronisation."""
+
+    def finish(self, state: Any, z: Tensor) -> None:
+        """Sees to state.value, the best iterates, after the last step. z may be overwritten."""
 
 
 def ridge(dtype: torch.dtype) -> float:
@@ -77,8 +199,14 @@ def describe(tensor: object) -> str:
     return f"a {type(tensor).__name__} of shape {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
 
 
-class Checked:
+class SolverState:
     """A solver's state: its tensors' addresses, checked by `address` against what the constructor made."""
+
+    n: int
+    rows: int
+    size: int
+    history: Tensor
+    trace: Tensor
 
     def seal(self) -> None:
         """The end of the constructor."""
@@ -102,7 +230,7 @@ class Checked:
         return found
 
 
-class State(Checked):
+class State(SolverState):
     """Everything a solve keeps for a chunk of n samples of `size` unknowns each.
 
     history (n, rows, size): the residuals g_j. gram (n, rows, rows): their inner products. p, q (n, rows, rows): the

@@ -7,19 +7,31 @@ order, so results depend neither on the number of threads nor on batch mates.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
 from . import eager
-from .contract import Convolution, Norm, State, address, describe, is_channels_last, ridge, wide
+from .contract import (
+    DIVERGENCE,
+    EPS,
+    Convolution,
+    Norm,
+    State,
+    Step,
+    address,
+    check_step,
+    describe,
+    is_channels_last,
+    ridge,
+    wide,
+)
 from .eager import finish, new_state, shift, total
 
 __all__ = [
-    "convolution", "finish", "new_state", "norm_relu", "norm_relu_vjp", "norm_tail", "norm_tail_vjp", "shift", "step",
-    "tail", "total", "wide",
+    "CHANNELS_LAST_ONLY", "convolution", "finish", "new_state", "norm_relu", "norm_relu_vjp", "norm_tail",
+    "norm_tail_vjp", "shift", "step", "tail", "total",
 ]  # fmt: skip
 
 CHANNELS_LAST_ONLY = False
@@ -52,69 +64,50 @@ def convolution(weight: Tensor, x: Tensor) -> Convolution:
     unit, shape = [1, 1], [x.shape[0], weight.shape[1], *x.shape[2:]]
     packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), unit, unit, unit, 1, shape)
 
-    def convolve(x: Tensor, state: State | None = None) -> tuple[Tensor, None]:
-        return torch.ops.mkldnn._convolution_pointwise(x, packed, None, unit, unit, unit, 1, "none", [], ""), None
+    def convolve(x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._convolution_pointwise(x, packed, None, unit, unit, unit, 1, "none", [], "")
 
     return convolve
 
 
 def norm_relu(
-    y: Tensor,
-    norm: Norm,
-    groups: int,
-    eps: float,
-    *,
-    consume: bool = False,
-    partial: Tensor | None = None,
-    state: State | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, shape = _activation(y, groups, eps)
+    y: Tensor, norm: Norm, *, consume: bool = False, state: State | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    y, shape = _activation(y, norm.groups)
     out = y if consume else torch.empty_like(y)
-    statistics = _statistics(y, groups, 2)
+    statistics = _statistics(y, norm.groups, 2)
     _native.norm_relu(DTYPES[y.dtype], shape, y.data_ptr(), *_affine(y, norm), *_made([*statistics, out], 3))
-    return out, *statistics
+    return out, statistics
 
 
 def norm_relu_vjp(
-    grad: Tensor,
-    y: Tensor,
-    norm: Norm,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    eps: float,
-    *,
-    params: bool,
-    state: State | None = None,
+    grad: Tensor, y: Tensor, norm: Norm, statistics: list[Tensor], *, params: bool, state: State | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    y, shape = _activation(y, groups, eps)
+    y, shape = _activation(y, norm.groups)
     grad, grad_y = _like(grad, "grad", y, y.dtype), torch.empty_like(y)
     grads = _affine_grads(y, 2 if params else 0)
     _native.norm_relu_vjp(
         DTYPES[y.dtype], shape, grad.data_ptr(), y.data_ptr(), *_affine(y, norm),
-        *_given(y, groups, [mean, rstd], 2), grad_y.data_ptr(), *_made(grads, 2),
+        *_given(y, norm.groups, statistics, 2), grad_y.data_ptr(), *_made(grads, 2),
     )  # fmt: skip
-    return grad_y, [g.sum(0).to(mean.dtype) for g in grads]
+    return grad_y, [g.sum(0).to(statistics[0].dtype) for g in grads]
 
 
 def norm_tail(
     y: Tensor,
-    r: Tensor | None,
+    shortcut: Tensor | None,
     first: Norm,
     second: Norm | None,
-    groups: int,
-    eps: float,
     *,
     consume: bool = False,
-    partial: Tensor | None = None,
     state: State | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    y, shape = _activation(y, groups, eps)
-    r = None if r is None else _like(r, "r", y, y.dtype)
-    statistics = _statistics(y, groups, 2 if second is None else 4)
+    y, shape = _activation(y, first.groups)
+    shortcut = None if shortcut is None else _like(shortcut, "shortcut", y, y.dtype)
+    statistics = _statistics(y, first.groups, 2 if second is None else 4)
     out = y if consume and y.dtype == wide(y.dtype) else torch.empty_like(y, dtype=wide(y.dtype))
     _native.norm_tail(
-        DTYPES[y.dtype], shape, second is not None, y.data_ptr(), 0 if r is None else r.data_ptr(),
+        DTYPES[y.dtype], shape, second is not None, y.data_ptr(), 0 if shortcut is None else shortcut.data_ptr(),
         *_affine(y, first, "first "), *_affine(y, second, "second "), *_made(statistics, 4), out.data_ptr(),
     )  # fmt: skip
     return out, statistics
@@ -123,67 +116,52 @@ def norm_tail(
 def norm_tail_vjp(
     grad: Tensor,
     y: Tensor,
-    r: Tensor | None,
+    shortcut: Tensor | None,
     first: Norm,
     second: Norm | None,
     statistics: list[Tensor],
-    groups: int,
-    eps: float,
     *,
     params: bool,
     state: State | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    y, shape = _activation(y, groups, eps)
-    r = None if r is None else _like(r, "r", y, y.dtype)
-    post = second is not None
+    y, shape = _activation(y, first.groups)
+    shortcut = None if shortcut is None else _like(shortcut, "shortcut", y, y.dtype)
+    two = second is not None
     grad = _like(grad, "grad", y, wide(y.dtype))
-    grad_y, grad_r = torch.empty_like(y), torch.empty_like(grad) if post else grad
-    grads = _affine_grads(y, (4 if post else 2) if params else 0)
+    grad_y, grad_shortcut = torch.empty_like(y), torch.empty_like(grad) if two else grad
+    grads = _affine_grads(y, (4 if two else 2) if params else 0)
     _native.norm_tail_vjp(
-        DTYPES[y.dtype], shape, post, grad.data_ptr(), y.data_ptr(), 0 if r is None else r.data_ptr(),
+        DTYPES[y.dtype], shape, two, grad.data_ptr(), y.data_ptr(), 0 if shortcut is None else shortcut.data_ptr(),
         *_affine(y, first, "first "), *_affine(y, second, "second "),
-        *_given(y, groups, statistics, 4 if post else 2), *([] if post else [0, 0]),
-        *_made([grad_y, grad_r], 2), *_made(grads, 4),
+        *_given(y, first.groups, statistics, 4 if two else 2), *([] if two else [0, 0]),
+        *_made([grad_y, grad_shortcut], 2), *_made(grads, 4),
     )  # fmt: skip
-    return grad_y, None if r is None else grad_r, [g.sum(0).to(statistics[0].dtype) for g in grads]
+    return grad_y, None if shortcut is None else grad_shortcut, [g.sum(0).to(statistics[0].dtype) for g in grads]
 
 
-def tail(*args: Any, **kwargs: Any) -> Tensor:
-    return norm_tail(*args, consume=True, **kwargs)[0]
+def tail(y: Tensor, shortcut: Tensor | None, first: Norm, second: Norm | None, *, state: State | None = None) -> Tensor:
+    return norm_tail(y, shortcut, first, second, consume=True, state=state)[0]
 
 
-def step(
-    state: State,
-    f: Tensor,
-    z: Tensor,
-    *,
-    method: str,
-    window: int,
-    evaluation: int,
-    last: bool,
-    rtol: float,
-    divergence: float,
-    affine: bool = False,
-) -> int:
+def step(state: State, f: Tensor, z: Tensor, step: Step) -> int:
     *places, trace = state.addresses(STATE)
-    if not 0 <= evaluation < len(state.trace) or window < 1:
-        raise ValueError(f"evaluation={evaluation}, window={window}: the state has room for {len(state.trace)}")
+    check_step(state, step)
     dtype, count = state.value.dtype, state.n * state.size
     if dtype not in (torch.float32, torch.float64) or state.history.dtype not in (dtype, torch.bfloat16):
         raise ValueError(f"iterates in {dtype}, state.history in {state.history.dtype}: float32 or float64 expected")
     unknowns = address(f, "f", dtype, count, CPU), address(z, "z", dtype, count, CPU)
     if f.stride() != z.stride():
         raise ValueError(f"f has strides {f.stride()}: expected those of z, {z.stride()}")
-    trace += evaluation * state.n * dtype.itemsize
+    trace += step.evaluation * state.n * dtype.itemsize
     return _native.step(
-        DTYPES[dtype], DTYPES[state.history.dtype], getattr(_native.Method, method), *unknowns, *places, trace,
-        trace - state.n * dtype.itemsize if evaluation else 0,
-        state.n, state.size, state.rows, -1 if last else evaluation % state.rows, evaluation, window, rtol, divergence,
-        ridge(state.gram.dtype), affine, torch.get_num_threads(),
+        DTYPES[dtype], DTYPES[state.history.dtype], getattr(_native.Method, step.method), *unknowns, *places, trace,
+        trace - state.n * dtype.itemsize if step.evaluation else 0,
+        state.n, state.size, state.rows, step.row(state), step.evaluation, step.window, step.rtol, DIVERGENCE,
+        ridge(state.gram.dtype), step.affine, torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _activation(y: Tensor, groups: int, eps: float) -> tuple[Tensor, _native.NormShape]:
+def _activation(y: Tensor, groups: int) -> tuple[Tensor, _native.NormShape]:
     """y, dense and checked, and its shape for the kernels."""
     if y.dim() != 4 or y.dtype not in DTYPES or groups < 1 or y.shape[1] % groups:
         expected = f"(N, C, H, W) in {', '.join(map(str, DTYPES))}, C divisible by groups={groups}"
@@ -195,7 +173,7 @@ def _activation(y: Tensor, groups: int, eps: float) -> tuple[Tensor, _native.Nor
     if not y.is_cpu or type(y) is not Tensor:
         address(y, "y", y.dtype, n * channels * height * width, CPU)
     threads = torch.get_num_threads()
-    return y, _native.NormShape(n, channels, height * width, groups, eps, channels_last, threads)
+    return y, _native.NormShape(n, channels, height * width, groups, EPS, channels_last, threads)
 
 
 def _like(tensor: Tensor, name: str, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -213,7 +191,7 @@ def _affine(y: Tensor, norm: Norm | None, prefix: str = "") -> tuple[int, int]:
     """Addresses of a norm's parameters; zeros where there is none."""
     if norm is None:
         return 0, 0
-    weight, bias = norm
+    weight, bias, _ = norm
     dtype, channels = wide(y.dtype), y.shape[1]
     return (
         address(weight, f"{prefix}weight", dtype, channels, CPU),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .contract import Norm, address, describe, optional
-from .gpu import DeviceState, Tail, activation, affine, given, like, moments, status_of
+from .contract import EPS, Norm, address, describe, optional
+from .gpu import DeviceState, Tail, activation, affine, given, like, status_of
 
 DTYPES = {
     torch.float32: _native.cuda.DType.f32,
@@ -28,46 +28,30 @@ MOST_THREADS = 256  # in a block: as csrc/cuda/norm.cuh
 
 
 def norm_relu(
-    y: Tensor,
-    norm: Norm,
-    groups: int,
-    eps: float,
-    *,
-    consume: bool = False,
-    partial: Tensor | None = None,
-    state: DeviceState | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = activation(y, groups)
-    plan = _plan(y, groups, eps, staged=y.element_size())
+    y: Tensor, norm: Norm, *, consume: bool = False, state: DeviceState | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    y = activation(y, norm.groups)
+    plan = _plan(y, norm.groups, staged=y.element_size())
     workspace = _workspace(plan, y)
-    mean, rstd = _statistics(y, groups, 2)
+    statistics = _statistics(y, norm.groups, 2)
     out = y if consume else torch.empty_like(y)
     _native.cuda.norm_relu(
-        DTYPES[y.dtype], plan, y.data_ptr(), *affine(y, norm), *_made([mean, rstd, out], 3), *_sums(y, partial),
+        DTYPES[y.dtype], plan, y.data_ptr(), *affine(y, norm), *_made([*statistics, out], 3), 0, 0,
         *_made([workspace], 1), _status(y, state), current_stream(y.device),
     )  # fmt: skip
-    return out, mean, rstd
+    return out, statistics
 
 
 def norm_relu_vjp(
-    grad: Tensor,
-    y: Tensor,
-    norm: Norm,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    eps: float,
-    *,
-    params: bool,
-    state: DeviceState | None = None,
+    grad: Tensor, y: Tensor, norm: Norm, statistics: list[Tensor], *, params: bool, state: DeviceState | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    y = activation(y, groups)
+    y = activation(y, norm.groups)
     grad, grad_y = like(grad, "grad", y, y.dtype), torch.empty_like(y)
-    plan = _plan(y, groups, eps, staged=2 * y.element_size())
+    plan = _plan(y, norm.groups, staged=2 * y.element_size())
     workspace = _workspace(plan, y)
     grads = _affine_grads(y, 2 if params else 0)
     _native.cuda.norm_relu_vjp(
-        DTYPES[y.dtype], plan, grad.data_ptr(), y.data_ptr(), *affine(y, norm), *given(y, groups, [mean, rstd], 1),
+        DTYPES[y.dtype], plan, grad.data_ptr(), y.data_ptr(), *affine(y, norm), *given(y, norm.groups, statistics, 1),
         grad_y.data_ptr(), *_made(grads, 2), *_made([workspace], 1), 0 if params else _status(y, state),
         current_stream(y.device),
     )  # fmt: skip
@@ -76,31 +60,28 @@ def norm_relu_vjp(
 
 def norm_tail(
     y: Tensor,
-    r: Tensor | None,
+    shortcut: Tensor | None,
     first: Norm,
     second: Norm | None,
-    groups: int,
-    eps: float,
     *,
     consume: bool = False,
-    partial: Tensor | None = None,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    y = activation(y, groups)
+    y = activation(y, first.groups)
     out = y if consume and y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
     ending = [out.data_ptr(), 0, 0, DTYPES[torch.float32], 0, 0]
-    return out, _tail(y, r, first, second, groups, eps, partial, state, ending)
+    return out, _tail(Tail(y, shortcut, first, second), state, ending)
 
 
 def residual_tail(state: DeviceState, tail: Tail, z: Tensor, *, row: int) -> None:
     """g = F(z) - z, where `tail` is F's end, of the running samples: stored as the history's row `row` (row < 0: not
     stored), with partial sums of g² and F(z)² in state.norm_partials. z (n, C, H, W): float32 NHWC."""
-    y = activation(tail.y, tail.groups)
+    y = activation(tail.y, tail.first.groups)
     if z.shape != y.shape or not z.is_contiguous(memory_format=torch.channels_last) or row >= state.rows:
         raise ValueError(
             f"z is {describe(z)}: expected y's shape {tuple(y.shape)} in channels_last, row={row} a history's"
         )
-    plan = _plan(y, tail.groups, tail.eps, staged=_tail_bytes(y, tail.r))
+    plan = _plan(y, tail.first.groups, staged=_tail_bytes(y, tail.shortcut))
     state.reserve_norms(plan.blocks)
     (history,), dtype = state.addresses(("history",)), state.history.dtype
     ending = [
@@ -108,59 +89,47 @@ def residual_tail(state: DeviceState, tail: Tail, z: Tensor, *, row: int) -> Non
         0 if row < 0 else history + row * state.size * dtype.itemsize, DTYPES[dtype], state.rows * state.size,
         address(state.norm_partials, "state.norm_partials", torch.float32, 2 * state.n * plan.blocks, y.device),
     ]  # fmt: skip
-    _tail(y, *tail[1:], state, ending)
+    _tail(tail._replace(y=y), state, ending)
 
 
 def norm_tail_vjp(
     grad: Tensor,
     y: Tensor,
-    r: Tensor | None,
+    shortcut: Tensor | None,
     first: Norm,
     second: Norm | None,
     statistics: list[Tensor],
-    groups: int,
-    eps: float,
     *,
     params: bool,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    y = activation(y, groups)
+    y = activation(y, first.groups)
     grad, two = like(grad, "grad", y, torch.float32), second is not None
-    r = None if r is None else like(r, "r", y, y.dtype)
-    staged = grad.element_size() + (_tail_bytes(y, r) if two else y.element_size())
-    plan = _plan(y, groups, eps, staged=staged)
+    shortcut = None if shortcut is None else like(shortcut, "shortcut", y, y.dtype)
+    staged = grad.element_size() + (_tail_bytes(y, shortcut) if two else y.element_size())
+    plan = _plan(y, first.groups, staged=staged)
     workspace = _workspace(plan, y)
-    grad_y, grad_r = torch.empty_like(y), torch.empty_like(grad) if two else grad
+    grad_y, grad_shortcut = torch.empty_like(y), torch.empty_like(grad) if two else grad
     grads = _affine_grads(y, (4 if two else 2) if params else 0)
     _native.cuda.norm_tail_vjp(
-        DTYPES[y.dtype], plan, *_made([grad, y, r], 3), *affine(y, first, "first "), *affine(y, second, "second "),
-        *given(y, groups, statistics, 1 + two), *([] if two else [0, 0]),
-        *_made([grad_y, grad_r if two else None], 2), *_made(grads, 4), *_made([workspace], 1),
+        DTYPES[y.dtype], plan, *_made([grad, y, shortcut], 3), *affine(y, first, "first "),
+        *affine(y, second, "second "), *given(y, first.groups, statistics, 1 + two), *([] if two else [0, 0]),
+        *_made([grad_y, grad_shortcut if two else None], 2), *_made(grads, 4), *_made([workspace], 1),
         0 if params else _status(y, state), current_stream(y.device),
     )  # fmt: skip
-    return grad_y, None if r is None else grad_r, [g.sum(0) for g in grads]
+    return grad_y, None if shortcut is None else grad_shortcut, [g.sum(0) for g in grads]
 
 
-def _tail(
-    y: Tensor,
-    r: Tensor | None,
-    first: Norm,
-    second: Norm | None,
-    groups: int,
-    eps: float,
-    partial: Tensor | None,
-    state: DeviceState | None,
-    ending: list,
-) -> list[Tensor]:
+def _tail(tail: Tail, state: DeviceState | None, ending: list) -> list[Tensor]:
     """Runs norm_tail's kernel, told by `ending` where the result goes, and returns the statistics."""
-    r = None if r is None else like(r, "r", y, y.dtype)
-    plan = _plan(y, groups, eps, staged=_tail_bytes(y, r))
+    y, shortcut, first, second = tail
+    shortcut = None if shortcut is None else like(shortcut, "shortcut", y, y.dtype)
+    plan = _plan(y, first.groups, staged=_tail_bytes(y, shortcut))
     workspace = _workspace(plan, y)
-    statistics = _statistics(y, groups, 2 if second is None else 4)
+    statistics = _statistics(y, first.groups, 2 if second is None else 4)
     _native.cuda.norm_tail(
-        DTYPES[y.dtype], plan, *_made([y, r], 2), *affine(y, first, "first "), *affine(y, second, "second "),
-        *_made(statistics, 4), *ending, *_sums(y, partial), *_made([workspace], 1), _status(y, state),
-        current_stream(y.device),
+        DTYPES[y.dtype], plan, *_made([y, shortcut], 2), *affine(y, first, "first "), *affine(y, second, "second "),
+        *_made(statistics, 4), *ending, 0, 0, *_made([workspace], 1), _status(y, state), current_stream(y.device),
     )  # fmt: skip
     return statistics
 
@@ -195,15 +164,15 @@ def tiling(
 
 @lru_cache(maxsize=1024)
 def _cut(
-    n: int, channels: int, positions: int, groups: int, eps: float, itemsize: int, staged: int, shared: int
+    n: int, channels: int, positions: int, groups: int, itemsize: int, staged: int, shared: int
 ) -> _native.cuda.NormPlan:
     cut = tiling(channels, positions, groups, itemsize, staged, shared)
-    return _native.cuda.NormPlan(n, channels, positions, groups, eps, *cut)
+    return _native.cuda.NormPlan(n, channels, positions, groups, EPS, *cut)
 
 
-def _plan(y: Tensor, groups: int, eps: float, *, staged: int) -> _native.cuda.NormPlan:
+def _plan(y: Tensor, groups: int, *, staged: int) -> _native.cuda.NormPlan:
     n, channels, height, width = y.shape
-    return _cut(n, channels, height * width, groups, eps, y.element_size(), staged, _shared_memory(y.device))
+    return _cut(n, channels, height * width, groups, y.element_size(), staged, _shared_memory(y.device))
 
 
 def _workspace(plan: _native.cuda.NormPlan, y: Tensor) -> Tensor | None:
@@ -235,10 +204,6 @@ def _affine_grads(y: Tensor, count: int) -> list[Tensor]:
 def _made(tensors: Sequence[Tensor | None], fill: int) -> list[int]:
     """Addresses of what was checked or allocated here, 0 for None, padded with zeros to `fill`."""
     return [0 if t is None else t.data_ptr() for t in tensors] + [0] * (fill - len(tensors))
-
-
-def _sums(y: Tensor, partial: Tensor | None) -> list[int]:
-    return [moments(y, partial), 0 if partial is None else partial.shape[1]]
 
 
 def _status(y: Tensor, state: DeviceState | None) -> int:

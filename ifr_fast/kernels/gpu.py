@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import RUNNING, Checked, Norm, address, describe, optional
+from .contract import RUNNING, Norm, SolverState, address, describe, optional
 
 MOST_ROWS = 64  # of a history: its K×K matrices are held on chip
 
@@ -29,12 +29,9 @@ class Tail(NamedTuple):
     """norm_tail's arguments: F's end, left to the step."""
 
     y: Tensor
-    r: Tensor | None
+    shortcut: Tensor | None
     first: Norm
     second: Norm | None
-    groups: int
-    eps: float
-    partial: Tensor | None
 
 
 class Total(NamedTuple):
@@ -43,8 +40,8 @@ class Total(NamedTuple):
     addends: tuple[Tensor, ...]
 
 
-class DeviceState(Checked):
-    """A solve's state for n samples of `size` unknowns each; names as kernels.State's.
+class DeviceState(SolverState):
+    """A solve's state for n samples of `size` unknowns each; names as contract.State's.
 
     start: z⁰ in the iterate's own memory layout, None for zero. total, best (n, rows): coefficients of the iterate and
     of the best one, z = start + Σ_j total_j g_j. improved (n,): the sample's last evaluation was its best; left alone
@@ -109,8 +106,8 @@ def affine(y: Tensor, norm: Norm | None, prefix: str = "") -> list[int]:
     """Addresses of the parameters of y's norm, checked; zeros where there is none."""
     if norm is None:
         return [0, 0]
-    names = f"{prefix}weight", f"{prefix}bias"
-    return [address(t, name, torch.float32, y.shape[1], y.device) for t, name in zip(norm, names, strict=True)]
+    named = (norm.weight, f"{prefix}weight"), (norm.bias, f"{prefix}bias")
+    return [address(tensor, name, torch.float32, y.shape[1], y.device) for tensor, name in named]
 
 
 def given(y: Tensor, groups: int, statistics: Sequence[Tensor], norms: int) -> list[int]:
@@ -122,10 +119,21 @@ def given(y: Tensor, groups: int, statistics: Sequence[Tensor], norms: int) -> l
     return [address(t, name, torch.float32, size, y.device) for t, name in zip(statistics, names, strict=True)]
 
 
-def moments(y: Tensor, partial: Tensor | None) -> int:
-    """The address of y's moments, (n, parts, C, 3) from its convolution, checked; 0 where there are none."""
-    parts = 0 if partial is None else partial.shape[1]
-    return optional(partial, "partial", torch.float32, 3 * y.shape[0] * parts * y.shape[1], y.device)
+def checked(
+    y: Tensor,
+    first: Norm,
+    second: Norm | None,
+    state: DeviceState | None,
+    statistics: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """y as the kernels read it; ValueError where what belongs to it would not fit."""
+    y = activation(y, first.groups)
+    affine(y, first, "first " if second else "")
+    affine(y, second, "second ")
+    if statistics is not None:
+        given(y, first.groups, statistics, 1 if second is None else 2)
+    optional(status_of(state), "state.status", torch.int64, y.shape[0], y.device)
+    return y
 
 
 def status_of(state: DeviceState | None) -> Tensor | None:
@@ -143,17 +151,9 @@ def shift(z: Tensor, x: Tensor, dtype: torch.dtype, state: DeviceState | None) -
 
 
 def tail(
-    y: Tensor,
-    r: Tensor | None,
-    first: Norm,
-    second: Norm | None,
-    groups: int,
-    eps: float,
-    *,
-    partial: Tensor | None = None,
-    state: DeviceState | None = None,
+    y: Tensor, shortcut: Tensor | None, first: Norm, second: Norm | None, *, state: DeviceState | None = None
 ) -> Tail:
-    return Tail(y, r, first, second, groups, eps, partial)
+    return Tail(y, shortcut, first, second)
 
 
 def total(*addends: Tensor) -> Total:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .contract import ridge
+
 
 def broyden_coefficients(
     gram: Tensor, p: Tensor, q: Tensor, step: Tensor, k: int
@@ -38,9 +40,9 @@ def broyden_coefficients(
     return p_new, q_new, step
 
 
-def anderson_coefficients(gram: Tensor, steps: Tensor, k: int, m: int, ridge: float) -> Tensor:
+def anderson_coefficients(gram: Tensor, steps: Tensor, k: int, m: int) -> Tensor:
     """Anderson acceleration in the space of the residuals: the least-squares problem by its normal equations, with
-    ridge · trace on the diagonal. gram (n, K, K); steps (n, ≥ k, K): step i led from iterate i to i + 1.
+    ridge(dtype) · trace on the diagonal. gram (n, K, K); steps (n, ≥ k, K): step i led from iterate i to i + 1.
 
     Returns the next step (n, K); a plain one where the system is singular. Functional, hence differentiable.
     """
@@ -53,7 +55,7 @@ def anderson_coefficients(gram: Tensor, steps: Tensor, k: int, m: int, ridge: fl
     normal = by_row[:, :, first + 1 : k + 1] - by_row[:, :, first:k]
     trace = normal.diagonal(dim1=1, dim2=2).sum(1)
     # A sample that has stopped has no differences left: a unit diagonal keeps its system, and gradients, finite.
-    diagonal = torch.where(trace > 0, ridge * trace, 1).unsqueeze(1).expand(-1, k - first).diag_embed()
+    diagonal = torch.where(trace > 0, ridge(gram.dtype) * trace, 1).unsqueeze(1).expand(-1, k - first).diag_embed()
     system, right = normal + diagonal, by_row[:, :, k : k + 1]
     gamma = torch.linalg.solve_ex(system, right).result
     usable = gamma.isfinite().all(1, keepdim=True)

@@ -5,7 +5,6 @@ Each goes straight to a backend's kernels. Inside a solve, which is an op itself
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,122 +12,121 @@ from torch import Tensor
 
 from ..checks import check_devices
 from ..kernels import choose, eager
-from ..kernels.contract import is_channels_last, wide
+from ..kernels.contract import Kernels, Norm, is_channels_last, wide
 
 torch.library.define(
     "ifr_fast::norm_relu",
-    "(Tensor y, Tensor weight, Tensor bias, int groups, float eps, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor y, Tensor weight, Tensor bias, int groups, str backend) -> (Tensor, Tensor[])",
 )
 torch.library.define(
     "ifr_fast::norm_relu_vjp",
-    "(Tensor grad, Tensor y, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups, float eps, str backend)"
+    "(Tensor grad, Tensor y, Tensor weight, Tensor bias, Tensor[] statistics, int groups, str backend)"
     " -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "ifr_fast::norm_tail",
-    "(Tensor y, Tensor? r, Tensor[] norms, int groups, float eps, str backend) -> (Tensor, Tensor[])",
+    "(Tensor y, Tensor? shortcut, Tensor[] norms, int groups, str backend) -> (Tensor, Tensor[])",
 )
 torch.library.define(
     "ifr_fast::norm_tail_vjp",
-    "(Tensor grad, Tensor y, Tensor? r, Tensor[] norms, Tensor[] statistics, int groups, float eps, str backend)"
+    "(Tensor grad, Tensor y, Tensor? shortcut, Tensor[] norms, Tensor[] statistics, int groups, str backend)"
     " -> (Tensor, Tensor, Tensor[])",
 )
 
 
-def _kernels(backend: str, y: Tensor) -> ModuleType:
+def _kernels(backend: str, y: Tensor) -> Kernels:
     kernels = choose.kernels(backend, y.device.type, y.dtype)
     # A layout that the caller did not choose would be a copy that the caller did not ask for.
     return eager if kernels.CHANNELS_LAST_ONLY and not is_channels_last(y) else kernels
 
 
-def _pairs(norms: list[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    return (norms[0], norms[1]), (norms[2], norms[3]) if len(norms) == 4 else None
+def _pair(norms: list[Tensor], groups: int) -> tuple[Norm, Norm | None]:
+    return Norm(*norms[:2], groups), Norm(*norms[2:], groups) if len(norms) == 4 else None
 
 
 @torch.library.impl("ifr_fast::norm_relu", "default")
-def _(y, weight, bias, groups, eps, backend):
+def _(y, weight, bias, groups, backend):
     with torch.cuda.device_of(y):
-        return _kernels(backend, y).norm_relu(y, (weight, bias), groups, eps)
+        return _kernels(backend, y).norm_relu(y, Norm(weight, bias, groups))
 
 
 @torch.library.register_fake("ifr_fast::norm_relu")
-def _(y, weight, bias, groups, eps, backend):
+def _(y, weight, bias, groups, backend):
     check_devices(y, [weight, bias])
-    statistics = y.new_empty(y.shape[0], groups, dtype=wide(y.dtype))
-    return torch.empty_like(y), statistics, torch.empty_like(statistics)
+    return torch.empty_like(y), [y.new_empty(y.shape[0], groups, dtype=wide(y.dtype)) for _ in range(2)]
 
 
 @torch.library.impl("ifr_fast::norm_relu_vjp", "default")
-def _(grad, y, weight, bias, mean, rstd, groups, eps, backend):
+def _(grad, y, weight, bias, statistics, groups, backend):
     with torch.cuda.device_of(y):
-        kernels = _kernels(backend, y)
-        grad_y, grads = kernels.norm_relu_vjp(grad, y, (weight, bias), mean, rstd, groups, eps, params=True)
+        norm = Norm(weight, bias, groups)
+        grad_y, grads = _kernels(backend, y).norm_relu_vjp(grad, y, norm, statistics, params=True)
     return grad_y, *grads
 
 
 @torch.library.register_fake("ifr_fast::norm_relu_vjp")
-def _(grad, y, weight, bias, mean, rstd, groups, eps, backend):
-    check_devices(y, [grad, weight, bias, mean, rstd])
+def _(grad, y, weight, bias, statistics, groups, backend):
+    check_devices(y, [grad, weight, bias, *statistics])
     return torch.empty_like(y), torch.empty_like(weight), torch.empty_like(bias)
 
 
 @torch.library.impl("ifr_fast::norm_tail", "default")
-def _(y, r, norms, groups, eps, backend):
+def _(y, shortcut, norms, groups, backend):
     with torch.cuda.device_of(y):
-        return _kernels(backend, y).norm_tail(y, r, *_pairs(norms), groups, eps)
+        return _kernels(backend, y).norm_tail(y, shortcut, *_pair(norms, groups))
 
 
 @torch.library.register_fake("ifr_fast::norm_tail")
-def _(y, r, norms, groups, eps, backend):
-    check_devices(y, norms if r is None else [r, *norms])
+def _(y, shortcut, norms, groups, backend):
+    check_devices(y, norms if shortcut is None else [shortcut, *norms])
     statistics = [y.new_empty(y.shape[0], groups, dtype=wide(y.dtype)) for _ in norms]
     return torch.empty_like(y, dtype=wide(y.dtype)), statistics
 
 
 @torch.library.impl("ifr_fast::norm_tail_vjp", "default")
-def _(grad, y, r, norms, statistics, groups, eps, backend):
+def _(grad, y, shortcut, norms, statistics, groups, backend):
     with torch.cuda.device_of(y):
-        grad_y, grad_r, grads = _kernels(backend, y).norm_tail_vjp(
-            grad, y, r, *_pairs(norms), statistics, groups, eps, params=True
-        )
+        kernels, pair = _kernels(backend, y), _pair(norms, groups)
+        grad_y, grad_shortcut, grads = kernels.norm_tail_vjp(grad, y, shortcut, *pair, statistics, params=True)
     # An op's results may not share memory with its arguments or each other.
-    grad_r = grad.new_empty(0) if grad_r is None else grad_r.clone() if grad_r is grad else grad_r
-    return grad_y, grad_r, grads
+    if grad_shortcut is None:
+        grad_shortcut = grad.new_empty(0)
+    return grad_y, grad_shortcut.clone() if grad_shortcut is grad else grad_shortcut, grads
 
 
 @torch.library.register_fake("ifr_fast::norm_tail_vjp")
-def _(grad, y, r, norms, statistics, groups, eps, backend):
-    check_devices(y, [grad, *([] if r is None else [r]), *norms, *statistics])
-    like = torch.empty_like(y, dtype=wide(y.dtype))
-    return torch.empty_like(y), grad.new_empty(0) if r is None else like, [torch.empty_like(n) for n in norms]
+def _(grad, y, shortcut, norms, statistics, groups, backend):
+    check_devices(y, [grad, *([] if shortcut is None else [shortcut]), *norms, *statistics])
+    grad_shortcut = grad.new_empty(0) if shortcut is None else torch.empty_like(y, dtype=wide(y.dtype))
+    return torch.empty_like(y), grad_shortcut, [torch.empty_like(n) for n in norms]
 
 
 def _norm_relu_context(ctx, inputs, output):
     y, weight, bias, *ctx.options = inputs
-    ctx.save_for_backward(y, weight, bias, *output[1:])
+    ctx.save_for_backward(y, weight, bias, *output[1])
 
 
-def _norm_relu_backward(ctx, grad, *_):
-    grads = torch.ops.ifr_fast.norm_relu_vjp(grad, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None
+def _norm_relu_gradient(ctx, grad, *_):
+    y, weight, bias, *statistics = ctx.saved_tensors
+    return *torch.ops.ifr_fast.norm_relu_vjp(grad, y, weight, bias, statistics, *ctx.options), None, None
 
 
 def _norm_tail_context(ctx, inputs, output):
-    y, r, norms, *ctx.options = inputs
-    ctx.count, ctx.residual = len(norms), r is not None
-    ctx.save_for_backward(y, *([r] if ctx.residual else []), *norms, *output[1])
+    y, shortcut, norms, *ctx.options = inputs
+    ctx.count, ctx.with_shortcut = len(norms), shortcut is not None
+    ctx.save_for_backward(y, *([shortcut] if ctx.with_shortcut else []), *norms, *output[1])
 
 
-def _norm_tail_backward(ctx, grad, *_):
+def _norm_tail_gradient(ctx, grad, *_):
     y, *rest = ctx.saved_tensors
-    r = rest.pop(0) if ctx.residual else None
+    shortcut = rest.pop(0) if ctx.with_shortcut else None
     norms, statistics = rest[: ctx.count], rest[ctx.count :]
-    grad_y, grad_r, grads = torch.ops.ifr_fast.norm_tail_vjp(grad, y, r, norms, statistics, *ctx.options)
-    return grad_y, None if r is None else grad_r.to(r.dtype), grads, None, None, None
+    grads = torch.ops.ifr_fast.norm_tail_vjp(grad, y, shortcut, norms, statistics, *ctx.options)
+    return grads[0], None if shortcut is None else grads[1].to(shortcut.dtype), grads[2], None, None
 
 
-torch.library.register_autograd("ifr_fast::norm_relu", _norm_relu_backward, setup_context=_norm_relu_context)
-torch.library.register_autograd("ifr_fast::norm_tail", _norm_tail_backward, setup_context=_norm_tail_context)
+torch.library.register_autograd("ifr_fast::norm_relu", _norm_relu_gradient, setup_context=_norm_relu_context)
+torch.library.register_autograd("ifr_fast::norm_tail", _norm_tail_gradient, setup_context=_norm_tail_context)
 
 
 def differentiable_once(ctx: Any, *_: Any) -> None:

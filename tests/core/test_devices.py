@@ -6,7 +6,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ifr_fast import Broyden, IFRHead, JacobianFree, Phantom, Shine, Unroll, Unrolled, fixed_point
-from ifr_fast.kernels.contract import EPS
 
 OPTIONS = [
     {}, dict(adjoint=JacobianFree()), dict(adjoint=Phantom()), dict(adjoint=Shine()), dict(adjoint=Unrolled()),
@@ -57,8 +56,8 @@ def test_ops_refuse_several_devices():
     there = [t.to("meta") for t in params]
     call = head.call(torch.float32)
     calls = [
-        lambda: ops.norm_relu(x, weight, weight.to("meta"), 2, EPS, "auto"),
-        lambda: ops.norm_tail(x, x.to("meta"), [weight, weight], 2, EPS, "auto"),
+        lambda: ops.norm_relu(x, weight, weight.to("meta"), 2, "auto"),
+        lambda: ops.norm_tail(x, x.to("meta"), [weight, weight], 2, "auto"),
         lambda: ops.solve(x, [*params[:-1], there[-1]], call),
         lambda: ops.solve(x.to("meta"), params, call),
         lambda: ops.solve_backward(x, x.to("meta"), x, params, [x.new_empty(2, 0)] * 3, call),

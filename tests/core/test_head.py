@@ -11,7 +11,7 @@ import textwrap
 import pytest
 import torch
 
-from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Status, Unroll, Unrolled, reference
+from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Status, Unroll, Unrolled, WarmupUnroll, reference
 from ifr_fast.diagnostics import spectral_radius
 
 BACKENDS = ["native", "reference"]

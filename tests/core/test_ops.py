@@ -6,7 +6,6 @@ import torch
 from ifr_fast import Broyden, Implicit, Phantom, Shine
 from ifr_fast.engine.call import Call
 
-EPS = 1e-5
 backends = pytest.mark.parametrize("backend", ["native", "reference"])
 layouts = pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -26,10 +25,10 @@ def affine(count):
 def test_norm_relu(dtype, format, backend):
     y, grad = activation(dtype, format), activation(dtype, format, False)
     weight, bias = affine(2)
-    torch.library.opcheck(torch.ops.ifr_fast.norm_relu, (y, weight, bias, 2, EPS, backend))
+    torch.library.opcheck(torch.ops.ifr_fast.norm_relu, (y, weight, bias, 2, backend))
     detached = [t.detach() for t in (y, weight, bias)]
-    statistics = torch.ops.ifr_fast.norm_relu(*detached, 2, EPS, backend)[1:]
-    torch.library.opcheck(torch.ops.ifr_fast.norm_relu_vjp, (grad, *detached, *statistics, 2, EPS, backend))
+    statistics = torch.ops.ifr_fast.norm_relu(*detached, 2, backend)[1]
+    torch.library.opcheck(torch.ops.ifr_fast.norm_relu_vjp, (grad, *detached, statistics, 2, backend))
 
 
 @backends
@@ -43,10 +42,10 @@ def test_norm_tail(residual, norms, dtype, format, backend):
         activation(torch.float32, format, False),
     )
     norms = affine(norms)
-    torch.library.opcheck(torch.ops.ifr_fast.norm_tail, (y, r, norms, 2, EPS, backend))
+    torch.library.opcheck(torch.ops.ifr_fast.norm_tail, (y, r, norms, 2, backend))
     y, r, norms = y.detach(), r.detach() if residual else None, [n.detach() for n in norms]
-    statistics = torch.ops.ifr_fast.norm_tail(y, r, norms, 2, EPS, backend)[1]
-    torch.library.opcheck(torch.ops.ifr_fast.norm_tail_vjp, (grad, y, r, norms, statistics, 2, EPS, backend))
+    statistics = torch.ops.ifr_fast.norm_tail(y, r, norms, 2, backend)[1]
+    torch.library.opcheck(torch.ops.ifr_fast.norm_tail_vjp, (grad, y, r, norms, statistics, 2, backend))
 
 
 @backends

@@ -9,9 +9,9 @@ from emulated_cuda import cuda_fixture  # noqa: F401
 from torch._subclasses import FakeTensorMode
 
 from ifr_fast.kernels import cpu
+from ifr_fast.kernels.contract import Norm, Step
 from ifr_fast.kernels.gpu import STATE, DeviceState
 
-EPS = 1e-5
 N, C, GROUPS, H, W = 2, 8, 2, 3, 5
 
 
@@ -66,22 +66,22 @@ def statistics():
 # Every function of tensors: how to call it with all of them by name, and their names. Activations are converted and
 # laid out where need be, so that another dtype or layout of theirs is no error.
 def norm_relu(k, y, weight, bias):
-    k.norm_relu(y, (weight, bias), GROUPS, EPS)
+    k.norm_relu(y, Norm(weight, bias, GROUPS))
 
 
 def norm_relu_vjp(k, grad, y, weight, bias, mean, rstd):
-    k.norm_relu_vjp(grad, y, (weight, bias), mean, rstd, GROUPS, EPS, params=True)
+    k.norm_relu_vjp(grad, y, Norm(weight, bias, GROUPS), [mean, rstd], params=True)
 
 
-def norm_tail(k, y, r, **norms):
-    first, second = ((norms[f"{name} weight"], norms[f"{name} bias"]) for name in ("first", "second"))
-    k.norm_tail(y, r, first, second, GROUPS, EPS)
+def norm_tail(k, y, shortcut, **norms):
+    first, second = (Norm(norms[f"{name} weight"], norms[f"{name} bias"], GROUPS) for name in ("first", "second"))
+    k.norm_tail(y, shortcut, first, second)
 
 
-def norm_tail_vjp(k, grad, y, r, **others):
-    first, second = ((others[f"{name} weight"], others[f"{name} bias"]) for name in ("first", "second"))
+def norm_tail_vjp(k, grad, y, shortcut, **others):
+    first, second = (Norm(others[f"{name} weight"], others[f"{name} bias"], GROUPS) for name in ("first", "second"))
     given = [others[name] for name in ("mean", "rstd", "second mean", "second rstd")]
-    k.norm_tail_vjp(grad, y, r, first, second, given, GROUPS, EPS, params=True)
+    k.norm_tail_vjp(grad, y, shortcut, first, second, given, params=True)
 
 
 def arguments(function):
@@ -91,7 +91,7 @@ def arguments(function):
         norms = {f"{name} {part}": t for name in ("first", "second") for part, t in norms.items()}
     found = {"y": activation(), **norms}
     if "tail" in function.__name__:
-        found["r"] = activation()
+        found["shortcut"] = activation()
     if "vjp" in function.__name__:
         found["grad"] = activation()
         found["mean"], found["rstd"] = statistics()
@@ -117,7 +117,7 @@ def check_norms(kernels, function, name, wrong):
     if name == "y" and wrong == "dtype" and kernels is not cpu:
         pytest.skip("a dtype that the kernels take")
     call = partial(function, kernels, **{**fitting, name: WRONG[wrong](fitting[name])})
-    if (wrong == "gapped" and name in ("y", "r", "grad")) or (wrong == "dtype" and name in ("r", "grad")):
+    if (wrong == "gapped" and name in ("y", "shortcut", "grad")) or (wrong == "dtype" and name in ("shortcut", "grad")):
         call()
     else:
         refuses(call, name)
@@ -153,13 +153,13 @@ def test_fitting_arguments_are_taken(function):
 def test_a_norm_has_both_parameters(kernels, request):
     kernels = cpu if kernels is cpu else request.getfixturevalue("cuda")
     with pytest.raises(ValueError, match="bias is NoneType"):
-        kernels.norm_relu(activation(), (pair()[0], None), GROUPS, EPS)
+        kernels.norm_relu(activation(), Norm(pair()[0], None, GROUPS))
 
 
 @pytest.mark.parametrize("groups", [0, -1, 3, 16])
 def test_groups_divide_the_channels(groups):
     with pytest.raises(ValueError, match=f"divisible by groups={groups}"):
-        cpu.norm_relu(activation(), pair(), groups, EPS)
+        cpu.norm_relu(activation(), Norm(*pair(), groups))
 
 
 def test_a_transforms_tensors_have_no_address():
@@ -167,12 +167,13 @@ def test_a_transforms_tensors_have_no_address():
     y, (weight, bias) = activation(), pair()
     for wrapped in (torch.func.grad, torch.func.vmap):
         with pytest.raises((ValueError, RuntimeError)):
-            wrapped(lambda w: cpu.norm_relu(y, (w, bias), GROUPS, EPS)[0].sum())(
+            wrapped(lambda w: cpu.norm_relu(y, Norm(w, bias, GROUPS))[0].sum())(
                 weight if wrapped is torch.func.grad else weight.expand(3, -1)
             )
 
 
-STEP = {"method": "broyden", "window": 4, "last": False, "rtol": 0.0, "divergence": 1e3}
+def step(evaluation):
+    return Step("broyden", 4, evaluation, last=False, rtol=0.0)
 
 
 def native_state(z):
@@ -188,12 +189,12 @@ def check_step(kernels, new_state, name, wrong, evaluation):
     tensors = {"f": activation(), "z": activation()}
     state = new_state(tensors["z"])
     for k in range(evaluation):
-        kernels.step(state, *tensors.values(), evaluation=k, **STEP)
+        kernels.step(state, *tensors.values(), step(k))
     if name in tensors:
         tensors[name] = WRONG[wrong](tensors[name])
     else:
         setattr(state, name, WRONG[wrong](getattr(state, name)))
-    refuses(lambda: kernels.step(state, *tensors.values(), evaluation=evaluation, **STEP), name)
+    refuses(lambda: kernels.step(state, *tensors.values(), step(evaluation)), name)
 
 
 @wrongs
@@ -226,10 +227,10 @@ def test_triton_step(name, wrong):
 def test_an_evaluation_has_its_place_in_the_trace(evaluation):
     z = activation()
     with pytest.raises(ValueError, match=f"evaluation={evaluation}"):
-        cpu.step(native_state(z), z.clone(), z, evaluation=evaluation, **STEP)
+        cpu.step(native_state(z), z.clone(), z, step(evaluation))
 
 
 def test_f_is_laid_out_as_z():
     z = activation()
     with pytest.raises(ValueError, match="f has strides"):
-        cpu.step(native_state(z), z.contiguous(), z, evaluation=0, **STEP)
+        cpu.step(native_state(z), z.contiguous(), z, step(0))

@@ -16,6 +16,7 @@ from ifr_fast import Anderson, Broyden, Picard, Status
 from ifr_fast.engine.linearise import BlockMap
 from ifr_fast.engine.loop import solve
 from ifr_fast.kernels import eager
+from ifr_fast.kernels.contract import Step
 
 RULES = [
     Broyden(9, rtol=0.0),
@@ -210,9 +211,7 @@ def test_a_step_sums_and_shifts(cuda, poisoned, method, dtype, size):
     rows = 1 if method == "picard" else 3
     state = cuda.new_state(z, rows=rows, evaluations=4, history_dtype=torch.float32, from_zero=False)
     torch.testing.assert_close(cuda.shift(z, x, dtype, state), (z + x).to(dtype))
-    cuda.step(
-        state, cuda.total(a, b, c), z, method=method, window=rows, evaluation=0, last=False, rtol=0.0, divergence=1e3
-    )
+    cuda.step(state, cuda.total(a, b, c), z, Step(method, rows, 0, False, 0.0))
     f = a + b + c
     torch.testing.assert_close(z, f, rtol=1e-5, atol=1e-5)
     assert state.norms[:, 1].allclose(f.square().sum(1))
@@ -226,7 +225,7 @@ def test_residuals_of_zero_and_of_no_scale(cuda, size):
     f = torch.stack([z[0], 0 * z[1], 0 * z[2], torch.inf * z[3], torch.nan * z[4]])
     z[1] = 0
     state = cuda.new_state(z, rows=2, evaluations=3, history_dtype=torch.float32, from_zero=False)
-    cuda.step(state, f, z, method="broyden", window=2, evaluation=0, last=False, rtol=0.0, divergence=1e3)
+    cuda.step(state, f, z, Step("broyden", 2, 0, False, 0.0))
     assert state.residual[:3].tolist() == [0, 0, torch.finfo(torch.float32).max]
     assert state.trace[0].nan_to_num(-1).tolist() == [*state.residual[:3].tolist(), -1, -1]
     assert state.residual[3:].isinf().all()

@@ -2,7 +2,6 @@
 
 import math
 from importlib import import_module
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +12,9 @@ from hypothesis import strategies as st
 
 from ifr_fast import _native
 from ifr_fast.kernels import eager
+from ifr_fast.kernels.contract import Norm
 from ifr_fast.kernels.gpu import DeviceState, Tail
 
-EPS = 1e-5
 FORMS = {"released": (True, True), "paper": (True, False), "plain": (False, True)}
 # RMS error; of what a kernel keeps in float32, always float32's.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -61,15 +60,17 @@ def cut(request, on, monkeypatch):
 
 
 def draw(on, shape, *types):
-    """NHWC activations of these types, two norms, and the number of groups."""
+    """NHWC activations of these types, and two norms."""
     n, groups, per_group, height, width = shape
     channels = groups * per_group
     tensors = [torch.randn(n, channels, height, width) for _ in types]
     tensors = [x.to(on.device, t, memory_format=torch.channels_last) for x, t in zip(tensors, types, strict=True)]
-    return *tensors, *(tuple(torch.randn(2, channels, device=on.device)) for _ in range(2)), groups
+    return *tensors, *(Norm(*torch.randn(2, channels, device=on.device), groups) for _ in range(2))
 
 
 def double(x):
+    if isinstance(x, Norm):
+        return Norm(double(x.weight), double(x.bias), x.groups)
     if isinstance(x, (tuple, list)):
         return type(x)(map(double, x))
     return None if x is None else x.double()
@@ -95,31 +96,31 @@ def assert_close(actual, expected, dtype, statistics):
 @dtypes
 @varied(6)
 def test_norm_relu(on, cut, poisoned, dtype, shape):
-    y, grad, norm, _, groups = draw(on, shape, dtype, dtype)
-    out, mean, rstd = on.kernels.norm_relu(y, norm, groups, EPS)
-    expected = eager.norm_relu(y.double(), double(norm), groups, EPS)
+    y, grad, norm, _ = draw(on, shape, dtype, dtype)
+    out, (mean, rstd) = on.kernels.norm_relu(y, norm)
+    expected = eager.norm_relu(y.double(), double(norm))
     assert out.dtype == dtype
-    assert_close([out, mean, rstd], expected, dtype, expected[1:])
+    assert_close([out, mean, rstd], [expected[0], *expected[1]], dtype, expected[1])
     # Statistics of one source, so that a value on ReLU's edge falls to the same side.
-    grad_y, grads = on.kernels.norm_relu_vjp(grad, y, norm, mean, rstd, groups, EPS, params=True)
-    wanted, wanted_grads = eager.norm_relu_vjp(*map(double, (grad, y, norm, mean, rstd)), groups, EPS, params=True)
+    grad_y, grads = on.kernels.norm_relu_vjp(grad, y, norm, [mean, rstd], params=True)
+    wanted, wanted_grads = eager.norm_relu_vjp(*map(double, (grad, y, norm, [mean, rstd])), params=True)
     assert grad_y.dtype == dtype
-    assert_close([grad_y, *grads], [wanted, *wanted_grads], dtype, expected[1:])
+    assert_close([grad_y, *grads], [wanted, *wanted_grads], dtype, expected[1])
 
 
 @dtypes
 @forms
 @varied(3)
 def test_norm_tail(on, cut, poisoned, form, dtype, shape):
-    y, r, grad, first, second, groups = draw(on, shape, dtype, dtype, torch.float32)
+    y, r, grad, first, second = draw(on, shape, dtype, dtype, torch.float32)
     r, second = (x if given else None for x, given in zip((r, second), FORMS[form], strict=True))
-    out, statistics = on.kernels.norm_tail(y, r, first, second, groups, EPS)
-    expected, exact = eager.norm_tail(*map(double, (y, r, first, second)), groups, EPS)
+    out, statistics = on.kernels.norm_tail(y, r, first, second)
+    expected, exact = eager.norm_tail(*map(double, (y, r, first, second)))
     assert out.dtype == torch.float32
     assert_close([out, *statistics], [expected, *exact], dtype, exact)
     inputs = grad, y, r, first, second, statistics
-    grad_y, grad_r, grads = on.kernels.norm_tail_vjp(*inputs, groups, EPS, params=True)
-    wanted, wanted_r, wanted_grads = eager.norm_tail_vjp(*map(double, inputs), groups, EPS, params=True)
+    grad_y, grad_r, grads = on.kernels.norm_tail_vjp(*inputs, params=True)
+    wanted, wanted_r, wanted_grads = eager.norm_tail_vjp(*map(double, inputs), params=True)
     assert grad_y.dtype == dtype
     assert_close([grad_y, grad_r, *grads], [wanted, wanted_r, *wanted_grads], dtype, exact)
 
@@ -129,13 +130,13 @@ def test_norm_tail(on, cut, poisoned, form, dtype, shape):
 @pytest.mark.parametrize("history", [torch.float32, torch.bfloat16], ids=str)
 @varied(1)
 def test_residual_tail(on, cut, poisoned, form, history, dtype, shape):
-    y, r, z, first, second, groups = draw(on, shape, dtype, dtype, torch.float32)
+    y, r, z, first, second = draw(on, shape, dtype, dtype, torch.float32)
     r, second = (x if given else None for x, given in zip((r, second), FORMS[form], strict=True))
-    f = on.kernels.norm_tail(y, r, first, second, groups, EPS)[0]
+    f = on.kernels.norm_tail(y, r, first, second)[0]
     state = DeviceState(z, rows=3, evaluations=4, history_dtype=history)
     for row in (1, -1):  # stored, and judged only
         state.norm_partials = None
-        on.kernels.cuda_norm.residual_tail(state, Tail(y, r, first, second, groups, EPS, None), z, row=row)
+        on.kernels.cuda_norm.residual_tail(state, Tail(y, r, first, second), z, row=row)
         norms = state.norm_partials.double().sum(1)
         expected = torch.stack([(f - z).double().square().flatten(1).sum(1), f.double().square().flatten(1).sum(1)], 1)
         torch.testing.assert_close(norms, expected, rtol=1e-5, atol=1e-5)
@@ -144,47 +145,24 @@ def test_residual_tail(on, cut, poisoned, form, history, dtype, shape):
     assert state.history[:, (0, 2)].isnan().all()
 
 
-def moments(y, parts):
-    """(N, parts, C, 3): count, mean and M2 of y's channels in `parts` unequal parts, one of them empty."""
-    values = y.float().flatten(2)
-    cuts = [0, 0, *sorted(torch.randint(0, values.shape[2] + 1, (parts - 2,)).tolist()), values.shape[2]]
-    rows = []
-    for begin, end in pairwise(cuts):
-        part = values[:, :, begin:end]
-        mean = part.mean(2) if end > begin else torch.full_like(values[:, :, 0], -7e30)
-        m2 = (part - mean[:, :, None]).square().sum(2) if end > begin else mean.abs()
-        rows.append(torch.stack([torch.full_like(mean, end - begin), mean, m2], 2))
-    return torch.stack(rows, 1)
-
-
-@dtypes
-def test_a_convolutions_sums_are_taken(on, cut, poisoned, dtype):
-    y, r, first, second, groups = draw(on, (2, 4, 6, 7, 9), dtype, dtype)
-    partial = moments(y, 5)
-    results = [on.kernels.norm_relu(y, first, groups, EPS, partial=p) for p in (partial, None)]
-    assert_close(results[0], double(results[1]), dtype, results[1][1:])
-    results = [on.kernels.norm_tail(y, r, first, second, groups, EPS, partial=p) for p in (partial, None)]
-    assert_close([results[0][0], *results[0][1]], double([results[1][0], *results[1][1]]), dtype, results[1][1])
-
-
 def test_a_mean_far_from_zero_costs_no_accuracy(on, cut):
-    y, norm, _, groups = draw(on, (1, 2, 8, 11, 13), torch.float32)
+    y, norm, _ = draw(on, (1, 2, 8, 11, 13), torch.float32)
     y = (y + 1000).contiguous(memory_format=torch.channels_last)
-    out, _, rstd = on.kernels.norm_relu(y, norm, groups, EPS)
-    expected = eager.norm_relu(y.double(), double(norm), groups, EPS)
-    torch.testing.assert_close(rstd.double(), expected[2], rtol=1e-5, atol=0)
+    out, (_, rstd) = on.kernels.norm_relu(y, norm)
+    expected = eager.norm_relu(y.double(), double(norm))
+    torch.testing.assert_close(rstd.double(), expected[1][1], rtol=1e-5, atol=0)
     torch.testing.assert_close(out.double(), expected[0], rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_not_finite_stays_in_its_group(on, cut, value):
-    y, r, grad, first, second, groups = draw(on, (3, 4, 8, 5, 6), *[torch.float32] * 3)
-    clean = on.kernels.norm_tail(y, r, first, second, groups, EPS)[0]
+    y, r, grad, first, second = draw(on, (3, 4, 8, 5, 6), *[torch.float32] * 3)
+    clean = on.kernels.norm_tail(y, r, first, second)[0]
     y[1, 9, 2, 3] = value
-    out = on.kernels.norm_relu(y, first, groups, EPS)[0]
+    out = on.kernels.norm_relu(y, first)[0]
     assert out[1, 8:16].isnan().all()
-    out, statistics = on.kernels.norm_tail(y, r, first, second, groups, EPS)
-    grad_y = on.kernels.norm_tail_vjp(grad, y, r, first, second, statistics, groups, EPS, params=False)[0]
+    out, statistics = on.kernels.norm_tail(y, r, first, second)
+    grad_y = on.kernels.norm_tail_vjp(grad, y, r, first, second, statistics, params=False)[0]
     for result in (out, grad_y):
         assert result[1, 8:16].isnan().all()
         result[1, 8:16] = 0
@@ -194,79 +172,75 @@ def test_not_finite_stays_in_its_group(on, cut, value):
 
 @dtypes
 def test_results_do_not_depend_on_batch_mates(on, cut, dtype):
-    y, r, grad, first, second, groups = draw(on, (3, 4, 8, 9, 7), dtype, dtype, torch.float32)
-    out = on.kernels.norm_relu(y, first, groups, EPS)[0]
-    tail, statistics = on.kernels.norm_tail(y, r, first, second, groups, EPS)
-    batch = on.kernels.norm_tail_vjp(grad, y, r, first, second, statistics, groups, EPS, params=False)
+    y, r, grad, first, second = draw(on, (3, 4, 8, 9, 7), dtype, dtype, torch.float32)
+    out = on.kernels.norm_relu(y, first)[0]
+    tail, statistics = on.kernels.norm_tail(y, r, first, second)
+    batch = on.kernels.norm_tail_vjp(grad, y, r, first, second, statistics, params=False)
     for one in (slice(i, i + 1) for i in range(3)):
-        assert torch.equal(on.kernels.norm_relu(y[one], first, groups, EPS)[0], out[one])
-        alone, single = on.kernels.norm_tail(y[one], r[one], first, second, groups, EPS)
+        assert torch.equal(on.kernels.norm_relu(y[one], first)[0], out[one])
+        alone, single = on.kernels.norm_tail(y[one], r[one], first, second)
         assert torch.equal(alone, tail[one])
-        vjp = on.kernels.norm_tail_vjp(grad[one], y[one], r[one], first, second, single, groups, EPS, params=False)
+        vjp = on.kernels.norm_tail_vjp(grad[one], y[one], r[one], first, second, single, params=False)
         assert all(torch.equal(a, b[one]) for a, b in zip(vjp[:2], batch[:2], strict=True))
 
 
 def test_stopped_samples_are_left_alone(on, cut, poisoned):
-    y, r, z, first, second, groups = draw(on, (3, 4, 8, 5, 6), *[torch.float32] * 3)
+    y, r, z, first, second = draw(on, (3, 4, 8, 5, 6), *[torch.float32] * 3)
     state = DeviceState(z, rows=2, evaluations=3, history_dtype=torch.float32)
     state.status[1] = 0
-    out, mean, rstd = on.kernels.norm_relu(y, first, groups, EPS, state=state)
-    tail, statistics = on.kernels.norm_tail(y, r, first, second, groups, EPS, state=state)
-    grad_y, grad_r, _ = on.kernels.norm_tail_vjp(
-        z, y, r, first, second, statistics, groups, EPS, params=False, state=state
-    )
-    relu_vjp = on.kernels.norm_relu_vjp(z, y, first, mean, rstd, groups, EPS, params=False, state=state)[0]
-    on.kernels.cuda_norm.residual_tail(state, Tail(y, r, first, second, groups, EPS, None), z, row=0)
+    out, (mean, rstd) = on.kernels.norm_relu(y, first, state=state)
+    tail, statistics = on.kernels.norm_tail(y, r, first, second, state=state)
+    grad_y, grad_r, _ = on.kernels.norm_tail_vjp(z, y, r, first, second, statistics, params=False, state=state)
+    relu_vjp = on.kernels.norm_relu_vjp(z, y, first, [mean, rstd], params=False, state=state)[0]
+    on.kernels.cuda_norm.residual_tail(state, Tail(y, r, first, second), z, row=0)
     for result in (out, mean, tail, *statistics, grad_y, grad_r, relu_vjp, state.history[:, 0], state.norm_partials):
         assert result[1].isnan().all()
         assert result[[0, 2]].isfinite().all()
 
 
 def test_parameters_gradients_are_of_all_samples(on, cut):
-    y, grad, norm, _, groups = draw(on, (3, 4, 8, 5, 6), torch.float32, torch.float32)
-    _, mean, rstd = on.kernels.norm_relu(y, norm, groups, EPS)
+    y, grad, norm, _ = draw(on, (3, 4, 8, 5, 6), torch.float32, torch.float32)
+    _, (mean, rstd) = on.kernels.norm_relu(y, norm)
     state = DeviceState(y, rows=2, evaluations=3, history_dtype=torch.float32)
     state.status[1] = 0
-    results = [
-        on.kernels.norm_relu_vjp(grad, y, norm, mean, rstd, groups, EPS, params=True, state=s)[1] for s in (state, None)
-    ]
+    results = [on.kernels.norm_relu_vjp(grad, y, norm, [mean, rstd], params=True, state=s)[1] for s in (state, None)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @dtypes
 def test_consumed_memory(on, cut, dtype):
-    y, r, first, second, groups = draw(on, (2, 4, 8, 5, 6), dtype, dtype)
-    expected = on.kernels.norm_relu(y, first, groups, EPS)[0], on.kernels.norm_tail(y, r, first, second, groups, EPS)[0]
+    y, r, first, second = draw(on, (2, 4, 8, 5, 6), dtype, dtype)
+    expected = on.kernels.norm_relu(y, first)[0], on.kernels.norm_tail(y, r, first, second)[0]
     taken = y.clone()
-    out = on.kernels.norm_relu(taken, first, groups, EPS, consume=True)[0]
+    out = on.kernels.norm_relu(taken, first, consume=True)[0]
     assert out.data_ptr() == taken.data_ptr()
     assert torch.equal(out, expected[0])
-    out = on.kernels.norm_tail(y, r, first, second, groups, EPS, consume=True)[0]
+    out = on.kernels.norm_tail(y, r, first, second, consume=True)[0]
     assert torch.equal(out, expected[1])
 
 
 @dtypes
 def test_any_layout_and_alignment(on, cut, dtype):
     """A convolution or autograd may hand over another layout; a view may start anywhere."""
-    y, r, grad, first, second, groups = draw(on, (2, 4, 8, 5, 6), dtype, dtype, torch.float32)
-    expected, statistics = on.kernels.norm_tail(y, r, first, second, groups, EPS)
-    expected_vjp = on.kernels.norm_tail_vjp(grad, y, r, first, second, statistics, groups, EPS, params=True)
+    y, r, grad, first, second = draw(on, (2, 4, 8, 5, 6), dtype, dtype, torch.float32)
+    expected, statistics = on.kernels.norm_tail(y, r, first, second)
+    expected_vjp = on.kernels.norm_tail_vjp(grad, y, r, first, second, statistics, params=True)
     unaligned = torch.empty(y.numel() + 1, dtype=dtype, device=on.device)[1:].view(2, 5, 6, 32).permute(0, 3, 1, 2)
     unaligned.copy_(y)
     assert unaligned.data_ptr() % 16 != 0
     contiguous = [x.contiguous() for x in (y, r, grad)]
     for others in ((contiguous[0], r, grad), (y, *contiguous[1:]), (unaligned, r, grad)):
-        out, statistics = on.kernels.norm_tail(*others[:2], first, second, groups, EPS)
+        out, statistics = on.kernels.norm_tail(*others[:2], first, second)
         assert_close([out], [expected.double()], torch.float32, statistics)
-        vjp = on.kernels.norm_tail_vjp(others[2], *others[:2], first, second, statistics, groups, EPS, params=True)
+        vjp = on.kernels.norm_tail_vjp(others[2], *others[:2], first, second, statistics, params=True)
         assert_close([*vjp[:2], *vjp[2]], double([*expected_vjp[:2], *expected_vjp[2]]), dtype, statistics)
 
 
 def test_empty_batches(on, cut):
-    y, r, grad, first, second, groups = draw(on, (0, 4, 8, 5, 6), *[torch.float32] * 3)
-    out, statistics = on.kernels.norm_tail(y, r, first, second, groups, EPS)
+    y, r, grad, first, second = draw(on, (0, 4, 8, 5, 6), *[torch.float32] * 3)
+    out, statistics = on.kernels.norm_tail(y, r, first, second)
     assert out.shape == y.shape
-    grads = on.kernels.norm_tail_vjp(grad, y, r, first, second, statistics, groups, EPS, params=True)[2]
+    grads = on.kernels.norm_tail_vjp(grad, y, r, first, second, statistics, params=True)[2]
     assert all((g == 0).all() for g in grads)
 
 

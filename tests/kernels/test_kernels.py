@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from ifr_fast import Anderson, Broyden, Picard, Status, _native
 from ifr_fast.engine.loop import solve
 from ifr_fast.kernels import cpu, eager
-from ifr_fast.kernels.contract import State
+from ifr_fast.kernels.contract import EPS, Norm, State, Step, wide
 
-EPS = 1e-5
 # RMS error.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -26,12 +25,12 @@ shapes = st.tuples(
 
 
 def draw(shape, dtype, channels_last, count):
-    """Activations in one layout, and (weight, bias) pairs."""
+    """Activations in one layout, and three norms."""
     n, groups, per_group, height, width = shape
     format = torch.channels_last if channels_last else torch.contiguous_format
     tensors = [torch.randn(n, groups * per_group, height, width).to(dtype, memory_format=format) for _ in range(count)]
-    norms = [(torch.randn(groups * per_group), torch.randn(groups * per_group)) for _ in range(3)]
-    return tensors, [tuple(t.to(eager.wide(dtype)) for t in norm) for norm in norms], groups
+    pairs = [torch.randn(2, groups * per_group).to(wide(dtype)) for _ in range(3)]
+    return tensors, [Norm(*pair, groups) for pair in pairs]
 
 
 def assert_close(actual, expected, dtype, rstds):
@@ -54,12 +53,12 @@ def assert_close(actual, expected, dtype, rstds):
 @settings(max_examples=25, deadline=None)
 @given(shape=shapes, channels_last=st.booleans())
 def test_norm_relu(dtype, shape, channels_last):
-    (y, grad), (norm, *_), groups = draw(shape, dtype, channels_last, 2)
-    actual, expected = (k.norm_relu(y, norm, groups, EPS) for k in (cpu, eager))
-    rstds = [expected[2]]
-    assert_close(actual, expected, dtype, rstds)
+    (y, grad), (norm, *_) = draw(shape, dtype, channels_last, 2)
+    actual, expected = (k.norm_relu(y, norm) for k in (cpu, eager))
+    rstds = [expected[1][1]]
+    assert_close(*([out, *statistics] for out, statistics in (actual, expected)), dtype, rstds)
     # The statistics are plain's in both, so that a value on ReLU's edge falls to the same side.
-    vjps = [k.norm_relu_vjp(grad, y, norm, *expected[1:], groups, EPS, params=True) for k in (cpu, eager)]
+    vjps = [k.norm_relu_vjp(grad, y, norm, expected[1], params=True) for k in (cpu, eager)]
     assert_close(*([grad_y, *grads] for grad_y, grads in vjps), dtype, rstds)
 
 
@@ -68,27 +67,27 @@ def test_norm_relu(dtype, shape, channels_last):
 @settings(max_examples=15, deadline=None)
 @given(shape=shapes, channels_last=st.booleans())
 def test_norm_tail(dtype, residual, post, shape, channels_last):
-    (y, r, grad), (first, second, _), groups = draw(shape, dtype, channels_last, 3)
-    r, second, grad = r if residual else None, second if post else None, grad.to(eager.wide(dtype))
-    results = [k.norm_tail(y, r, first, second, groups, EPS) for k in (cpu, eager)]
+    (y, r, grad), (first, second, _) = draw(shape, dtype, channels_last, 3)
+    r, second, grad = r if residual else None, second if post else None, grad.to(wide(dtype))
+    results = [k.norm_tail(y, r, first, second) for k in (cpu, eager)]
     statistics = results[1][1]
     rstds = statistics[1::2]
     assert_close(*([out, *statistics] for out, statistics in results), dtype, rstds)
-    vjps = [k.norm_tail_vjp(grad, y, r, first, second, statistics, groups, EPS, params=True) for k in (cpu, eager)]
+    vjps = [k.norm_tail_vjp(grad, y, r, first, second, statistics, params=True) for k in (cpu, eager)]
     assert_close(*([grad_y, grad_r, *grads] for grad_y, grad_r, grads in vjps), dtype, rstds)
 
 
 @pytest.mark.parametrize(("residual", "post"), [(True, True), (True, False), (False, True)])
 def test_plain_vjps_are_autograds(residual, post):
-    (y, r, grad), (first, second, _), groups = draw((2, 4, 3, 5, 4), torch.float64, False, 3)
-    inputs = [t.requires_grad_() for t in (y, r, *first, *second)]
-    u = F.group_norm(y, groups, *first, EPS) + (r if residual else 0)
-    out = F.group_norm(u.relu(), groups, *second, EPS) if post else u
+    (y, r, grad), (first, second, _) = draw((2, 4, 3, 5, 4), torch.float64, False, 3)
+    inputs = [t.requires_grad_() for t in (y, r, *first[:2], *second[:2])]
+    u = F.group_norm(y, first.groups, *first[:2], EPS) + (r if residual else 0)
+    out = F.group_norm(u.relu(), first.groups, *second[:2], EPS) if post else u
     expected = torch.autograd.grad(out, inputs, grad, allow_unused=True)
     with torch.no_grad():
         r, second = r if residual else None, second if post else None
-        value, statistics = eager.norm_tail(y, r, first, second, groups, EPS)
-        grad_y, grad_r, grads = eager.norm_tail_vjp(grad, y, r, first, second, statistics, groups, EPS, params=True)
+        value, statistics = eager.norm_tail(y, r, first, second)
+        grad_y, grad_r, grads = eager.norm_tail_vjp(grad, y, r, first, second, statistics, params=True)
     assert_close([value], [out], torch.float64, statistics[1::2])
     expected = [g for g in expected if g is not None]
     assert_close([g for g in (grad_y, grad_r, *grads) if g is not None], expected, torch.float64, statistics[1::2])
@@ -97,7 +96,7 @@ def test_plain_vjps_are_autograds(residual, post):
 def test_relu_keeps_nan():
     y = torch.randn(2, 8, 3, 3)
     y[0, 0, 0, 0] = torch.nan
-    out = cpu.norm_relu(y, (torch.ones(8), torch.zeros(8)), 2, EPS)[0]
+    out = cpu.norm_relu(y, Norm(torch.ones(8), torch.zeros(8), 2))[0]
     assert out[0, :4].isnan().all()
     assert out[0, 4:].isfinite().all()
     assert out[1].isfinite().all()
@@ -108,25 +107,25 @@ def test_relu_keeps_nan():
 @given(shape=shapes, channels_last=st.booleans(), exponent=st.integers(-3, 12))
 def test_a_constant_group_is_normalised_to_zero(dtype, shape, channels_last, exponent):
     """However large its value, and beside groups that are not constant. Exactly; only sums of float64 are rounded."""
-    (y, r, grad), (first, second, _), groups = draw(shape, dtype, channels_last, 3)
+    (y, r, grad), (first, second, _) = draw(shape, dtype, channels_last, 3)
     own, slack = slice(0, shape[2]), 1e-9 if dtype == torch.float64 else 0.0
 
     def assert_same(actual, expected):
         torch.testing.assert_close(actual, expected.expand_as(actual), rtol=slack, atol=slack)
 
     y[0, own], r[0, own] = torch.randn(()).item() * 10.0**exponent, 0.0
-    out, mean, rstd = cpu.norm_relu(y, first, groups, EPS)
+    out, (mean, rstd) = cpu.norm_relu(y, first)
     assert_same(mean[0, 0], y[0, 0, 0, 0].to(mean.dtype))
     assert_same(rstd[0, 0], torch.tensor(EPS, dtype=torch.float64).rsqrt().to(rstd.dtype))
     assert_same(out[0, own], first[1][own].relu().to(dtype).view(-1, 1, 1))
     y, r, grad = y[:1], r[:1], grad[:1]
-    _, (grad_weight, _) = cpu.norm_relu_vjp(grad, y, first, mean[:1], rstd[:1], groups, EPS, params=True)
+    _, (grad_weight, _) = cpu.norm_relu_vjp(grad, y, first, [mean[:1], rstd[:1]], params=True)
     assert_same(grad_weight[own], torch.zeros_like(grad_weight[own]))
     # The second norm's input is the first one's bias: the same in all of the group.
     first[1][own] = y[0, 0, 0, 0].abs()
-    out, statistics = cpu.norm_tail(y, r, first, second, groups, EPS)
+    out, statistics = cpu.norm_tail(y, r, first, second)
     assert_same(out[0, own], second[1][own].view(-1, 1, 1))
-    grads = cpu.norm_tail_vjp(grad.to(out.dtype), y, r, first, second, statistics, groups, EPS, params=True)[2]
+    grads = cpu.norm_tail_vjp(grad.to(out.dtype), y, r, first, second, statistics, params=True)[2]
     for grad_weight in grads[::2]:
         assert_same(grad_weight[own], torch.zeros_like(grad_weight[own]))
 
@@ -135,10 +134,10 @@ def test_a_constant_group_is_normalised_to_zero(dtype, shape, channels_last, exp
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_mean_far_from_zero_costs_no_accuracy(dtype, channels_last):
     """Of the differences that the dtype can still hold, that is."""
-    (y,), (norm, *_), groups = draw((2, 4, 3, 9, 8), dtype, channels_last, 1)
+    (y,), (norm, *_) = draw((2, 4, 3, 9, 8), dtype, channels_last, 1)
     y += 1e-3 / torch.finfo(dtype).eps
-    _, mean, rstd = cpu.norm_relu(y, norm, groups, EPS)
-    exact = y.double().unflatten(1, (groups, -1)).flatten(2)
+    _, (mean, rstd) = cpu.norm_relu(y, norm)
+    exact = y.double().unflatten(1, (norm.groups, -1)).flatten(2)
     torch.testing.assert_close(mean.double(), exact.mean(2), rtol=1e-6, atol=0)
     expected = (exact - exact.mean(2, keepdim=True)).square().mean(2).add(EPS).rsqrt()
     torch.testing.assert_close(rstd.double(), expected, rtol=1e-6, atol=0)
@@ -148,18 +147,18 @@ def test_a_mean_far_from_zero_costs_no_accuracy(dtype, channels_last):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_results_do_not_depend_on_threads_or_batch_mates(shape, channels_last):
     n, channels, height, width = shape
-    (y, r), (first, second, _), groups = draw((n, 8, channels // 8, height, width), torch.float32, channels_last, 2)
+    (y, r), (first, second, _) = draw((n, 8, channels // 8, height, width), torch.float32, channels_last, 2)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(cpu.norm_tail(y, r, first, second, groups, EPS)[0])
+            results.append(cpu.norm_tail(y, r, first, second)[0])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    alone = cpu.norm_tail(y[-1:], r[-1:], first, second, groups, EPS)[0]
+    alone = cpu.norm_tail(y[-1:], r[-1:], first, second)[0]
     assert torch.equal(alone[0], results[0][-1])
 
 
@@ -213,10 +212,9 @@ def test_a_step_touches_running_samples_only(kernels, n):
     state.status[0] = Status.NONFINITE
     state.history[0] = torch.nan
     state.value.fill_(-1.0)
+    state.norms[:, 2] = torch.inf  # no residual is too large
     moved = z.clone()
-    running = kernels.step(
-        state, f, moved, method="picard", window=1, evaluation=1, last=False, rtol=0.0, divergence=torch.inf
-    )
+    running = kernels.step(state, f, moved, Step("picard", 1, 1, False, 0.0))
     assert running == n - 1
     assert torch.equal(moved[0], z[0])
     assert (state.value[0] == -1).all()
@@ -229,7 +227,7 @@ def test_a_step_touches_running_samples_only(kernels, n):
 def judged(kernels, f, z, *, rtol=1e-3):
     """The state after one evaluation."""
     state = kernels.new_state(z, rows=1, evaluations=2, history_dtype=z.dtype, from_zero=False)
-    kernels.step(state, f, z.clone(), method="picard", window=1, evaluation=0, last=False, rtol=rtol, divergence=1e3)
+    kernels.step(state, f, z.clone(), Step("picard", 1, 0, False, rtol))
     return state
 
 
@@ -265,9 +263,9 @@ def test_plain_keeps_the_layout_on_a_gpu(monkeypatch):
     """Where group_norm's result is contiguous, whatever its argument: compiled code relies on the layout."""
     contiguous = torch.group_norm
     monkeypatch.setattr(torch, "group_norm", lambda *args: contiguous(*args).contiguous())
-    (y, r), (first, second, _), groups = draw((2, 2, 3, 4, 5), torch.float32, True, 2)
-    results = [eager.norm_relu(y, first, groups, EPS)[0]]
-    results += [eager.norm_tail(y, r, first, norm, groups, EPS)[0] for norm in (second, None)]
+    (y, r), (first, second, _) = draw((2, 2, 3, 4, 5), torch.float32, True, 2)
+    results = [eager.norm_relu(y, first)[0]]
+    results += [eager.norm_tail(y, r, first, norm)[0] for norm in (second, None)]
     assert all(out.stride() == y.stride() for out in results)
 
 

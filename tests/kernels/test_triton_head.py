@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ifr_fast import Anderson, Broyden, Implicit, JacobianFree, Phantom, Picard, Shine, backends, reference
-from ifr_fast.kernels import triton as kernels
 
 pytestmark = [
     pytest.mark.skipif(not backends()["triton"].available, reason=backends()["triton"].reason),
@@ -100,18 +99,6 @@ def test_no_samples(device, make_head):
     y.sum().backward()
     assert y.shape == x.shape
     assert all((p.grad == 0).all() for p in head.parameters())
-
-
-@pytest.mark.parametrize(
-    "size", [(4, 4), pytest.param((40, 30), marks=pytest.mark.full)], ids=["small map", "large map"]
-)
-def test_on_the_implicit_gemm(device, make_head, monkeypatch, size):
-    head = make_head(16, groups=2, solver=Broyden(2, rtol=0.0), backend="triton").to(device)
-    x = torch.randn(1, 16, *size, device=device)
-    expected = head(x)
-    every = {(kernels.chip(device).major, torch.float32)}
-    monkeypatch.setattr(kernels, "IMPLICIT_GEMM", every)
-    torch.testing.assert_close(head(x), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_unrolls_in_either_layout(device, make_head):

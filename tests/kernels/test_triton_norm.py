@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ifr_fast.kernels import eager
+from ifr_fast.kernels.contract import Norm
 from ifr_fast.kernels.gpu import DeviceState, Tail
 
 pytest.importorskip("triton")
@@ -12,7 +13,6 @@ from ifr_fast.kernels.triton import norm as norms
 from ifr_fast.kernels.triton import norm_vjp as vjps
 from ifr_fast.kernels.triton import tiles
 
-EPS = 1e-5
 # RMS error against RMS. The interpreter truncates where a GPU rounds to 16 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 dtypes = pytest.mark.parametrize(
@@ -41,18 +41,20 @@ def choose(monkeypatch):
 
 
 def draw(shape, dtype, device, count):
-    """count activations of a mean not zero, three norms, and the number of groups."""
+    """count activations of a mean not zero, and three norms."""
     n, channels, groups, height, width = shape
     make = {"dtype": dtype, "device": device, "memory_format": torch.channels_last}
     tensors = [(torch.randn(n, channels, height, width) + 0.5).to(**make) for _ in range(count)]
-    affines = [(torch.randn(channels).to(device), torch.randn(channels).to(device)) for _ in range(3)]
-    return tensors, affines, groups
+    affines = [Norm(*torch.randn(2, channels).to(device), groups) for _ in range(3)]
+    return tensors, affines
 
 
 def wide(value):
     """Tensors in double precision, whatever holds them."""
     if isinstance(value, torch.Tensor):
         return value.double()
+    if isinstance(value, Norm):
+        return Norm(wide(value.weight), wide(value.bias), value.groups)
     return type(value)(wide(v) for v in value) if isinstance(value, (tuple, list)) else value
 
 
@@ -75,28 +77,16 @@ def conditioned(*rstds):
     return 1e-4 * max(1.0, *(float(r.max()) for r in rstds))
 
 
-def moments(y, parts):
-    """What a convolution's epilogue hands over: (n, parts, channels, 3); its first part is of no position."""
-    rows = y.float().flatten(2).mT.tensor_split(parts - 1, 1)
-    filled = [
-        torch.stack([torch.full_like(r[:, 0], r.shape[1]), r.mean(1), (r - r.mean(1, keepdim=True)).square().sum(1)], 2)
-        for r in rows
-    ]
-    empty = torch.full_like(filled[0], 7.0)
-    empty[:, :, 0] = 0
-    return torch.stack([empty, *filled], 1)
-
-
 @dtypes
 @paths
 @shapes
 def test_norm_relu(dtype, path, shape, device, choose):
     choose(path)
-    (y,), (norm, *_), groups = draw(shape, dtype, device, 1)
-    actual = norms.norm_relu(y, norm, groups, EPS)
+    (y,), (norm, *_) = draw(shape, dtype, device, 1)
+    actual = norms.norm_relu(y, norm)
     assert actual[0].dtype == dtype
     assert actual[0].is_contiguous(memory_format=torch.channels_last)
-    expected = eager.norm_relu(y.double(), wide(norm), groups, EPS)
+    expected = eager.norm_relu(y.double(), wide(norm))
     assert_close(actual[0], expected[0], dtype)
     assert_close(actual[1:], expected[1:], torch.float32)
 
@@ -107,11 +97,11 @@ def test_norm_relu(dtype, path, shape, device, choose):
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_norm_tail(dtype, path, residual, post, shape, device, choose):
     choose(path)
-    (y, r), (first, second, _), groups = draw(shape, dtype, device, 2)
+    (y, r), (first, second, _) = draw(shape, dtype, device, 2)
     r, second = r if residual else None, second if post else None
-    out, statistics = norms.norm_tail(y, r, first, second, groups, EPS)
+    out, statistics = norms.norm_tail(y, r, first, second)
     assert out.dtype == torch.float32
-    expected = eager.norm_tail(y.double(), wide(r), wide(first), wide(second), groups, EPS)
+    expected = eager.norm_tail(y.double(), wide(r), wide(first), wide(second))
     assert_close([out, statistics], expected, torch.float32)
 
 
@@ -120,11 +110,11 @@ def test_norm_tail(dtype, path, residual, post, shape, device, choose):
 @shapes
 def test_norm_relu_vjp(dtype, path, shape, device, choose):
     choose(path)
-    (y, grad), (norm, *_), groups = draw(shape, dtype, device, 2)
-    _, mean, rstd = eager.norm_relu(y, norm, groups, EPS)
-    grad_y, grads = vjps.norm_relu_vjp(grad, y, norm, mean, rstd, groups, EPS, params=True)
+    (y, grad), (norm, *_) = draw(shape, dtype, device, 2)
+    _, (mean, rstd) = eager.norm_relu(y, norm)
+    grad_y, grads = vjps.norm_relu_vjp(grad, y, norm, [mean, rstd], params=True)
     assert grad_y.dtype == dtype
-    expected = eager.norm_relu_vjp(*wide((grad, y, norm, mean, rstd)), groups, EPS, params=True)
+    expected = eager.norm_relu_vjp(*wide((grad, y, norm, [mean, rstd])), params=True)
     tolerance = conditioned(rstd)
     assert_close(grad_y, expected[0], dtype, max(TOLERANCE[dtype], tolerance))
     assert_close(grads, expected[1], torch.float32, tolerance)
@@ -136,12 +126,12 @@ def test_norm_relu_vjp(dtype, path, shape, device, choose):
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_norm_tail_vjp(dtype, path, residual, post, shape, device, choose):
     choose(path)
-    (y, r, grad), (first, second, _), groups = draw(shape, dtype, device, 3)
+    (y, r, grad), (first, second, _) = draw(shape, dtype, device, 3)
     r, second, grad = r if residual else None, second if post else None, grad.float()
-    statistics = eager.norm_tail(y, r, first, second, groups, EPS)[1]
-    actual = vjps.norm_tail_vjp(grad, y, r, first, second, statistics, groups, EPS, params=True)
+    statistics = eager.norm_tail(y, r, first, second)[1]
+    actual = vjps.norm_tail_vjp(grad, y, r, first, second, statistics, params=True)
     assert actual[0].dtype == dtype
-    expected = eager.norm_tail_vjp(*wide((grad, y, r, first, second, statistics)), groups, EPS, params=True)
+    expected = eager.norm_tail_vjp(*wide((grad, y, r, first, second, statistics)), params=True)
     tolerance = conditioned(*statistics[1::2])
     assert_close(actual[0], expected[0], dtype, max(TOLERANCE[dtype], tolerance))
     assert_close(actual[1:], expected[1:], torch.float32, tolerance)
@@ -152,12 +142,12 @@ def test_norm_tail_vjp(dtype, path, residual, post, shape, device, choose):
 @forms
 def test_residual_tail(row, path, residual, post, device, choose):
     choose(path)
-    (y, r, z), (first, second, _), groups = draw(SHAPES[0], torch.bfloat16, device, 3)
+    (y, r, z), (first, second, _) = draw(SHAPES[0], torch.bfloat16, device, 3)
     r, second, z = r if residual else None, second if post else None, z.float()
     state = DeviceState(z, rows=3, evaluations=4, history_dtype=torch.bfloat16)
     state.history.zero_()
-    norms.residual_tail(state, Tail(y, r, first, second, groups, EPS, None), z, row)
-    f = eager.norm_tail(y.double(), wide(r), wide(first), wide(second), groups, EPS)[0]
+    norms.residual_tail(state, Tail(y, r, first, second), z, row)
+    f = eager.norm_tail(y.double(), wide(r), wide(first), wide(second))[0]
     g = (f - z.double()).permute(0, 2, 3, 1).flatten(1)
     expected = torch.zeros(state.history.shape, dtype=torch.float64, device=device)
     if row >= 0:
@@ -168,40 +158,21 @@ def test_residual_tail(row, path, residual, post, device, choose):
 
 
 @paths
-def test_partial_moments_of_a_convolution(path, device, choose):
-    """The split path takes them in place of its first reading; parts without positions do not count."""
-    choose(path)
-    (y, r), (first, second, _), groups = draw((2, 18, 3, 9, 11), torch.float32, device, 2)
-    partial = moments(y, 5)
-    expected = eager.norm_relu(y.double(), wide(first), groups, EPS)
-    assert_close(norms.norm_relu(y, first, groups, EPS, partial=partial), expected, torch.float32)
-    expected = eager.norm_tail(*wide((y, r, first, second)), groups, EPS)
-    assert_close(norms.norm_tail(y, r, first, second, groups, EPS, partial=partial), expected, torch.float32)
-
-
-def test_the_split_path_reads_partial_moments(device, choose):
-    choose("split")
-    (y, other), (norm, *_), groups = draw(SHAPES[0], torch.float32, device, 2)
-    _, mean, _ = norms.norm_relu(y, norm, groups, EPS, partial=moments(other, 3))
-    assert_close(mean, eager.norm_relu(other.double(), wide(norm), groups, EPS)[1], torch.float32)
-
-
-@paths
 def test_large_means_do_not_cancel(path, device, choose):
     choose(path)
-    (y,), (norm, *_), groups = draw((1, 8, 2, 15, 20), torch.float32, device, 1)
+    (y,), (norm, *_) = draw((1, 8, 2, 15, 20), torch.float32, device, 1)
     y += 3000
-    actual = norms.norm_relu(y, norm, groups, EPS)
-    assert_close(actual, eager.norm_relu(y.double(), wide(norm), groups, EPS), torch.float32, 1e-3)
+    actual = norms.norm_relu(y, norm)
+    assert_close(actual, eager.norm_relu(y.double(), wide(norm)), torch.float32, 1e-3)
 
 
 @paths
 def test_nan_stays_in_its_sample(path, device, choose):
     choose(path)
-    (y, r, z), (first, second, _), groups = draw((3, 16, 2, 7, 7), torch.float32, device, 3)
-    clean = run(y, r, first, second, groups, z, None)
+    (y, r, z), (first, second, _) = draw((3, 16, 2, 7, 7), torch.float32, device, 3)
+    clean = run(y, r, first, second, first.groups, z, None)
     y[1, 3, 2, 2] = torch.nan
-    broken = run(y, r, first, second, groups, z, None)
+    broken = run(y, r, first, second, first.groups, z, None)
     for a, b in zip(broken, clean, strict=True):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
     h, *_, squares = broken
@@ -212,11 +183,11 @@ def test_nan_stays_in_its_sample(path, device, choose):
 @paths
 def test_affine_gradients_are_optional(path, device, choose):
     choose(path)
-    (y, r, grad), (first, second, _), groups = draw(SHAPES[4], torch.float32, device, 3)
-    _, statistics = eager.norm_tail(y, r, first, second, groups, EPS)
+    (y, r, grad), (first, second, _) = draw(SHAPES[4], torch.float32, device, 3)
+    _, statistics = eager.norm_tail(y, r, first, second)
     for call in (
-        lambda params: vjps.norm_relu_vjp(grad, y, first, *statistics[:2], groups, EPS, params=params),
-        lambda params: vjps.norm_tail_vjp(grad, y, r, first, second, statistics, groups, EPS, params=params),
+        lambda params: vjps.norm_relu_vjp(grad, y, first, statistics[:2], params=params),
+        lambda params: vjps.norm_tail_vjp(grad, y, r, first, second, statistics, params=params),
     ):
         *without, none = call(False)
         *results, _ = call(True)
@@ -228,11 +199,11 @@ def test_affine_gradients_are_optional(path, device, choose):
 @paths
 def test_stopped_samples_are_skipped(path, device, choose):
     choose(path)
-    (y, r, z), (first, second, _), groups = draw((3, 16, 2, 7, 7), torch.float32, device, 3)
+    (y, r, z), (first, second, _) = draw((3, 16, 2, 7, 7), torch.float32, device, 3)
     state = DeviceState(z, rows=2, evaluations=3, history_dtype=torch.float32)
     state.status[1] = 0
-    expected = run(y, r, first, second, groups, z, None)
-    for a, b in zip(run(y, r, first, second, groups, z, state), expected, strict=True):
+    expected = run(y, r, first, second, first.groups, z, None)
+    for a, b in zip(run(y, r, first, second, first.groups, z, state), expected, strict=True):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
         assert a[1].isnan().all()
 
@@ -240,32 +211,32 @@ def test_stopped_samples_are_skipped(path, device, choose):
 @paths
 def test_samples_do_not_see_each_other(path, device, choose):
     choose(path)
-    (y, r, z), (first, second, _), groups = draw((3, 16, 2, 7, 7), torch.float32, device, 3)
-    together = run(y, r, first, second, groups, z, None)
-    alone = run(y[2:], r[2:], first, second, groups, z[2:], None)
+    (y, r, z), (first, second, _) = draw((3, 16, 2, 7, 7), torch.float32, device, 3)
+    together = run(y, r, first, second, first.groups, z, None)
+    alone = run(y[2:], r[2:], first, second, first.groups, z[2:], None)
     for a, b in zip(together, alone, strict=True):
         assert torch.equal(a[2:], b)
 
 
 def run(y, r, first, second, groups, z, state):
     """Every function's results per sample."""
-    h, mean, rstd = norms.norm_relu(y, first, groups, EPS, state=state)
-    out, statistics = norms.norm_tail(y, r, first, second, groups, EPS, state=state)
-    grad_h, _ = vjps.norm_relu_vjp(z, y, first, mean, rstd, groups, EPS, params=False, state=state)
-    grad_y, grad_r, _ = vjps.norm_tail_vjp(z, y, r, first, second, statistics, groups, EPS, params=False, state=state)
+    h, (mean, rstd) = norms.norm_relu(y, first, state=state)
+    out, statistics = norms.norm_tail(y, r, first, second, state=state)
+    grad_h, _ = vjps.norm_relu_vjp(z, y, first, [mean, rstd], params=False, state=state)
+    grad_y, grad_r, _ = vjps.norm_tail_vjp(z, y, r, first, second, statistics, params=False, state=state)
     if state is None:
         state = DeviceState(z, rows=2, evaluations=3, history_dtype=torch.float32)
-    norms.residual_tail(state, Tail(y, r, first, second, groups, EPS, None), z, 0)
+    norms.residual_tail(state, Tail(y, r, first, second), z, 0)
     return [h, mean, rstd, out, *statistics, grad_h, grad_y, grad_r, state.history[:, 0], state.norm_partials]
 
 
 @paths
 def test_consumed_memory_is_reused(path, device, choose):
     choose(path)
-    (y, r), (first, second, _), groups = draw(SHAPES[0], torch.float32, device, 2)
+    (y, r), (first, second, _) = draw(SHAPES[0], torch.float32, device, 2)
     for call in (
-        lambda y, **kwargs: norms.norm_relu(y, first, groups, EPS, **kwargs)[0],
-        lambda y, **kwargs: norms.norm_tail(y, r, first, second, groups, EPS, **kwargs)[0],
+        lambda y, **kwargs: norms.norm_relu(y, first, **kwargs)[0],
+        lambda y, **kwargs: norms.norm_tail(y, r, first, second, **kwargs)[0],
     ):
         expected, used = call(y), y.clone()
         actual = call(used, consume=True)
@@ -275,9 +246,9 @@ def test_consumed_memory_is_reused(path, device, choose):
 
 def test_other_layouts_are_taken(device):
     """A convolution or autograd may hand over contiguous tensors."""
-    (y, r, z), (first, second, _), groups = draw(SHAPES[0], torch.float32, device, 3)
-    expected = run(y, r, first, second, groups, z, None)
-    actual = run(y.contiguous(), r.contiguous(), first, second, groups, z.contiguous(), None)
+    (y, r, z), (first, second, _) = draw(SHAPES[0], torch.float32, device, 3)
+    expected = run(y, r, first, second, first.groups, z, None)
+    actual = run(y.contiguous(), r.contiguous(), first, second, first.groups, z.contiguous(), None)
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from ifr_fast import Anderson, Broyden, Picard, Status
 from ifr_fast.engine.loop import solve
 from ifr_fast.kernels import eager
+from ifr_fast.kernels.contract import Norm, Step
 from ifr_fast.kernels.gpu import DeviceState, shift, tail, total
 from ifr_fast.reference import anderson_iterates, broyden_iterates
 
 pytest.importorskip("triton")
 
-from ifr_fast.kernels.triton import rule as rules
-from ifr_fast.kernels.triton import solver
+from ifr_fast.kernels.triton import rules, solver
 
 TRITON = SimpleNamespace(new_state=DeviceState, step=solver.step, finish=solver.finish)
 
@@ -145,7 +145,7 @@ def test_residuals_of_zero_and_of_no_scale(device):
     f = torch.stack([z[0], 0 * z[1], 0 * z[2], torch.inf * z[3], torch.nan * z[4]])
     z[1] = 0
     state = DeviceState(z, rows=2, evaluations=3, history_dtype=torch.float32)
-    solver.step(state, f, z, method="broyden", window=2, evaluation=0, last=False, rtol=0.0, divergence=1e3)
+    solver.step(state, f, z, Step("broyden", 2, 0, False, 0.0))
     assert state.residual[:3].tolist() == [0, 0, torch.finfo(torch.float32).max]
     assert state.trace[0].nan_to_num(-1).tolist() == [*state.residual[:3].tolist(), -1, -1]
     assert state.residual[3:].isinf().all()
@@ -247,7 +247,7 @@ def test_residual_of_a_total(device, dtypes, last):
     z = nhwc(2, 10, 15, 17, device=device)
     addends = [torch.randn_like(z).to(kinds[d]) for d in dtypes]
     state = DeviceState(z, rows=3, evaluations=5, history_dtype=torch.float32)
-    solver.residual(state, total(*addends), z, -1 if last else 1)
+    solver.residual(state, total(*addends), z, Step("broyden", 3, 1, last, 0.0))
     f = sum(a.double() for a in addends)
     g = (f - z.double()).permute(0, 2, 3, 1).flatten(1)
     if last:
@@ -264,7 +264,7 @@ def test_a_total_of_another_layout(device):
     addend = torch.randn_like(z)
     states = [DeviceState(z, rows=1, evaluations=2, history_dtype=torch.float32) for _ in range(2)]
     for state, laid_out in zip(states, (addend, addend.contiguous()), strict=True):
-        solver.residual(state, total(laid_out), z, 0)
+        solver.residual(state, total(laid_out), z, Step("picard", 1, 0, False, 0.0))
     assert torch.equal(states[0].history, states[1].history)
 
 
@@ -276,8 +276,8 @@ def test_long_samples_have_bounded_parts(device, monkeypatch):
     state = DeviceState(z, rows=3, evaluations=4, history_dtype=torch.float32)
     assert solver.blocks_per_part(state.size) == 4
     for row in range(3):
-        solver.residual(state, torch.randn_like(z), z, row)
-    solver.gram_row(state, 2, window=2)
+        solver.residual(state, torch.randn_like(z), z, Step("broyden", 2, row, False, 0.0))
+    solver.gram_row(state, z, Step("broyden", 2, 2, False, 0.0))
     assert state.gram_partials.shape[1] == state.norm_partials.shape[1] == 4
     rows = state.history.double()
     sums = state.gram_partials.double().sum(1)
@@ -290,7 +290,7 @@ def test_the_rule_sums_any_number_of_parts(device):
     z = torch.randn(3, 7, device=device)
     state = DeviceState(z, rows=2, evaluations=3, history_dtype=torch.float32)
     state.norm_partials = torch.rand(3, 300, 2, device=device)
-    solver.rule(state, -1, method="picard", window=2, evaluation=0, rtol=0.0, divergence=torch.inf)
+    solver.rule(state, z, Step("picard", 2, 0, True, 0.0))
     g2, f2 = state.norm_partials.double().sum(1).unbind(1)
     torch.testing.assert_close(state.residual.double(), (g2 / f2).sqrt(), rtol=1e-6, atol=0)
 
@@ -303,13 +303,14 @@ def test_a_step_touches_running_samples_only(device, rows):
     state.trace[0] = 0.5
     state.status[0] = Status.NONFINITE
     state.improved[0] = True
+    state.norms[:, 2] = torch.inf  # no residual is too large
     if rows > 1:
         state.value = z
     before = {name: getattr(state, name)[0].clone() for name in ("total", "best", "residual", "iterations", "p", "q")}
     moved = z.clone()
     if rows > 1:
         state.value = moved
-    solver.step(state, f, moved, method="picard", window=1, evaluation=1, last=False, rtol=0.0, divergence=torch.inf)
+    solver.step(state, f, moved, Step("picard", 1, 1, False, 0.0))
     assert torch.equal(moved[0], z[0])
     assert state.history[0].isnan().all()
     assert state.improved.all()
@@ -325,16 +326,14 @@ def test_a_step_touches_running_samples_only(device, rows):
 def test_tail_ends_in_the_residual(device):
     """A step on a Tail is the step on norm_tail's result."""
     y, r, z = (nhwc(2, 16, 7, 7, device=device) for _ in range(3))
-    norms = [(torch.randn(16, device=device), torch.randn(16, device=device)) for _ in range(2)]
-    f, _ = eager.norm_tail(y, r, *norms, 4, 1e-5)
+    norms = [Norm(*torch.randn(2, 16, device=device), 4) for _ in range(2)]
+    f, _ = eager.norm_tail(y, r, *norms)
     states = []
-    for result in (f, tail(y, r, *norms, 4, 1e-5)):
+    for result in (f, tail(y, r, *norms)):
         state = DeviceState(z, rows=3, evaluations=4, history_dtype=torch.float32)
         moved = z.clone()
         state.value = moved
-        solver.step(
-            state, result, moved, method="broyden", window=3, evaluation=0, last=False, rtol=0.0, divergence=1e3
-        )
+        solver.step(state, result, moved, Step("broyden", 3, 0, False, 0.0))
         solver.finish(state, moved)
         states.append((moved, state.history[:, 0], state.trace[0], state.gram))
     for a, b in zip(*states, strict=True):
@@ -351,8 +350,7 @@ def test_a_singular_anderson_system_gives_a_plain_step(device):
     for k, factor in enumerate((1.0, 1.0, 2.0)):
         before = moved.clone()
         solver.step(
-            state, before + factor * g, moved, method="anderson", window=4, evaluation=k, last=False, rtol=0.0,
-            divergence=1e3,
+            state, before + factor * g, moved, Step("anderson", 4, k, False, 0.0)
         )  # fmt: skip
         assert moved.isfinite().all()
         if k < 2:

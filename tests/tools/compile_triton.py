@@ -1,6 +1,6 @@
 """Compiles the package's Triton kernels ahead of time, without a GPU, and fails where one spills or overfills a block.
 
-    python tests/compile_triton.py [90 …] [--few | --launches FILE]
+    python tests/tools/compile_triton.py [90 …] [--few | --launches FILE]
 
 Solves and their gradients run on meta tensors, through the package's own wrappers, at the sizes users meet. Triton's
 launcher is stopped where it would compile: what it would have compiled (types, constants, divisibility, warps, stages)
@@ -33,14 +33,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITCallable, JITFunction
+from triton.runtime.jit import JITFunction
 
-from ifr_fast import kernels as border
 from ifr_fast.engine.linearise import BlockMap
 from ifr_fast.engine.loop import solve
-from ifr_fast.kernels import eager
-from ifr_fast.kernels import gpu as shared_parts
-from ifr_fast.kernels import triton as package
+from ifr_fast.kernels import contract, gpu
+from ifr_fast.kernels import triton as kernels
 from ifr_fast.solvers import Anderson, Broyden, Picard, Solver
 
 # Shared memory that a block may have, and multiprocessors: A100, H100, B200.
@@ -107,7 +105,7 @@ class Recorder:
         )
         driver.set_active(self)
         # Launches are recorded on meta tensors, which have no addresses.
-        for module in (border, shared_parts, *package_modules()):
+        for module in (contract, gpu, *package_modules()):
             if hasattr(module, "address"):
                 module.address = lambda *_: 0
         JITFunction._do_compile = keep
@@ -118,7 +116,7 @@ class Recorder:
 
 
 def package_modules() -> list[ModuleType]:
-    return [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    return [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
 
 
 def unlaunched(variants: list[Variant]) -> list[str]:
@@ -135,24 +133,6 @@ def unlaunched(variants: list[Variant]) -> list[str]:
     ]
 
 
-def backend(statistics: bool | None) -> SimpleNamespace:
-    """The Triton backend with torch's convolution (None), or with its own, with and without GroupNorm's sums."""
-    functions: dict[str, Any] = {"wide": eager.wide}
-    for module in (shared_parts, *package_modules()):
-        functions |= {
-            name: value
-            for name, value in vars(module).items()
-            if callable(value) and not isinstance(value, (type, JITCallable)) and not name.startswith("_")
-        }
-
-    def convolution(weight: Tensor, x: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        if statistics is None:
-            return lambda x, state=None: (torch.conv2d(x, weight, padding=1), None)
-        return functions["implicit_gemm"](weight, x, statistics=statistics)
-
-    return SimpleNamespace(**functions | {"convolution": convolution, "new_state": shared_parts.DeviceState})
-
-
 def train(
     channels: int,
     groups: int,
@@ -164,7 +144,6 @@ def train(
     n: int = 100,
     form: str = "released",
     rules: tuple[Solver, ...] = (Broyden(),),
-    statistics: bool | None = None,
 ) -> None:
     """A solve by every rule and the gradient of one, as a head makes them, of feature maps (n, channels, height,
     width)."""
@@ -173,7 +152,6 @@ def train(
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=layout)
 
-    kernels = backend(statistics)
     x = tensor(n, channels, height, width, dtype=x_dtype or dtype)
     norms = [tensor(channels), tensor(channels)]
     weight = tensor(channels, channels, 3, 3)
@@ -205,12 +183,11 @@ def train_package() -> None:
         train(256, 32, 14, 14, BF16, rules=(Broyden(rows), Anderson(rows), Picard(rows)))
     train(256, 32, 14, 14, FP32, rules=(Broyden(32),))
     start_anywhere()
-    convolve()
 
 
 def train_few() -> None:
     """Every kernel once or twice: channels and positions of a small map, and of one whose samples are split."""
-    train(64, 4, 7, 7, BF16, n=2, rules=(Broyden(), Anderson(), Picard()), statistics=True)
+    train(64, 4, 7, 7, BF16, n=2, rules=(Broyden(), Anderson(), Picard()))
     train(64, 4, 100, 152, BF16, n=2)
 
 
@@ -220,25 +197,7 @@ def start_anywhere() -> None:
         z = torch.empty(shape, device="meta")
         z = z.contiguous(memory_format=torch.channels_last) if z.dim() == 4 else z
         for rule in (Broyden(), Picard()):
-            solve(lambda z, _: torch.empty_like(z), z, rule.resolve(dtype), backend(None))
-
-
-def convolve() -> None:
-    """The package's own convolution: the tiles of the sizes users meet, and every one that a sweep may choose."""
-    for channels in (64, 128, 512):
-        train(channels, 32, 14, 14, BF16, statistics=True)
-    for n in (1, 8, 100, 512):
-        train(256, 32, 14, 14, BF16, n=n, statistics=True)
-    for height, width in ((7, 7), (28, 28), (100, 152)):
-        train(256, 32, height, width, BF16, n=2, statistics=True)
-    train(256, 32, 14, 14, BF16, statistics=False)
-    for dtype, precision in ((FP32, "ieee"), (FP32, "tf32"), (FP16, "tf32"), (BF16, "tf32")):
-        torch.backends.cudnn.conv.fp32_precision = precision
-        kernels = backend(statistics=True)
-        x = torch.empty(100, 256, 14, 14, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
-        conv = kernels.convolution(x.new_empty(256, 256, 3, 3), x)
-        for config in kernels.candidates(256, dtype, conv.precision, conv.chip):
-            conv.launch(config, x, SimpleNamespace(status=torch.empty(100, dtype=torch.int64, device="meta")))
+            solve(lambda z, _: torch.empty_like(z), z, rule.resolve(dtype), kernels)
 
 
 def measure(variant: Variant, target: GPUTarget) -> Usage:

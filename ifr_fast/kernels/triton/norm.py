@@ -6,14 +6,15 @@ whole path). Larger ones are split into runs of positions: partial moments, thei
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import Norm, address, optional
-from ..gpu import DeviceState, Tail, activation, like, moments, status_of
-from ..gpu import affine as affine_of
+from ..contract import EPS, Norm, address
+from ..gpu import DeviceState, Tail, checked, like, status_of
 from .tiles import (
     RUNNING,
     Budget,
@@ -34,147 +35,118 @@ TAIL = Budget(elements=16384, warps=32, registers=4)
 
 
 def norm_relu(
-    y: Tensor,
-    norm: Norm,
-    groups: int,
-    eps: float,
-    *,
-    consume: bool = False,
-    partial: Tensor | None = None,
-    state: DeviceState | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """eager.norm_relu. partial: the convolution's moments of y, (n, parts, channels, 3) = (count, mean, M2)."""
-    y, status = _checked(y, groups, norm, None, partial, state), status_of(state)
+    y: Tensor, norm: Norm, *, consume: bool = False, state: DeviceState | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    y, status = checked(y, norm, None, state), status_of(state)
     n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
-    out = y if consume else torch.empty_like(y)
-    mean, rstd = torch.empty((2, n, groups), dtype=torch.float32, device=y.device)
-    tile = whole_tile(positions, channels, groups, y.itemsize, RELU)
+    out, statistics = y if consume else torch.empty_like(y), _statistics(y, norm, None)
+    tile = whole_tile(positions, channels, norm.groups, y.itemsize, RELU)
     if tile is not None:
         norm_relu_whole[(n * tile.blocks,)](
-            y, *norm, out, mean, rstd, status, positions, eps, **tile.constants(channels, groups)
-        )
-        return out, mean, rstd
-    tile = split_tile(positions, channels, groups)
-    _split_statistics(tile, y, None, (None, None), [mean, rstd], None, groups, eps, partial, status)
+            y, norm.weight, norm.bias, out, *statistics, status, positions, EPS,
+            **tile.constants(channels, norm.groups),
+        )  # fmt: skip
+        return out, statistics
+    tile = split_tile(positions, channels, norm.groups)
+    _split_statistics(tile, y, None, norm, None, statistics, status)
     norm_relu_apply[(n * tile.blocks,)](
-        y, *norm, mean, rstd, out, status, positions, tile.blocks, **tile.constants(channels, groups)
-    )
-    return out, mean, rstd
+        y, norm.weight, norm.bias, *statistics, out, status, positions, tile.blocks,
+        **tile.constants(channels, norm.groups),
+    )  # fmt: skip
+    return out, statistics
 
 
 def norm_tail(
     y: Tensor,
-    r: Tensor | None,
+    shortcut: Tensor | None,
     first: Norm,
     second: Norm | None,
-    groups: int,
-    eps: float,
     *,
     consume: bool = False,
-    partial: Tensor | None = None,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """eager.norm_tail. partial: as norm_relu's."""
-    y = _checked(y, groups, first, second, partial, state)
+    y = checked(y, first, second, state)
     out = y if consume and y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
-    shape = (2 if second is None else 4, y.shape[0], groups)
-    statistics = list(torch.empty(shape, dtype=torch.float32, device=y.device))
-    _tail(Tail(y, r, first, second, groups, eps, partial), statistics, out, None, None, status_of(state), 0, 0)
+    statistics = _statistics(y, first, second)
+    _tail(Tail(y, shortcut, first, second), statistics, Sink(out, None, None, status_of(state), 0))
     return out, statistics
 
 
 def residual_tail(state: DeviceState, tail: Tail, z: Tensor, row: int) -> None:
     """Finishes f = norm_tail(tail) and takes the residual g = f - z: g, rounded, is the history's row `row` (none if
     row < 0); sums of g² and f² go to state.norm_partials. f itself is never in memory."""
-    y = _checked(tail.y, tail.groups, tail.first, tail.second, tail.partial, state)
+    y = checked(tail.y, tail.first, tail.second, state)
     address(state.history, "state.history", state.history.dtype, state.rows * y.numel(), y.device)
-    _tail(tail._replace(y=y), None, None, like(z, "z", y), state, state.status, state.rows, row)
+    _tail(tail._replace(y=y), None, Sink(None, like(z, "z", y), state, state.status, row))
 
 
-def _checked(
-    y: Tensor, groups: int, first: Norm, second: Norm | None, partial: Tensor | None, state: DeviceState | None
-) -> Tensor:
-    """y as the kernels read it; ValueError where what belongs to it would not fit."""
-    y = activation(y, groups)
-    affine_of(y, first, "first " if second else "")
-    affine_of(y, second, "second ")
-    moments(y, partial)
-    optional(status_of(state), "state.status", torch.int64, y.shape[0], y.device)
-    return y
+class Sink(NamedTuple):
+    """Where a tail's result f goes: to `out`, or as the residual f - z to the state's history."""
+
+    out: Tensor | None
+    z: Tensor | None
+    state: DeviceState | None
+    status: Tensor | None
+    row: int
 
 
-def _tail(
-    tail: Tail,
-    statistics: list[Tensor] | None,
-    out: Tensor | None,
-    z: Tensor | None,
-    state: DeviceState | None,
-    status: Tensor | None,
-    rows: int,
-    row: int,
-) -> None:
-    y, r, first, second, groups, eps, partial = tail
-    r = None if r is None else like(r, "r", y)
+def _tail(tail: Tail, statistics: list[Tensor] | None, sink: Sink) -> None:
+    """statistics: filled where they are wanted."""
+    y, shortcut, first, second = tail
+    out, z, state, status, row = sink
+    shortcut = None if shortcut is None else like(shortcut, "shortcut", y)
     n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
-    affines = (*first, *(second or (None, None)))
-    tile = whole_tile(positions, channels, groups, y.itemsize, TAIL)
+    affines = (first.weight, first.bias, *((None, None) if second is None else second[:2]))
+    tile = whole_tile(positions, channels, first.groups, y.itemsize, TAIL)
     whole = tile is not None
-    if not whole:
-        tile = split_tile(positions, channels, groups)
-        if statistics is None:
-            shape = (2 if second is None else 4, n, groups)
-            statistics = list(torch.empty(shape, dtype=torch.float32, device=y.device))
-        _split_statistics(tile, y, r, first, statistics, second, groups, eps, partial, status)
-    history = norm_partials = None
+    if tile is None:
+        tile = split_tile(positions, channels, first.groups)
+        statistics = _statistics(y, first, second) if statistics is None else statistics
+        _split_statistics(tile, y, shortcut, first, second, statistics, status)
+    history, norm_partials, rows = None, None, 0
     if state is not None:
-        history = state.history
         state.reserve_norms(tile.blocks)
-        norm_partials = state.norm_partials
-    statistics = [*(statistics or []), None, None, None, None][:4]
-    sink = (out, z, history, norm_partials, status, positions, rows, row)
-    constants = tile.constants(channels, groups)
+        history, norm_partials, rows = state.history, state.norm_partials, state.rows
+    four = [*(statistics or []), None, None, None, None][:4]
+    written = (out, z, history, norm_partials, status, positions, rows, row)
+    constants = tile.constants(channels, first.groups)
     if whole:
-        norm_tail_whole[(n * tile.blocks,)](y, r, *affines, *statistics, *sink, eps, **constants)
+        norm_tail_whole[(n * tile.blocks,)](y, shortcut, *affines, *four, *written, EPS, **constants)
     else:
-        norm_tail_apply[(n * tile.blocks,)](y, r, *affines, *statistics, *sink, tile.blocks, **constants)
+        norm_tail_apply[(n * tile.blocks,)](y, shortcut, *affines, *four, *written, tile.blocks, **constants)
+
+
+def _statistics(y: Tensor, first: Norm, second: Norm | None) -> list[Tensor]:
+    shape = (2 if second is None else 4, y.shape[0], first.groups)
+    return list(torch.empty(shape, dtype=torch.float32, device=y.device))
 
 
 def _split_statistics(
     tile: Tile,
     y: Tensor,
-    r: Tensor | None,
-    first: Norm | tuple[None, None],
-    statistics: list[Tensor],
+    shortcut: Tensor | None,
+    first: Norm,
     second: Norm | None,
-    groups: int,
-    eps: float,
-    partial: Tensor | None,
+    statistics: list[Tensor],
     status: Tensor | None,
 ) -> None:
-    """Fills statistics: y's mean and 1/σ, and with a second norm those of relu(gn_first(y) + r)."""
+    """Fills statistics: y's mean and 1/σ, and with a second norm those of relu(gn_first(y) + shortcut)."""
     n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
-    own = torch.empty((n, tile.blocks, groups, 3), dtype=torch.float32, device=y.device)
-    arguments = (own, status, positions, tile.blocks)
-    constants = tile.constants(channels, groups)
-    if partial is None:
-        partial_moments[(n * tile.blocks,)](y, None, None, None, None, None, *arguments, **constants)
-        partial = own
-    _combine(partial, *statistics[:2], groups, eps, status)
+    partials = torch.empty((n, tile.blocks, first.groups, 3), dtype=torch.float32, device=y.device)
+    arguments = (partials, status, positions, tile.blocks)
+    constants = tile.constants(channels, first.groups)
+    partial_moments[(n * tile.blocks,)](y, None, None, None, None, None, *arguments, **constants)
+    _combine(partials, statistics[:2], status)
     if second is not None:
-        partial_moments[(n * tile.blocks,)](y, r, *first, *statistics[:2], *arguments, **constants)
-        _combine(own, *statistics[2:], groups, eps, status)
+        partial_moments[(n * tile.blocks,)](
+            y, shortcut, first.weight, first.bias, *statistics[:2], *arguments, **constants
+        )
+        _combine(partials, statistics[2:], status)
 
 
-def _combine(partial: Tensor, mean: Tensor, rstd: Tensor, groups: int, eps: float, status: Tensor | None) -> None:
-    n, parts, columns, _ = partial.shape
-    combine_moments[(n * groups,)](partial, mean, rstd, status, parts, eps, **combination(columns, groups))
-
-
-def combination(columns: int, groups: int) -> dict[str, int]:
-    """Launch configuration of combine_moments, for partials of `columns` channels or groups."""
-    columns //= groups
-    block = triton.next_power_of_2(columns)
-    return {"GROUPS": groups, "COLUMNS": columns, "BLOCK_N": max(1024 // block, 1), "BLOCK_S": block, "num_warps": 4}
+def _combine(partials: Tensor, statistics: list[Tensor], status: Tensor | None) -> None:
+    n, parts, groups, _ = partials.shape
+    combine_moments[(n * groups,)](partials, *statistics, status, parts, EPS, GROUPS=groups, BLOCK=1024, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["positions"])
@@ -265,36 +237,31 @@ def partial_moments(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def combine_moments(
-    partials, mean, rstd, status, parts, eps,
-    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """A group's mean and 1/σ from partials (n, parts, groups · COLUMNS, 3), by Chan's formula; parts of count 0 do not
-    count, whatever they hold."""
+def combine_moments(partials, mean, rstd, status, parts, eps, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """A group's mean and 1/σ from partials (n, parts, groups, 3), by Chan's formula."""
     n, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
     if status is not None and tl.load(status + n) != RUNNING:
         return
-    first = partials + (n * parts * GROUPS + group) * (COLUMNS * 3)
-    part, column = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_S)[None, :]
-    offset = (part * (GROUPS * COLUMNS) + column) * 3
-    counts, sums = tl.zeros((BLOCK_N, BLOCK_S), tl.float32), tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
+    first = partials + (n * parts * GROUPS + group) * 3
+    part = tl.arange(0, BLOCK)
+    counts, sums = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     start = 0
     while start < parts:
-        at, there = first + start * (GROUPS * COLUMNS * 3) + offset, (start + part < parts) & (column < COLUMNS)
+        at, there = first + (start + part) * (GROUPS * 3), start + part < parts
         count = tl.load(at, there, other=0.0)
         counts += count
-        sums += tl.where(count > 0, count * tl.load(at + 1, there, other=0.0), 0.0)
-        start += BLOCK_N
+        sums += count * tl.load(at + 1, there, other=0.0)
+        start += BLOCK
     total = tl.sum(counts)
     center = tl.sum(sums) / total
-    squares = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
     start = 0
     while start < parts:
-        at, there = first + start * (GROUPS * COLUMNS * 3) + offset, (start + part < parts) & (column < COLUMNS)
+        at, there = first + (start + part) * (GROUPS * 3), start + part < parts
         count = tl.load(at, there, other=0.0)
         away = tl.load(at + 1, there, other=0.0) - center
-        squares += tl.where(count > 0, tl.load(at + 2, there, other=0.0) + count * away * away, 0.0)
-        start += BLOCK_N
+        squares += tl.load(at + 2, there, other=0.0) + count * away * away
+        start += BLOCK
     at = n * GROUPS + group
     tl.store(mean + at, center)
     tl.store(rstd + at, tl.rsqrt(tl.sum(squares) / total + eps))

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import Norm, optional
-from ..gpu import DeviceState, activation, given, like, status_of
-from ..gpu import affine as affine_of
+from ..contract import Norm
+from ..gpu import DeviceState, checked, like, status_of
 from .tiles import (
     RUNNING,
     Budget,
@@ -37,74 +36,48 @@ TAIL_PARAMS = TAIL._replace(registers=9)
 
 
 def norm_relu_vjp(
-    grad: Tensor,
-    y: Tensor,
-    norm: Norm,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    eps: float,
-    *,
-    params: bool,
-    state: DeviceState | None = None,
+    grad: Tensor, y: Tensor, norm: Norm, statistics: list[Tensor], *, params: bool, state: DeviceState | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """eager.norm_relu_vjp. params asks for sums over all samples: none is skipped then."""
-    y = _checked(y, groups, norm, None, [mean, rstd], state)
-    grad, status = like(grad, "grad", y), _status(state, params)
-    return _norm_vjp(grad, y, norm, mean, rstd, groups, params, status, relu=True)
+    """params asks for sums over all samples: none is skipped then."""
+    y = checked(y, norm, None, state, statistics)
+    return _norm_vjp(like(grad, "grad", y), y, norm, statistics, params, _status(state, params), relu=True)
 
 
 def norm_tail_vjp(
     grad: Tensor,
     y: Tensor,
-    r: Tensor | None,
+    shortcut: Tensor | None,
     first: Norm,
     second: Norm | None,
     statistics: list[Tensor],
-    groups: int,
-    eps: float,
     *,
     params: bool,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """eager.norm_tail_vjp. params: as norm_relu_vjp's."""
-    y = _checked(y, groups, first, second, statistics, state)
-    grad, r, status = like(grad, "grad", y), None if r is None else like(r, "r", y), _status(state, params)
+    """params: as norm_relu_vjp's."""
+    y, status = checked(y, first, second, state, statistics), _status(state, params)
+    grad, shortcut = like(grad, "grad", y), None if shortcut is None else like(shortcut, "shortcut", y)
     if second is None:
-        grad_y, grads = _norm_vjp(grad, y, first, *statistics, groups, params, status, relu=False)
-        return grad_y, None if r is None else grad, grads
+        grad_y, grads = _norm_vjp(grad, y, first, statistics, params, status, relu=False)
+        return grad_y, None if shortcut is None else grad, grads
     n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
-    tile = whole_tile(positions, channels, groups, y.itemsize, TAIL_PARAMS if params else TAIL)
+    tile = whole_tile(positions, channels, first.groups, y.itemsize, TAIL_PARAMS if params else TAIL)
     if tile is None:
-        return _split_tail_vjp(grad, y, r, first, second, statistics, groups, params, status)
-    grad_y, grad_r = torch.empty_like(y), None if r is None else torch.empty_like(grad)
+        return _split_tail_vjp(grad, y, shortcut, first, second, statistics, params, status)
+    grad_y, grad_shortcut = torch.empty_like(y), None if shortcut is None else torch.empty_like(grad)
     grads = torch.empty((n, 4, channels), dtype=torch.float32, device=y.device) if params else None
     norm_tail_vjp_whole[(n * tile.blocks,)](
-        grad, y, r, *first, *second, *statistics, grad_y, grad_r, grads, status, positions,
-        **tile.constants(channels, groups),
+        grad, y, shortcut, *first[:2], *second[:2], *statistics, grad_y, grad_shortcut, grads, status, positions,
+        **tile.constants(channels, first.groups),
     )  # fmt: skip
-    return grad_y, grad_r, _over_samples(grads)
-
-
-def _checked(
-    y: Tensor, groups: int, first: Norm, second: Norm | None, statistics: list[Tensor], state: DeviceState | None
-) -> Tensor:
-    """y as the kernels read it; ValueError where what belongs to it would not fit."""
-    y = activation(y, groups)
-    affine_of(y, first, "first " if second else "")
-    affine_of(y, second, "second ")
-    given(y, groups, statistics, 1 if second is None else 2)
-    optional(status_of(state), "state.status", torch.int64, y.shape[0], y.device)
-    return y
+    return grad_y, grad_shortcut, _over_samples(grads)
 
 
 def _norm_vjp(
     grad: Tensor,
     y: Tensor,
     norm: Norm,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
+    statistics: list[Tensor],
     params: bool,
     status: Tensor | None,
     *,
@@ -112,17 +85,17 @@ def _norm_vjp(
 ) -> tuple[Tensor, list[Tensor]]:
     n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
     grad_y = torch.empty_like(y)
-    tile = whole_tile(positions, channels, groups, y.itemsize, NORM)
+    tile = whole_tile(positions, channels, norm.groups, y.itemsize, NORM)
     whole = tile is not None
-    tile = tile or split_tile(positions, channels, groups)
-    constants = tile.constants(channels, groups) | {"RELU": relu}
+    tile = tile or split_tile(positions, channels, norm.groups)
+    constants = tile.constants(channels, norm.groups) | {"RELU": relu}
     parts = n if whole else n * tile.blocks
     grads = torch.empty((parts, 2, channels), dtype=torch.float32, device=y.device) if params else None
-    inputs = (grad, y, *norm, mean, rstd)
+    inputs = (grad, y, norm.weight, norm.bias, *statistics)
     if whole:
         norm_vjp_whole[(n * tile.blocks,)](*inputs, grad_y, grads, status, positions, **constants)
         return grad_y, _over_samples(grads)
-    partials = torch.empty((n, tile.blocks, groups, 2), dtype=torch.float32, device=y.device)
+    partials = torch.empty((n, tile.blocks, norm.groups, 2), dtype=torch.float32, device=y.device)
     norm_vjp_sums[(n * tile.blocks,)](*inputs, partials, grads, status, positions, tile.blocks, **constants)
     sums = _add(partials, status)
     norm_vjp_apply[(n * tile.blocks,)](*inputs, sums, grad_y, status, positions, tile.blocks, **constants)
@@ -132,27 +105,26 @@ def _norm_vjp(
 def _split_tail_vjp(
     grad: Tensor,
     y: Tensor,
-    r: Tensor | None,
+    shortcut: Tensor | None,
     first: Norm,
     second: Norm,
     statistics: list[Tensor],
-    groups: int,
     params: bool,
     status: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
-    tile = split_tile(positions, channels, groups, TAIL.registers)
-    grid, constants = (n * tile.blocks,), tile.constants(channels, groups)
+    tile = split_tile(positions, channels, first.groups, TAIL.registers)
+    grid, constants = (n * tile.blocks,), tile.constants(channels, first.groups)
     grad_y, grad_u = torch.empty_like(y), torch.empty_like(grad)
-    partials = torch.empty((n, tile.blocks, groups, 2), dtype=torch.float32, device=y.device)
+    partials = torch.empty((n, tile.blocks, first.groups, 2), dtype=torch.float32, device=y.device)
     grads = torch.empty((n * tile.blocks, 4, channels), dtype=torch.float32, device=y.device) if params else None
-    inputs, sizes = (grad, y, r, *first, *second, *statistics), (status, positions, tile.blocks)
-    post_vjp_sums[grid](*inputs, partials, grads, *sizes, **constants)
+    inputs, sizes = (grad, y, shortcut, *first[:2], *second[:2], *statistics), (status, positions, tile.blocks)
+    second_vjp_sums[grid](*inputs, partials, grads, *sizes, **constants)
     sums = _add(partials, status)
-    post_vjp_apply[grid](*inputs, sums, grad_u, partials, grads, *sizes, **constants)
+    second_vjp_apply[grid](*inputs, sums, grad_u, partials, grads, *sizes, **constants)
     sums = _add(partials, status)
-    norm_vjp_apply[grid](grad_u, y, *first, *statistics[:2], sums, grad_y, *sizes, **constants, RELU=False)
-    return grad_y, None if r is None else grad_u, _over_samples(grads)
+    norm_vjp_apply[grid](grad_u, y, *first[:2], *statistics[:2], sums, grad_y, *sizes, **constants, RELU=False)
+    return grad_y, None if shortcut is None else grad_u, _over_samples(grads)
 
 
 def _status(state: DeviceState | None, params: bool) -> Tensor | None:
@@ -213,7 +185,7 @@ def norm_tail_vjp_whole(
     center, scale = _load_groups(mean, rstd, n, group, GROUPS, BLOCK_G)
     center2, scale2 = _load_groups(mean2, rstd2, n, group, GROUPS, BLOCK_G)
     g = tl.load(grad + base + offset, mask, other=0.0)
-    x, u = _before_post(y, r, weight, bias, center, scale, base + offset, mask, channel, real)
+    x, u = _before_second(y, r, weight, bias, center, scale, base + offset, mask, channel, real)
     v = normalised(relu(u), center2, scale2)
     if grads is not None:
         _store_channel_sums(g, v, grads + n * (4 * CHANNELS) + 2 * CHANNELS, channel, real, CHANNELS)
@@ -278,7 +250,7 @@ def norm_vjp_apply(
 
 
 @triton.jit(do_not_specialize=["positions", "splits"])
-def post_vjp_sums(
+def second_vjp_sums(
     grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, partials, grads, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -290,7 +262,7 @@ def post_vjp_sums(
     base = n * positions * CHANNELS
     g = tl.load(grad + base + offset, mask, other=0.0)
     center, scale = _load_groups(mean, rstd, n, 0, GROUPS, BLOCK_G)
-    _, u = _before_post(y, r, weight, bias, center, scale, base + offset, mask, channel, real)
+    _, u = _before_second(y, r, weight, bias, center, scale, base + offset, mask, channel, real)
     center, scale = _load_groups(mean2, rstd2, n, 0, GROUPS, BLOCK_G)
     v = normalised(relu(u), center, scale)
     slot = tl.program_id(0).to(tl.int64)
@@ -301,13 +273,13 @@ def post_vjp_sums(
 
 
 @triton.jit(do_not_specialize=["positions", "splits"])
-def post_vjp_apply(
+def second_vjp_apply(
     grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, sums, grad_u, partials, grads, status,
     positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of u = gn_first(y) + r, and the sums that the first norm's vjp needs; grads as post_vjp_sums's: its
-    first two."""
+    """The gradient of u = gn_first(y) + shortcut, and the sums of the first norm's vjp. grads: as second_vjp_sums's,
+    the first two of four."""
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
     if status is not None and tl.load(status + n) != RUNNING:
         return
@@ -315,7 +287,7 @@ def post_vjp_apply(
     base = n * positions * CHANNELS
     g = tl.load(grad + base + offset, mask, other=0.0)
     center, scale = _load_groups(mean, rstd, n, 0, GROUPS, BLOCK_G)
-    x, u = _before_post(y, r, weight, bias, center, scale, base + offset, mask, channel, real)
+    x, u = _before_second(y, r, weight, bias, center, scale, base + offset, mask, channel, real)
     center, scale = _load_groups(mean2, rstd2, n, 0, GROUPS, BLOCK_G)
     average, slope = _load_sums(sums, n, GROUPS, BLOCK_G)
     g *= tl.load(weight2 + channel, real, other=0.0)
@@ -349,7 +321,7 @@ def add_sums(partials, sums, status, parts, GROUPS: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def _before_post(y, r, weight, bias, mean, rstd, at, mask, channel, real):
+def _before_second(y, r, weight, bias, mean, rstd, at, mask, channel, real):
     """x̂ of the tail's first norm, and u = gn_first(y) + r, what ReLU and the second norm are applied to."""
     x_hat = normalised(tl.load(y + at, mask, other=0.0).to(tl.float32), mean, rstd)
     if r is not None:

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import address, describe, ridge
+from ..contract import DIVERGENCE, Step, address, check_step, describe, ridge
 from ..gpu import STATE, DeviceState, Tail, Total
 from .norm import residual_tail
-from .rule import rule_kernel, rule_tile
+from .rules import rule_kernel, rule_tile
 from .tiles import RUNNING
 
 BLOCK = 1024  # elements of a block
@@ -56,35 +56,16 @@ def combine_sweep(count: int, itemsize: int, align: int) -> Sweep:
     return Sweep(BLOCK // 2, min(triton.next_power_of_2(count), 32 // itemsize), 2, 128 if align > 1 else 224)
 
 
-def step(
-    state: DeviceState,
-    f: Tensor | Tail | Total,
-    z: Tensor,
-    *,
-    method: str,
-    window: int,
-    evaluation: int,
-    last: bool,
-    rtol: float,
-    divergence: float,
-    affine: bool = False,
-) -> None:
-    """eager.step without its result. f: (N, …) fp32 laid out as z, or a pending result."""
+def step(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, step: Step) -> None:
+    """f: (n, …) float32 laid out as z, or a pending result."""
     check(state, z)
-    if not 0 <= evaluation < len(state.trace) or window < 1:
-        raise ValueError(f"evaluation={evaluation}, window={window}: the state has room for {len(state.trace)}")
-    row = -1 if last else evaluation % state.rows
-    if isinstance(f, Tail):
-        residual_tail(state, f, z, row)
-    else:
-        residual(state, f, z, row)
-    if not last and method != "picard":
-        gram_row(state, row, window)
-    rule(
-        state, row, method=method, window=window, evaluation=evaluation, rtol=rtol, divergence=divergence, affine=affine
-    )
-    if not last:
-        combine(state, z, row)
+    check_step(state, step)
+    residual(state, f, z, step)
+    if not step.last and step.method != "picard":
+        gram_row(state, z, step)
+    rule(state, z, step)
+    if not step.last:
+        combine(state, z, step)
 
 
 def check(state: DeviceState, z: Tensor) -> None:
@@ -97,22 +78,27 @@ def check(state: DeviceState, z: Tensor) -> None:
             address(tensor, f"state.{name}", tensor.dtype, state.n * state.size, z.device)
 
 
-def residual(state: DeviceState, f: Tensor | Total, z: Tensor, row: int) -> None:
-    """g = f - z into the history's row `row` (< 0: nowhere), and the parts of ‖g‖² and ‖f‖² into norm_partials."""
+def residual(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, step: Step) -> None:
+    """g = f - z into the history, but not in the last step, and the parts of ‖g‖² and ‖f‖² into norm_partials."""
+    row = step.row(state)
+    if isinstance(f, Tail):
+        residual_tail(state, f, z, row)
+        return
     addends = f.addends if isinstance(f, Total) else (f,)
-    addends = [_laid_out(a, z) for a in addends] + [None] * (3 - len(addends))
+    three = [*(_laid_out(a, z) for a in addends), None, None][:3]
     blocks = blocks_per_part(state.size)
     parts = triton.cdiv(state.size, blocks * BLOCK)
     state.reserve_norms(parts)
     residual_kernel[(state.n * parts,)](
-        *addends, z, state.history, state.norm_partials, state.status, state.size, state.rows, row,
+        *three, z, state.history, state.norm_partials, state.status, state.size, state.rows, row,
         ALIGN=alignment(state.size), BLOCK=BLOCK, BLOCKS=blocks, num_warps=4,
     )  # fmt: skip
 
 
-def gram_row(state: DeviceState, row: int, window: int) -> None:
+def gram_row(state: DeviceState, z: Tensor, step: Step) -> None:
     """The parts of the stored residual's inner products with the window's rows, into gram_partials."""
-    first, history = max(0, row - window + 1), state.history
+    row, history = step.row(state), state.history
+    first = max(0, row - step.window + 1)
     blocks, align = blocks_per_part(state.size), alignment(state.size)
     splits = triton.cdiv(state.size, blocks * BLOCK)
     if state.gram_partials is None:
@@ -125,30 +111,20 @@ def gram_row(state: DeviceState, row: int, window: int) -> None:
     )  # fmt: skip
 
 
-def rule(
-    state: DeviceState,
-    row: int,
-    *,
-    method: str,
-    window: int,
-    evaluation: int,
-    rtol: float,
-    divergence: float,
-    affine: bool = False,
-) -> None:
-    """Finishes the sums, judges the running samples (eager.assess) and chooses their steps; row < 0: judges only."""
+def rule(state: DeviceState, z: Tensor, step: Step) -> None:
+    """Finishes the sums, judges the running samples (eager.assess) and, but in the last step, chooses their steps."""
     splits = 0 if state.gram_partials is None else state.gram_partials.shape[1]
-    tile = rule_tile(method, state.rows, window)
+    tile = rule_tile(step.method, state.rows, step.window)
     rule_kernel[(state.n,)](
         state.norm_partials, state.gram_partials, state.gram, state.p, state.q, state.step, state.total, state.best,
         state.norms, state.residual, state.trace, state.status, state.iterations, state.improved,
-        state.n, state.rows, state.norm_partials.shape[1], splits, evaluation, row, window, int(affine),
-        rtol, divergence, ridge(state.gram.dtype), METHOD=method, **tile._asdict(),
+        state.n, state.rows, state.norm_partials.shape[1], splits, step.evaluation, step.row(state), step.window,
+        int(step.affine), step.rtol, DIVERGENCE, ridge(state.gram.dtype), METHOD=step.method, **tile._asdict(),
     )  # fmt: skip
 
 
-def combine(state: DeviceState, z: Tensor, row: int) -> None:
-    """z of the running samples by its coefficients over rows 0 … row, and z + X for the next evaluation."""
+def combine(state: DeviceState, z: Tensor, step: Step) -> None:
+    """z of the running samples by its coefficients over the rows so far, and z + X for the next evaluation."""
     if state.value is not z:
         blocks = triton.cdiv(state.size, BLOCK)
         advance_kernel[(state.n * blocks,)](
@@ -156,7 +132,7 @@ def combine(state: DeviceState, z: Tensor, row: int) -> None:
             ALIGN=alignment(state.size), BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     else:
-        _combine(state, z, row + 1, state.total, state.status, state.injection, state.r, best=False)
+        _combine(state, z, step.row(state) + 1, best=False)
 
 
 def finish(state: DeviceState, z: Tensor) -> None:
@@ -165,20 +141,13 @@ def finish(state: DeviceState, z: Tensor) -> None:
     if state.value is not z:
         state.value = torch.where(state.improved.view(-1, *[1] * (z.dim() - 1)), z, state.value)
     else:
-        _combine(state, z, state.rows, state.best, state.improved, None, None, best=True)
+        _combine(state, z, state.rows, best=True)
 
 
-def _combine(
-    state: DeviceState,
-    z: Tensor,
-    count: int,
-    coefficients: Tensor,
-    flags: Tensor,
-    injection: Tensor | None,
-    r: Tensor | None,
-    *,
-    best: bool,
-) -> None:
+def _combine(state: DeviceState, z: Tensor, count: int, *, best: bool) -> None:
+    """z from the first `count` rows: the best iterate's coefficients, or the current one's."""
+    coefficients, flags = (state.best, state.improved) if best else (state.total, state.status)
+    injection, r = (None, None) if best else (state.injection, state.r)
     align = alignment(state.size)
     sweep = combine_sweep(count, state.history.itemsize, align)
     groups = triton.next_power_of_2(triton.cdiv(count, sweep.GROUP))

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..contract import RUNNING as _RUNNING
 
@@ -75,11 +73,6 @@ def _threads(elements: int, budget: Budget) -> tuple[int, int]:
     warps = min(max(elements // 512, 1), budget.warps)
     threads = 32 * warps
     return warps, min(REGISTERS // threads, max(64, budget.registers * elements // threads), 255)
-
-
-def nhwc(tensor: Tensor) -> Tensor:
-    """tensor in channels_last memory: a convolution or autograd may hand over another layout."""
-    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 @triton.jit

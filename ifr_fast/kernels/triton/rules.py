@@ -12,10 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ..contract import Status
 from .tiles import RUNNING
 
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)  # what a relative residual is at most
-CONVERGED, DIVERGED, NONFINITE = (tl.constexpr(code) for code in (0, 2, 3))  # solve.Status
+CONVERGED, DIVERGED, NONFINITE = (
+    tl.constexpr(code.value) for code in (Status.CONVERGED, Status.DIVERGED, Status.NONFINITE)
+)
 
 
 class RuleTile(NamedTuple):
