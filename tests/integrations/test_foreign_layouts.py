@@ -1,8 +1,10 @@
 """replace_towers on heads of other code bases: what is replaced, that nothing else is skipped or changed."""
 
 import copy
+import re
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import foreign_layouts as foreign
 import pytest
@@ -276,3 +278,11 @@ def test_layers_in_two_lists_are_replaced_once():
     ]
     assert model.convs == list(model.children())
     assert model.odd == [model.conv1, model.conv3]
+
+
+def test_readme_names_these_layouts():
+    readme = (Path(__file__).parents[2] / "integrations/README.md").read_text()
+    expressions = re.findall(r"\| `\"(.+)\"` \|", readme)
+    assert len(expressions) == 6
+    for word in (word for expression in expressions for word in expression.split(" or ")):
+        assert any(word in f"[{name}" for name in REPLACED), word

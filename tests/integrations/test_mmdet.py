@@ -234,7 +234,7 @@ def test_copies_work_alike():
 
 def test_readme_shows_a_configuration(tmp_path):
     """mmdet's Mask R-CNN with what the README says to add."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "integrations/README.md").read_text()
     (shown,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "custom_imports" in block)
     path = tmp_path / "config.py"
     path.write_text(f'_base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"\n{shown}')
@@ -245,7 +245,7 @@ def test_readme_shows_a_configuration(tmp_path):
 
 
 def test_readme_lists_the_configurations():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "integrations/README.md").read_text()
     listed = re.findall(r"\| `(ifr-[\w-]+)` \|", readme)
     assert [[system for system in SYSTEMS if name in system][1:] for name in listed] == [[]] * len(SYSTEMS)
     assert {system for system in SYSTEMS for name in listed if name in system} == set(SYSTEMS)

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
 from ifr_fast import IFRHead
 from ifr_fast.integrations.torchvision import refine
+from ifr_fast.integrations.towers import replace_towers
 
+README = (Path(__file__).parents[2] / "integrations/README.md").read_text()
 ROI_HEADS = {
     "rpn_pre_nms_top_n_train": 8,
     "rpn_post_nms_top_n_train": 8,
@@ -146,3 +150,19 @@ def test_box_head_without_convolutions_is_refused():
 def test_other_models_are_refused(model):
     with pytest.raises(ValueError, match=f"MaskRCNN, .*FCOS, got {type(model).__name__}; .*replace_towers"):
         refine(model)
+
+
+def test_readme_shows_how():
+    (shown,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "refine" in block)
+    scope = {}
+    with torch.device("meta"):
+        exec(shown.replace('weights="DEFAULT"', "weights=None, weights_backbone=None"), scope)
+    assert isinstance(scope["model"].roi_heads.mask_head[0], IFRHead)
+
+
+def test_readme_shows_a_report():
+    (shown,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    with torch.device("meta"):
+        report = replace_towers(detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None))
+    for line, said in zip(shown.splitlines(), str(report).splitlines(), strict=True):
+        assert said.startswith(line.removesuffix("…"))
