@@ -6,10 +6,12 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import foreign_layouts as foreign
+import adelaidet_layouts as adelaidet
+import detectron2_layouts as detectron2
+import mmdet1_layouts as mmdet1
 import pytest
 import torch
-from foreign_layouts import C
+from detectron2_layouts import C
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -42,66 +44,66 @@ def named_levels():
 
 # name: the model, its inputs, where, and at each path how many convolutions are replaced
 REPLACED = {
-    "Mask R-CNN": (foreign.MaskRCNNConvUpsampleHead, roi, None, {"mask_fcn1": 4}),
-    "Mask R-CNN without norms": (lambda: foreign.MaskRCNNConvUpsampleHead(norm=""), roi, None, {"mask_fcn1": 4}),
-    "Mask R-CNN, widening": (lambda: foreign.MaskRCNNConvUpsampleHead(4), narrow_roi, None, {"mask_fcn2": 3}),
-    "Faster R-CNN, 4conv": (foreign.FastRCNNConvFCHead, roi, None, {"conv1": 4}),
-    "Faster R-CNN, 4conv, detectron2 0.1": (foreign.FirstFastRCNNConvFCHead, roi, None, {"conv1": 4}),
-    "Keypoint R-CNN, detectron2 0.1": (foreign.KRCNNConvDeconvUpsampleHead, narrow_roi, None, {"conv_fcn2": 3}),
-    "RetinaNet": (foreign.RetinaNetHead, levels, None, {"cls_subnet.0": 4, "bbox_subnet.0": 4}),
+    "Mask R-CNN": (detectron2.MaskRCNNConvUpsampleHead, roi, None, {"mask_fcn1": 4}),
+    "Mask R-CNN without norms": (lambda: detectron2.MaskRCNNConvUpsampleHead(norm=""), roi, None, {"mask_fcn1": 4}),
+    "Mask R-CNN, widening": (lambda: detectron2.MaskRCNNConvUpsampleHead(4), narrow_roi, None, {"mask_fcn2": 3}),
+    "Faster R-CNN, 4conv": (detectron2.FastRCNNConvFCHead, roi, None, {"conv1": 4}),
+    "Faster R-CNN, 4conv, detectron2 0.1": (detectron2.FirstFastRCNNConvFCHead, roi, None, {"conv1": 4}),
+    "Keypoint R-CNN, detectron2 0.1": (detectron2.KRCNNConvDeconvUpsampleHead, narrow_roi, None, {"conv_fcn2": 3}),
+    "RetinaNet": (detectron2.RetinaNetHead, levels, None, {"cls_subnet.0": 4, "bbox_subnet.0": 4}),
     "RetinaNet, GN": (
-        lambda: foreign.RetinaNetHead(partial(nn.GroupNorm, 4)),
+        lambda: detectron2.RetinaNetHead(partial(nn.GroupNorm, 4)),
         levels,
         None,
         {"cls_subnet.0": 4, "bbox_subnet.0": 4},
     ),
     "RetinaNet, FrozenBN": (
-        lambda: foreign.RetinaNetHead(foreign.FrozenBatchNorm2d),
+        lambda: detectron2.RetinaNetHead(detectron2.FrozenBatchNorm2d),
         levels,
         None,
         {"cls_subnet.0": 4, "bbox_subnet.0": 4},
     ),
     "RetinaNet, BN for each level": (
-        lambda: foreign.RetinaNetHead(partial(foreign.CycleBatchNormList, 2)),
+        lambda: detectron2.RetinaNetHead(partial(detectron2.CycleBatchNormList, 2)),
         levels,
         "cls_subnet",
         {"cls_subnet.0": 4},
     ),
-    "FCOS": (foreign.FCOSHead, levels, None, {"cls_tower.0": 4, "bbox_tower.0": 4}),
-    "FCOS without norms": (lambda: foreign.FCOSHead(None), levels, None, {"cls_tower.0": 4, "bbox_tower.0": 4}),
+    "FCOS": (adelaidet.FCOSHead, levels, None, {"cls_tower.0": 4, "bbox_tower.0": 4}),
+    "FCOS without norms": (lambda: adelaidet.FCOSHead(None), levels, None, {"cls_tower.0": 4, "bbox_tower.0": 4}),
     "FCOS, BN for each level": (
-        lambda: foreign.FCOSHead("BN"),
+        lambda: adelaidet.FCOSHead("BN"),
         levels,
         None,
         {"cls_tower.0": 4, "bbox_tower.0": 4},
     ),
     "FCOS, shared tower": (
-        lambda: foreign.FCOSHead(shared=4),
+        lambda: adelaidet.FCOSHead(shared=4),
         levels,
         None,
         {"cls_tower.0": 4, "bbox_tower.0": 4, "share_tower.0": 4},
     ),
     "FCOS, last deformable": (
-        lambda: foreign.FCOSHead(deformable="last"),
+        lambda: adelaidet.FCOSHead(deformable="last"),
         levels,
         None,
         {"cls_tower.0": 3, "bbox_tower.0": 3},
     ),
-    "MEInst": (foreign.MEInstHead, levels, None, {"cls_tower.0": 4, "bbox_tower.0": 4, "mask_tower.0": 4}),
-    "MEInst, last deformable": (lambda: foreign.MEInstHead("last"), levels, "mask_tower", {"mask_tower.0": 3}),
-    "CondInst": (foreign.MaskBranch, named_levels, None, {"tower.0": 4}),
-    "CondInst, seg_head named": (foreign.MaskBranch, named_levels, "seg_head", {"seg_head.0": 2}),
-    "BlendMask": (foreign.ProtoNet, named_levels, None, {"tower.0": 3}),
-    "BMask R-CNN": (foreign.BoundaryPreservingHead, two_rois, None, {"mask_fcn1": 4}),
+    "MEInst": (adelaidet.MEInstHead, levels, None, {"cls_tower.0": 4, "bbox_tower.0": 4, "mask_tower.0": 4}),
+    "MEInst, last deformable": (lambda: adelaidet.MEInstHead("last"), levels, "mask_tower", {"mask_tower.0": 3}),
+    "CondInst": (adelaidet.MaskBranch, named_levels, None, {"tower.0": 4}),
+    "CondInst, seg_head named": (adelaidet.MaskBranch, named_levels, "seg_head", {"seg_head.0": 2}),
+    "BlendMask": (adelaidet.ProtoNet, named_levels, None, {"tower.0": 3}),
+    "BMask R-CNN": (detectron2.BoundaryPreservingHead, two_rois, None, {"mask_fcn1": 4}),
     "BMask R-CNN, both named": (
-        foreign.BoundaryPreservingHead,
+        detectron2.BoundaryPreservingHead,
         two_rois,
         ["mask_fcn1", "boundary_fcn1"],
         {"mask_fcn1": 4, "boundary_fcn1": 2},
     ),
-    "SipMask": (foreign.SipMaskHead, levels, None, {"cls_convs.0": 3, "reg_convs.0": 4}),
+    "SipMask": (mmdet1.SipMaskHead, levels, None, {"cls_convs.0": 3, "reg_convs.0": 4}),
     "SipMask, last deformable": (
-        lambda: foreign.SipMaskHead(dcn_on_last_conv=True),
+        lambda: mmdet1.SipMaskHead(dcn_on_last_conv=True),
         levels,
         None,
         {"cls_convs.0": 3, "reg_convs.0": 3},
@@ -181,18 +183,18 @@ def test_shapes_stay_and_gradients_reach_every_parameter(replaced):
 @pytest.mark.parametrize(
     ("build", "skipped"),
     [
-        (foreign.MaskRCNNConvUpsampleHead, {"deconv": "a ConvTranspose2d", "predictor": "a 1×1 convolution"}),
+        (detectron2.MaskRCNNConvUpsampleHead, {"deconv": "a ConvTranspose2d", "predictor": "a 1×1 convolution"}),
         (
-            lambda: foreign.MaskRCNNConvUpsampleHead(4),
+            lambda: detectron2.MaskRCNNConvUpsampleHead(4),
             {
                 "mask_fcn1": "a 3×3 convolution with 4 → 8 channels",
                 "deconv": "a ConvTranspose2d",
                 "predictor": "a 1×1 convolution",
             },
         ),
-        (lambda: foreign.FCOSHead(deformable="last"), {"cls_tower.9": "a DFConv2d", "bbox_tower.9": "a DFConv2d"}),
+        (lambda: adelaidet.FCOSHead(deformable="last"), {"cls_tower.9": "a DFConv2d", "bbox_tower.9": "a DFConv2d"}),
         (
-            foreign.MaskBranch,
+            adelaidet.MaskBranch,
             {
                 "refine": "its elements are not applied one after the other: MaskBranch.forward: "
                 "`self.refine[i](features[f])`",
@@ -201,10 +203,10 @@ def test_shapes_stay_and_gradients_reach_every_parameter(replaced):
             },
         ),
         (
-            foreign.BoundaryPreservingHead,
+            detectron2.BoundaryPreservingHead,
             {"boundary_fcn1": "two convolutions, as many as an IFRHead has: name it with `where`"},
         ),
-        (lambda: foreign.SipMaskHead(dcn_on_last_conv=True), {"reg_convs.3": "a ConvModule: a DeformConvPack"}),
+        (lambda: mmdet1.SipMaskHead(dcn_on_last_conv=True), {"reg_convs.3": "a ConvModule: a DeformConvPack"}),
     ],
 )
 def test_what_is_left_alone_is_said(build, skipped):
@@ -213,7 +215,7 @@ def test_what_is_left_alone_is_said(build, skipped):
 
 def resizes_in_an_activation():
     """detectron2's Conv2d takes any callable for its activation."""
-    model = foreign.BoundaryPreservingHead()
+    model = detectron2.BoundaryPreservingHead()
     model.mask_fcn2.activation = partial(F.interpolate, scale_factor=2)
     return model
 
@@ -222,15 +224,15 @@ def resizes_in_an_activation():
     ("build", "where", "reason"),
     [
         (resizes_in_an_activation, None, r"mask_fcn2: .* may be more than a convolution \(`self\.activation\(x\)`\)"),
-        (foreign.MaskHeadThatWalksItsList, None, "an unknown use"),
-        (foreign.MaskHeadThatWalksItsList, "mask_fcn1", "its layers may be read from conv_norm_relus, too"),
-        (lambda: foreign.FCOSHead(deformable="all"), None, r"cls_tower\.0: left alone, a DFConv2d"),
-        (lambda: foreign.FCOSHead(deformable="all"), "cls_tower", r"cls_tower\.0: left alone, a DFConv2d"),
-        (foreign.FCOSHead, "share_tower", r"'share_tower' leads to no conv tower .*\(it is a Sequential\)"),
-        (foreign.FPN, None, "output_convs: left alone, its elements are not applied one after the other"),
-        (foreign.FPN, "fpn_output_p5", "output_convs: left alone, its elements are not applied one after the other"),
-        (foreign.MaskBranch, "refine", "its elements are not applied one after the other"),
-        (foreign.SipMaskHead, "feat_align", r"'feat_align' leads to no conv tower .*\(it is a FeatureAlign\)"),
+        (detectron2.MaskHeadThatWalksItsList, None, "an unknown use"),
+        (detectron2.MaskHeadThatWalksItsList, "mask_fcn1", "its layers may be read from conv_norm_relus, too"),
+        (lambda: adelaidet.FCOSHead(deformable="all"), None, r"cls_tower\.0: left alone, a DFConv2d"),
+        (lambda: adelaidet.FCOSHead(deformable="all"), "cls_tower", r"cls_tower\.0: left alone, a DFConv2d"),
+        (adelaidet.FCOSHead, "share_tower", r"'share_tower' leads to no conv tower .*\(it is a Sequential\)"),
+        (detectron2.FPN, None, "output_convs: left alone, its elements are not applied one after the other"),
+        (detectron2.FPN, "fpn_output_p5", "output_convs: left alone, its elements are not applied one after the other"),
+        (adelaidet.MaskBranch, "refine", "its elements are not applied one after the other"),
+        (mmdet1.SipMaskHead, "feat_align", r"'feat_align' leads to no conv tower .*\(it is a FeatureAlign\)"),
     ],
 )
 def test_refusals_give_the_reason_and_change_nothing(build, where, reason):
@@ -242,11 +244,11 @@ def test_refusals_give_the_reason_and_change_nothing(build, where, reason):
 
 
 def test_plain_lists_of_the_layers_follow():
-    model = foreign.MaskRCNNConvUpsampleHead()
+    model = detectron2.MaskRCNNConvUpsampleHead()
     replace_towers(model, **QUICK)
     assert model.conv_norm_relus == [model.mask_fcn1]
 
-    model = foreign.BoundaryPreservingHead()
+    model = detectron2.BoundaryPreservingHead()
     boundary = list(model.boundary_fcns)
     replace_towers(model, **QUICK)
     assert model.mask_fcns == [model.mask_fcn1, model.mask_fcn2, model.mask_fcn3, model.mask_fcn4]
@@ -260,7 +262,7 @@ class TwoLists(nn.Module):
     def __init__(self):
         super().__init__()
         for k in range(4):
-            self.add_module(f"conv{k}", foreign.conv2d())
+            self.add_module(f"conv{k}", detectron2.conv2d())
         self.odd, self.convs = [self.conv1, self.conv3], list(self.children())
 
     def forward(self, x):

@@ -5,7 +5,9 @@ from functools import partial
 import pytest
 import torch
 import torchvision
-from foreign_layouts import C, Conv2d, ConvModule, DeformConvPack, DFConv2d, FrozenBatchNorm2d, ModuleListDial
+from adelaidet_layouts import DFConv2d, ModuleListDial
+from detectron2_layouts import C, Conv2d, FrozenBatchNorm2d
+from mmdet1_layouts import ConvModule, DeformConvPack
 from torch import nn
 from torch.nn import functional as F
 
@@ -63,6 +65,10 @@ class ByAMethod(ConvModule):
 
     def apply_all(self, x):
         return x + self.conv(x)
+
+
+class ByALambda(ConvModule):
+    forward = lambda self, x: self.conv(x)  # noqa: E731
 
 
 class OrderedConvModule(ConvModule):
@@ -176,6 +182,7 @@ ENDS = [
         "a ResidualConv that may be more than a convolution (`torch.add(x, super().forward(x))`)",
     ),
     (InPlaceResidual, "an InPlaceResidual that may be more than a convolution (`out.add_(x)`)"),
+    (ByALambda, "a ByALambda that may be more than a convolution (its forward has no source)"),
     (ByAMethod, "a ByAMethod that may be more than a convolution (`self.apply_all(x)`)"),
 ]
 

@@ -47,6 +47,13 @@ class ListedAndGotten(Listed):
         return getattr(self, name)(x)
 
 
+class ListedAndIndexed(Listed):
+    def first(self, x):
+        for i in range(2):
+            x = self.conv0[i](x)
+        return x
+
+
 class ListedChildren(Lists):
     def forward(self, x):
         for child in self.children():
@@ -67,6 +74,7 @@ class ListedNotWalked(Lists):
         (ListedTapped, False),
         (ListedAndNamed, False),
         (ListedAndGotten, None),
+        (ListedAndIndexed, None),
         (ListedChildren, None),
         (ListedNotWalked, None),
     ],

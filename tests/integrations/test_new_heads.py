@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from foreign_layouts import C, SipMaskHead
+from detectron2_layouts import C
+from mmdet1_layouts import SipMaskHead
 from torch import nn
 
 from ifr_fast import IFRHead, Unroll

@@ -1,0 +1,37 @@
+"""Small towers for tests of replace_towers."""
+
+from detectron2_layouts import C
+from mmdet1_layouts import ConvModule
+from torch import nn
+
+from ifr_fast import IFRHead, Unroll
+
+QUICK = {"groups": 4, "solver": Unroll(steps=1)}
+
+
+def conv(channels_in=C, channels_out=C, kernel=3, padding=1, **kwargs):
+    return nn.Conv2d(channels_in, channels_out, kernel, padding=padding, **kwargs)
+
+
+def block(*channels):
+    return nn.Sequential(conv(*channels), nn.GroupNorm(2, channels[1] if channels else C), nn.ReLU())
+
+
+def tower():
+    return nn.Sequential(*(layer for _ in range(4) for layer in block()))
+
+
+def heads(model):
+    return [m for m in model.modules() if isinstance(m, IFRHead)]
+
+
+class Loop(nn.Module):
+    def __init__(self, *layers, convs=None):
+        super().__init__()
+        self.convs = nn.ModuleList(layers or (ConvModule() for _ in range(4))) if convs is None else convs
+        self.last = conv(C, 3, 1, 0)
+
+    def forward(self, x):
+        for layer in self.convs:
+            x = layer(x)
+        return self.last(x)
