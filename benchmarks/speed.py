@@ -3,15 +3,16 @@
     python benchmarks/speed.py
     python benchmarks/speed.py --device cpu --threads 2 --n 1 16 --budget 300
 
-All rows are timed in turns within one run, so that whatever slows the machine slows them all. Latency is the median
-with its quartiles. "× stack": the ratio to four float32 convolutions in NCHW at the same N. "× own convs": the ratio
-to the convolutions that the call itself runs, in the shapes, layouts and dtypes in which it runs them, each timed
-alone in the same turns. "extra MiB": the peak memory of one call beyond what was there before, results included.
-"residual": the relative residual ‖F(z) - z‖ / ‖F(z)‖ of what the call returned, median and worst of the samples; taken
-of every row in float32 by the specification, ifr_fast/reference.py. Inputs resemble RoI features (smooth, non-negative,
-rms 1) and are drawn anew for every round. On a GPU there are more rows, among them solves replayed as CUDA graphs, and
-in the same turns a large matrix product and a large copy: what the device reaches at most. Writes speed.json and
-speed.png.
+All rows are timed in turns within one run, so that whatever slows the machine slows them all. "ms": the median of the
+wall time; "CPU ms": of the processor time of all threads (on a GPU, of the launching). "× stack": the time over that of
+four float32 convolutions in NCHW at the same N in the same round, median and quartiles of the rounds. "× convs": over
+the convolutions that the call itself runs, in the shapes, layouts and dtypes in which it runs them, each timed alone in
+the same round. "MiB": the peak memory of one call beyond what was there before, results included. "residual": the
+relative residual ‖F(z) - z‖ / ‖F(z)‖ of what the call returned, median and worst of the samples; taken of every row in
+float32 by the specification, ifr_fast/reference.py. Inputs resemble RoI features (smooth, non-negative, rms 1) and are
+drawn anew for every round. A line below the tables says whether the machine was too busy for the figures to mean
+anything. On a GPU there are more rows, among them solves replayed as CUDA graphs, and in the same turns a large matrix
+product and a large copy: what the device reaches at most. Writes speed.json and speed.png.
 """
 
 import argparse
@@ -32,9 +33,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind an installed
 
 from benchmarks.report.environment import environment
 from benchmarks.timing import measure
-from benchmarks.timing.contenders import Contender, Setting, contenders, gpu_contenders
+from benchmarks.timing.contenders import BASE, Contender, Setting, contenders, gpu_contenders
 from benchmarks.timing.measure import Call, Convolution, Timed
-from benchmarks.timing.speed_report import BACKWARD, FORWARD, Row, print_report, report, save_picture
+from benchmarks.timing.speed_picture import save_picture
+from benchmarks.timing.speed_report import Row, print_report, report
+from benchmarks.timing.targets import BACKWARD, FORWARD
 
 BACK_TO_BACK = 10  # runs of a lone convolution on a GPU: one is shorter than its launch
 
@@ -153,7 +156,7 @@ def warm_up(row: Row, inputs: Inputs, device: torch.device) -> None:
         row.unavailable = f"{kind}: {first_line(error)}"
         print(f"{row.label}:", traceback.format_exc(), file=sys.stderr, flush=True)
         return
-    row.timed = Timed(lambda: call)
+    row.timed = Timed(lambda: call, every_round=row.contender.name == BASE)
     row.peak_bytes, row.convolutions = profile.peak_bytes, profile.convolutions
 
 
@@ -169,7 +172,7 @@ def lone_convolutions(rows: list[Row], device: torch.device) -> dict[Convolution
         # Its operands are made for every run: kept, those of all would fill a GPU.
         prepare = partial(repeated, convolution, device, times)
         measure.seconds(prepare(), device)
-        lone[convolution] = Timed(prepare, times)
+        lone[convolution] = Timed(prepare, times, every_round=True)
     return lone
 
 

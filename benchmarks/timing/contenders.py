@@ -18,7 +18,6 @@ from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Unroll, backe
 from ifr_fast.diagnostics import spectral_radius
 from ifr_fast.engine.linearise import BlockMap, staged
 from ifr_fast.kernels.choose import kernels
-from ifr_fast.kernels.contract import EPS
 from ifr_fast.solvers import Solver
 
 BASE = "4 convolutions, NCHW"
@@ -26,14 +25,15 @@ IFR = "IFR Broyden"
 BF16_HISTORY = "IFR Broyden, bf16 history"
 F_ALONE = "F alone, steps + 1 times"
 RELEASED = "as released (Broyden)"
-BF16_STACK = "4 convolutions, channels_last, bf16"
-COMPILED_STACK = "4 convolutions, channels_last, bf16, compiled"
-BF16 = "IFR Broyden, channels_last, bf16"
-GRAPH = "IFR Broyden, channels_last, bf16, graph"
-EARLY = "IFR Broyden, radius 0.6, rtol 1e-2, channels_last, bf16, graph"
+TORCHDEQ, TORCHDEQ_ANDERSON = "torchdeq Broyden", "torchdeq Anderson"
+BF16_STACK = "4 convolutions, NHWC, bf16"
+COMPILED_STACK = "4 convolutions, NHWC, bf16, compiled"
+BF16 = "IFR Broyden, NHWC, bf16"
+GRAPH = "IFR Broyden, NHWC, bf16, graph"
+EARLY = "IFR Broyden, stopping early, NHWC, bf16, graph"
 QUARTER = "IFR Broyden, C/4 inside, 7 steps"
-QUARTER_BF16 = f"{QUARTER}, channels_last, bf16"
-TORCHDEQ_BF16 = "torchdeq Broyden, channels_last, bf16"
+QUARTER_BF16 = f"{QUARTER}, NHWC, bf16"
+TORCHDEQ_BF16 = "torchdeq Broyden, NHWC, bf16"
 
 # Eight evaluations of two convolutions, each of a quarter of a C to C one's arithmetic: what four of those cost.
 QUARTER_STEPS = {"max_iter": 7, "rtol": 0}
@@ -106,14 +106,14 @@ def contenders(setting: Setting) -> list[Contender]:
     stored = {**exact, "history_dtype": bf16}
     quarter = Broyden(**QUARTER_STEPS), QUARTER_STEPS, setting.quarter
     params = [t.detach().requires_grad_() for t in broyden.block.tensors()]
-    block = partial(reference.residual_block, params=params, groups=setting.groups, eps=EPS)
+    block = partial(reference.residual_block, params=params, groups=setting.groups)
     wide = setting.stack().to(memory_format=channels_last)
     ifr = partial(by_ifr, setting)
     unroll = setting.head(solver=Unroll(4))
 
     return [
         of_module(BASE, setting.stack(), in_sweep=True),
-        of_module("4 convolutions, channels_last", wide, layout=channels_last),
+        of_module("4 convolutions, NHWC", wide, layout=channels_last),
         of_module("4 convolutions, compiled", torch.compile(setting.stack(), dynamic=False), compiled=True),
         of_module(BF16_STACK, narrow_stack(setting), dtype=bf16, layout=channels_last, in_sweep=True),
         of_module("unroll of 4", unroll, residual=partial(block_residual, specified(unroll))),
@@ -134,8 +134,8 @@ def contenders(setting: Setting) -> list[Contender]:
             in_sweep=True,
         ),
         # torchdeq counts Broyden's steps but Anderson's evaluations, of which there is one more.
-        by_torchdeq("torchdeq Broyden", steps, block, params),
-        by_torchdeq("torchdeq Anderson", steps + 1, block, params),
+        by_torchdeq(TORCHDEQ, steps, block, params),
+        by_torchdeq(TORCHDEQ_ANDERSON, steps + 1, block, params),
     ]
 
 
@@ -148,7 +148,7 @@ def gpu_contenders(setting: Setting, features: Tensor) -> list[Contender]:
     compiled = torch.compile(narrow_stack(setting), dynamic=False)
 
     def by_backend(backend: str) -> Contender:
-        name = f"IFR Broyden, {backend} kernels, channels_last, bf16, graph"
+        name = f"IFR Broyden, {backend} kernels, NHWC, bf16, graph"
         if not backends()[backend].available:
             return Contender(name, unavailable=backends()[backend].reason)
         options = {"backend": backend, "cuda_graphs": True}
@@ -158,7 +158,7 @@ def gpu_contenders(setting: Setting, features: Tensor) -> list[Contender]:
     params = [t.detach().to(torch.bfloat16) for t in head.block.tensors()]
     params = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in params]
     params = [t.requires_grad_() for t in params]
-    block = partial(reference.residual_block, params=params, groups=setting.groups, eps=EPS)
+    block = partial(reference.residual_block, params=params, groups=setting.groups)
     residual = partial(block_residual, specified(head))
     graphs = {"cuda_graphs": True}
     anderson = Anderson(**exact)
@@ -166,7 +166,7 @@ def gpu_contenders(setting: Setting, features: Tensor) -> list[Contender]:
     return [
         of_module(COMPILED_STACK, compiled, compiled=True, **narrow),
         by_ifr(setting, GRAPH, broyden, exact, graphs, in_sweep=True, **narrow, **replayed),
-        by_ifr(setting, "IFR Anderson, channels_last, bf16, graph", anderson, exact, graphs, **narrow, **replayed),
+        by_ifr(setting, "IFR Anderson, NHWC, bf16, graph", anderson, exact, graphs, **narrow, **replayed),
         by_ifr(setting, f"{QUARTER_BF16}, graph", *quarter, **narrow, **replayed),
         *map(by_backend, ("triton", "cuda", "eager")),
         by_ifr(setting, "IFR Broyden, graph", broyden, exact, graphs, **replayed),
@@ -182,7 +182,8 @@ def stopping_early(setting: Setting, features: Tensor, **fields) -> Contender:
     except Exception as error:
         return Contender(EARLY, unavailable=f"calibration failed: {type(error).__name__}: {error}")
     loose = {"max_iter": setting.steps, "rtol": 1e-2}
-    note = f"GN3's gain {gain:.3g} gives the spectral radius {radii.median():.2f} ({radii.min():.2f}–{radii.max():.2f})"
+    radius = f"{radii.median():.2f} ({radii.min():.2f}–{radii.max():.2f})"
+    note = f"GN3's gain {gain:.3g} gives the spectral radius {radius}; stops at 1e-2"
     options = {"post_gain": gain, "cuda_graphs": True}
     return by_ifr(setting, EARLY, Broyden(**loose), loose, options, graph=True, note=f"{note}; {REPLAYED}", **fields)
 
@@ -237,7 +238,7 @@ def bind(module: nn.Module, x: Tensor) -> Call:
 def specified(head: IFRHead) -> Callable[..., Tensor]:
     """F(z, X) by the specification, of the head's own parameters."""
     params = [t.detach() for t in head.block.tensors()]
-    return partial(reference.residual_block, params=params, groups=head.block.groups, eps=EPS)
+    return partial(reference.residual_block, params=params, groups=head.block.groups)
 
 
 @torch.no_grad()

@@ -10,10 +10,8 @@ from torch import Tensor
 from benchmarks.timing.measure import Call
 from ifr_fast import Broyden, IFRHead, Implicit
 from ifr_fast.engine.linearise import BlockMap
-from ifr_fast.kernels import choose as implementations
-from ifr_fast.kernels.contract import EPS
-
-ENDLESS = {"rtol": -1.0, "divergence": 1e3}  # no sample stops
+from ifr_fast.kernels import choose
+from ifr_fast.kernels.contract import Norm, Step
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Bench:
 
     def __init__(self, backend: str, size: Size, dtype: torch.dtype, steps: int, device: torch.device) -> None:
         self.backend, self.size, self.dtype, self.steps, self.device = backend, size, dtype, steps, device
-        self.kernels = implementations.kernels(backend, device.type, dtype)
+        self.kernels = choose.kernels(backend, device.type, dtype)
         self.history = torch.bfloat16 if dtype.itemsize == 2 else torch.float32
         self.states: list = []
 
@@ -70,9 +68,9 @@ class Bench:
         x = torch.randn(s.n, s.channels, s.height, s.width, device=self.device)
         return x.to(dtype or self.dtype, memory_format=torch.channels_last)
 
-    def norm(self) -> tuple[Tensor, Tensor]:
+    def norm(self) -> Norm:
         weight, bias = torch.randn(2, self.size.channels, device=self.device)
-        return 1 + weight / 10, bias / 10
+        return Norm(1 + weight / 10, bias / 10, self.size.groups)
 
     def cases(self) -> Iterator[Case]:
         e, b, h = self.size.elements, self.dtype.itemsize, self.history.itemsize
@@ -102,75 +100,72 @@ class Bench:
         yield case("backward solve", self.backward_solve, flop=(2 + 2 * self.steps + 4) * flop)
 
     def norm_relu(self) -> Call:
-        return partial(self.kernels.norm_relu, self.draw(), self.norm(), self.size.groups, EPS)
+        return partial(self.kernels.norm_relu, self.draw(), self.norm())
 
     def norm_tail(self) -> Call:
-        norms = self.norm(), self.norm()
-        return partial(self.kernels.norm_tail, self.draw(), self.draw(), *norms, self.size.groups, EPS)
+        return partial(self.kernels.norm_tail, self.draw(), self.draw(), self.norm(), self.norm())
 
     def norm_relu_vjp(self) -> Call:
-        y, norm, groups = self.draw(), self.norm(), self.size.groups
-        _, *statistics = self.kernels.norm_relu(y, norm, groups, EPS)
-        return partial(self.kernels.norm_relu_vjp, self.draw(), y, norm, *statistics, groups, EPS, params=False)
+        y, norm = self.draw(), self.norm()
+        _, statistics = self.kernels.norm_relu(y, norm)
+        return partial(self.kernels.norm_relu_vjp, self.draw(), y, norm, statistics, params=False)
 
     def norm_tail_vjp(self) -> Call:
-        y, r, norms, groups = self.draw(), self.draw(), (self.norm(), self.norm()), self.size.groups
-        _, statistics = self.kernels.norm_tail(y, r, *norms, groups, EPS)
-        grad = self.draw(torch.float32)
-        return partial(self.kernels.norm_tail_vjp, grad, y, r, *norms, statistics, groups, EPS, params=False)
+        inputs = self.draw(), self.draw(), self.norm(), self.norm()
+        _, statistics = self.kernels.norm_tail(*inputs)
+        return partial(self.kernels.norm_tail_vjp, self.draw(torch.float32), *inputs, statistics, params=False)
 
     def state(self) -> tuple:
         """A solve's state full of random residuals, its iterate, and F's pending tail."""
-        z, s = self.draw(torch.float32), self.size
+        z = self.draw(torch.float32)
         options = dict(rows=self.steps, evaluations=self.steps + 1, history_dtype=self.history)
         state = self.kernels.new_state(z, from_zero=True, **options)
         state.history.copy_(torch.randn(state.history.shape, device=self.device))
         state.norms[:, 2] = 1e20  # the first residual: none has grown
         self.kernels.shift(z, self.draw(), self.dtype, state)
-        norms = self.norm(), self.norm()
-        tail = self.kernels.tail(self.draw(), self.draw(), *norms, s.groups, EPS, state=state)
+        tail = self.kernels.tail(self.draw(), self.draw(), self.norm(), self.norm(), state=state)
         self.states.append(state)
         return state, z, tail
 
+    def told(self, k: int) -> Step:
+        """A step with k residuals, in which no sample stops."""
+        return Step("broyden", self.steps, k - 1, last=False, rtol=-1.0)
+
     def residual_of_tail(self) -> Call:
         state, z, tail = self.state()
-        return partial(Pieces(self.backend).residual, state, tail, z, self.steps - 1)
+        return partial(self.kernels.residual, state, tail, z, self.told(self.steps))
 
     def residual_of_total(self) -> Call:
         state, z, _ = self.state()
         total = self.kernels.total(self.draw(torch.float32), self.draw(), self.draw(torch.float32))
-        return partial(Pieces(self.backend).residual, state, total, z, self.steps - 1)
+        return partial(self.kernels.residual, state, total, z, self.told(self.steps))
 
     def summed(self, k: int) -> tuple:
-        """A state whose row k - 1 has its partial sums."""
+        """What a step with k residuals has after their sums."""
         state, z, tail = self.state()
-        pieces = Pieces(self.backend)
-        pieces.residual(state, tail, z, k - 1)
-        pieces.gram_row(state, z, k - 1)
-        return pieces, state, z
+        self.kernels.residual(state, tail, z, self.told(k))
+        self.kernels.gram_row(state, z, self.told(k))
+        return state, z, self.told(k)
 
     def gram_row(self, k: int) -> Call:
-        pieces, state, z = self.summed(k)
-        return partial(pieces.gram_row, state, z, k - 1)
+        return partial(self.kernels.gram_row, *self.summed(k))
 
     def combine(self, k: int) -> Call:
-        pieces, state, z = self.summed(k)
+        state, *others = self.summed(k)
         state.total.normal_()
-        return partial(pieces.combine, state, z, k - 1)
+        return partial(self.kernels.combine, state, *others)
 
     def rule(self) -> Call:
-        pieces, state, z = self.summed(self.steps)
-        return partial(pieces.rule, state, z, self.steps - 1)
+        return partial(self.kernels.rule, *self.summed(self.steps))
 
     def step(self) -> Call:
         """Coefficients are reset before every step: steps added upon steps would overflow."""
         state, z, tail = self.state()
         coefficients = [t for name in ("p", "q", "step", "total") if (t := getattr(state, name, None)) is not None]
-        options = dict(method="broyden", window=self.steps, evaluation=self.steps - 1, last=False)
 
         def call() -> None:
             torch._foreach_zero_(coefficients)
-            self.kernels.step(state, tail, z, **options, **ENDLESS)
+            self.kernels.step(state, tail, z, self.told(self.steps))
 
         return call
 
@@ -203,59 +198,6 @@ class Bench:
         return partial(
             torch.ops.ifr_fast.solve_backward, self.draw(), head(x), x, params, memory, head.call(self.dtype)
         )
-
-
-class Pieces:
-    """The kernels of a backend's step, one by one."""
-
-    def __init__(self, backend: str) -> None:
-        if backend == "triton":
-            from ifr_fast.kernels.triton import norm, solver
-
-            self.modules = norm, solver
-            self.residual, self.gram_row = self._triton_residual, self._triton_gram_row
-            self.rule, self.combine = self._triton_rule, self._triton_combine
-        else:
-            from ifr_fast.kernels import cuda, cuda_norm
-
-            self.modules = cuda, cuda_norm
-            self.residual = self._cuda_residual
-            self.gram_row, self.rule, self.combine = (
-                partial(self._cuda, name) for name in ("gram_row", "rule", "combine")
-            )
-
-    def _triton_residual(self, state, f, z: Tensor, row: int) -> None:
-        norm, solver = self.modules
-        (norm.residual_tail if hasattr(f, "y") else solver.residual)(state, f, z, row)
-
-    def _triton_gram_row(self, state, z: Tensor, row: int) -> None:
-        self.modules[1].gram_row(state, row, state.rows)
-
-    def _triton_rule(self, state, z: Tensor, row: int) -> None:
-        self.modules[1].rule(state, row, method="broyden", window=state.rows, evaluation=row, **ENDLESS)
-
-    def _triton_combine(self, state, z: Tensor, row: int) -> None:
-        self.modules[1].combine(state, z, row)
-
-    def _cuda_residual(self, state, f, z: Tensor, row: int) -> None:
-        cuda, cuda_norm = self.modules
-        if hasattr(f, "y"):
-            cuda_norm.residual_tail(state, f, z, row=row)
-            return
-        state.reserve_norms(cuda._native.cuda.splits(state.size))
-        addends = [(a.data_ptr(), cuda_norm.DTYPES[a.dtype]) for a in f.addends]
-        cuda._native.cuda.residual(self._solver(state, z, row), addends, cuda.cuda_norm.current_stream(z.device))
-
-    def _cuda(self, name: str, state, z: Tensor, row: int) -> None:
-        cuda = self.modules[0]
-        if state.gram_partials is None:
-            splits = cuda._native.cuda.splits(state.size)
-            state.gram_partials = torch.empty(state.n, splits, state.rows, dtype=torch.float32, device=z.device)
-        getattr(cuda._native.cuda, name)(self._solver(state, z, row), cuda.cuda_norm.current_stream(z.device))
-
-    def _solver(self, state, z: Tensor, row: int):
-        limits = ENDLESS["rtol"], ENDLESS["divergence"], False
-        return self.modules[0]._solver(state, z, state.injection, "broyden", row, state.rows, row, *limits)
 
 
 def convolution_cases(size: Size, dtype: torch.dtype, steps: int, device: torch.device) -> Iterator[Case]:

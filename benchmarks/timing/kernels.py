@@ -157,10 +157,9 @@ def main(arguments: list[str] | None = None) -> int:
         path.write_text(json.dumps(found, indent=1) + "\n")
 
     if device.type == "cuda" and not options.dry:
-        for name, ceiling in measure.ceilings(device).items():
-            call = ceiling.timed.prepare()
-            ceiling.timed.seconds += [measure.seconds(call, device) / ceiling.timed.runs for _ in range(10)]
-            found["ceilings"][name] = ceiling.rate
+        ceilings = measure.ceilings(device)
+        measure.time_in_turns([ceiling.timed for ceiling in ceilings.values()], device, budget=2)
+        found["ceilings"] = {name: ceiling.rate for name, ceiling in ceilings.items()}
         torch.cuda.empty_cache()
     write()
     for case, size, dtype, bench in planned(options, device):

@@ -147,43 +147,71 @@ def _convolution(event: dict) -> Convolution:
     return Convolution(event["name"].removeprefix("aten::"), tuple(arguments))
 
 
-def seconds(call: Call, device: torch.device) -> float:
-    """Of one run; a GPU's own clock on a GPU."""
+class Sample(NamedTuple):
+    """Seconds of one run: passed, and spent by the process's threads together (on a GPU, until all is launched)."""
+
+    wall: float
+    processor: float
+
+
+def sample(call: Call, device: torch.device) -> Sample:
+    """One run; the wall time is a GPU's own clock's on a GPU."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
         start.record()
-        result = call()
+    processor, clock = time.process_time(), time.perf_counter()
+    result = call()
+    wall, processor = time.perf_counter() - clock, time.process_time() - processor
+    if device.type == "cuda":
         end.record()
         end.synchronize()
-        elapsed = start.elapsed_time(end) / 1e3
-    else:
-        clock = time.perf_counter()
-        result = call()
-        elapsed = time.perf_counter() - clock
+        wall = start.elapsed_time(end) / 1e3
     del result  # freed outside the timing
-    return elapsed
+    return Sample(wall, processor)
+
+
+def seconds(call: Call, device: torch.device) -> float:
+    """Of one run."""
+    return sample(call, device).wall
 
 
 @dataclass
 class Timed:
-    """The seconds of a call, run by run.
+    """A call and its samples, by the round in which each was taken.
 
-    prepare(), untimed, gives the call. runs: how often the call does what is to be timed.
+    prepare(), untimed, gives the call. runs: how often the call does what is to be timed. every_round: others are
+    compared with it within each round.
     """
 
     prepare: Callable[[], Call]
     runs: int = 1
-    seconds: list[float] = field(default_factory=list)
+    every_round: bool = False
+    samples: dict[int, Sample] = field(default_factory=dict)
+
+    def take(self, round: int, device: torch.device) -> None:
+        self.samples[round] = Sample(*(value / self.runs for value in sample(self.prepare(), device)))
+
+    @property
+    def walls(self) -> dict[int, float]:
+        return {round: sample.wall for round, sample in self.samples.items()}
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.walls.values())
 
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return first, third
+
+def ratios(walls: dict[int, float], others: dict[int, float]) -> list[float]:
+    """Of the rounds that have both: what slows the machine for a round slows both."""
+    return [wall / others[round] for round, wall in walls.items() if round in others]
+
+
+def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    """The first, the median, the third. ValueError where there are no values."""
+    values = list(values)
+    if len(values) == 1:
+        return (values[0],) * 3
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def back_to_back(call: Call, times: int) -> Call:
@@ -226,7 +254,9 @@ def ceilings(device: torch.device, *, side: int = 8192, copied: int = 1 << 30) -
     return found
 
 
-def time_in_turns(timed: Sequence[Timed], device: torch.device, budget: float, *, before_round: Call) -> None:
+def time_in_turns(
+    timed: Sequence[Timed], device: torch.device, budget: float, *, before_round: Call = lambda: None
+) -> None:
     """Time all calls in `budget` seconds, each at least LEAST times whatever the budget.
 
     The first round runs every call, and tells how many more runs there is time for. In the rounds that follow the calls
@@ -234,23 +264,25 @@ def time_in_turns(timed: Sequence[Timed], device: torch.device, budget: float, *
     """
     deadline = time.perf_counter() + budget
 
-    def run_round(indices: Iterable[int]) -> list[float]:
+    def run_round(round: int, indices: Iterable[int]) -> list[float]:
         before_round()
         costs = []
         for i in indices:
             start = time.perf_counter()
-            if len(timed[i].seconds) < LEAST or start < deadline:
-                timed[i].seconds.append(seconds(timed[i].prepare(), device) / timed[i].runs)
+            if len(timed[i].samples) < LEAST or start < deadline:
+                timed[i].take(round, device)
             costs.append(time.perf_counter() - start)
             bar.update()
         return costs
 
     with tqdm(total=LEAST * len(timed), desc="timing in turns", dynamic_ncols=True) as bar:
-        costs = run_round(range(len(timed)))
+        costs = run_round(0, range(len(timed)))
         counts = repeats(costs, deadline - time.perf_counter(), LEAST - 1, MOST - 1)
+        most = max(counts)
+        counts = [most if t.every_round else count for t, count in zip(timed, counts, strict=True)]
         bar.total = len(timed) + sum(counts)
-        for indices in rounds(counts):
-            run_round(indices)
+        for round, indices in enumerate(rounds(counts), 1):
+            run_round(round, indices)
 
 
 def repeats(costs: Sequence[float], budget: float, least: int, most: int) -> list[int]:

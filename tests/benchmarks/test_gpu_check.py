@@ -172,7 +172,7 @@ def test_every_kernel_runs_dry(toys, tmp_path, capsys):
 
 def test_the_pieces_of_the_cuda_step_run_dry(cuda, toys, tmp_path, monkeypatch, capsys):
     """On a GPU or emulated, where backends() knows of no such kernels."""
-    monkeypatch.setattr(kernel_cases.implementations, "kernels", lambda *_: cuda)
+    monkeypatch.setattr(kernel_cases.choose, "kernels", lambda *_: cuda)
     size, dtype = kernels.TOYS[0]
     bench = kernels.Bench("cuda", size, dtype, 3, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     cases = [case for case in bench.cases() if case.family not in kernels.BLOCK]

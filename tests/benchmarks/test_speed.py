@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import speed
-from benchmarks.timing import contenders, measure, speed_report
+from benchmarks.timing import contenders, measure, speed_report, targets
 from benchmarks.timing.contenders import (
     BASE,
     BF16,
@@ -28,7 +28,7 @@ from benchmarks.timing.contenders import (
     Setting,
 )
 from benchmarks.timing.measure import Timed
-from benchmarks.timing.speed_report import BACKWARD, FORWARD
+from benchmarks.timing.targets import BACKWARD, FORWARD
 from ifr_fast import Broyden, reference
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +139,7 @@ def test_profile_lists_convolutions_as_they_were_run():
 def timed_by_a_false_clock(monkeypatch):
     """Times calls of given costs within a budget; gives what was timed, and the indices run in each round."""
 
-    def run(costs: list[float], budget: float) -> tuple[list[Timed], list[list[int]]]:
+    def run(costs: list[float], budget: float, every_round: tuple = ()) -> tuple[list[Timed], list[list[int]]]:
         now, turns = [0.0], []
         monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
@@ -147,7 +147,7 @@ def timed_by_a_false_clock(monkeypatch):
             turns[-1].append(i)
             now[0] += costs[i]
 
-        timed = [Timed(lambda i=i: partial(call, i)) for i in range(len(costs))]
+        timed = [Timed(lambda i=i: partial(call, i), every_round=i in every_round) for i in range(len(costs))]
         measure.time_in_turns(timed, CPU, budget, before_round=lambda: turns.append([]))
         return timed, turns
 
@@ -156,17 +156,33 @@ def timed_by_a_false_clock(monkeypatch):
 
 def test_calls_are_timed_in_turns(timed_by_a_false_clock):
     timed, turns = timed_by_a_false_clock([1e-3, 1.0, 1e-3], 4.5)
-    assert [len(t.seconds) for t in timed] == [30, 4, 30]
+    assert [len(t.samples) for t in timed] == [30, 4, 30]
     assert [t.median for t in timed] == pytest.approx([1e-3, 1.0, 1e-3])
     slow = [i for i, turn in enumerate(turns) if turn == [0, 1, 2]]
     assert slow == [0, 10, 20, 29]
     assert all(turn == [0, 2] for i, turn in enumerate(turns) if i not in slow)
+    assert list(timed[1].samples) == slow
+
+
+def test_what_others_are_compared_with_is_timed_in_every_round(timed_by_a_false_clock):
+    costs = [0.2, 0.1, 4.0]
+    for every_round in ((), (0,)):
+        timed, _ = timed_by_a_false_clock(costs, 17.0, every_round)
+        assert (set(timed[1].samples) <= set(timed[0].samples)) == bool(every_round)
+
+
+def test_ratios_are_of_equal_rounds():
+    """A machine that is slower in some rounds leaves the ratios alone."""
+    walls, others = {0: 2.0, 2: 20.0, 5: 4.0}, {0: 1.0, 1: 9.0, 2: 10.0, 5: 2.0}
+    assert measure.ratios(walls, others) == [2.0, 2.0, 2.0]
+    assert measure.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert measure.quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
 def test_past_the_budget_calls_still_get_the_least_runs(timed_by_a_false_clock):
     timed, turns = timed_by_a_false_clock([1e-3, 10.0], 0.5)
     assert turns == [[0, 1]] * measure.LEAST
-    assert [len(t.seconds) for t in timed] == [measure.LEAST] * 2
+    assert [len(t.samples) for t in timed] == [measure.LEAST] * 2
 
 
 def test_time_beyond_the_least_runs_goes_to_all_calls_equally():
@@ -244,17 +260,30 @@ def test_residuals_are_those_of_the_specification_in_float32(name, seed):
     torch.testing.assert_close(narrow, widened)
 
 
+@pytest.mark.parametrize(
+    ("threads", "ratios", "busy"), [(2, [9.9, 10, 10.1], False), (3, [9.9, 10, 10.1], True), (2, [9, 10, 11], True)]
+)
+def test_a_busy_machine_is_told_from_a_quiet_one(threads, ratios, busy):
+    """By threads that waited for a processor, or by ratios that differ from round to round."""
+    common = {"mode": FORWARD, "in_table": True, "ratio_to_stack": ratios}
+    entries = [{"name": BASE, "median": 1.0, "processor_median": 1.9, **common}, {"name": IFR, **common}]
+    noise = speed_report.noise(entries, {"device": CPU, "threads": threads})
+    assert noise["busy"] == busy
+    assert speed_report.verdict_on(noise).startswith("TOO BUSY" if busy else "quiet")
+    assert speed_report.noise([], {"device": CPU}) == {"share": None, "spread": None, "busy": False}
+
+
 def test_targets_say_what_was_missed():
     quantities = {BASE: (1.0, 1), IFR: (10.0, 50), F_ALONE: (8.0, 1), RELEASED: (25.0, 120), BF16_HISTORY: (10.0, 30)}
     entries = [
-        {"name": name, "n": 16, "mode": FORWARD, "median": median, "peak_extra_bytes": peak}
+        {"name": name, "n": 16, "mode": FORWARD, "seconds": [median], "rounds": [0], "peak_extra_bytes": peak}
         for name, (median, peak) in quantities.items()
     ]
-    aims = speed_report.cpu_aims(16)
-    targets = speed_report.targets(entries, aims)
-    assert [target["value"] for target in targets] == pytest.approx([10, 2.5, 0.2, 0.25])
-    assert [target["met"] for target in targets] == [True, True, False, True]
-    assert [target["met"] for target in speed_report.targets(entries[:2], aims)] == [True, None, None, None]
+    aims = targets.cpu_aims(16)
+    found = targets.targets(entries, aims)
+    assert [target["value"] for target in found] == pytest.approx([10, 2.5, 0.2, 0.25])
+    assert [target["met"] for target in found] == [True, True, False, True]
+    assert [target["met"] for target in targets.targets(entries[:2], aims)] == [True, None, None, None]
 
 
 def test_a_gpus_targets():
@@ -276,24 +305,25 @@ def test_a_gpus_targets():
     }
     convolutions = [{"count": 16, "alone": 5e-5}, {"count": 16, "alone": 4e-5}]
     entries = [
-        {"name": name, "n": n, "mode": mode, "median": value / 1e3, "convolutions": convolutions, "peak_extra_bytes": 1}
+        {"name": name, "n": n, "mode": mode, "median": value / 1e3, "seconds": [value / 1e3], "rounds": [0]}
+        | {"convolutions": convolutions, "peak_extra_bytes": 1}
         for (name, n, mode), value in milliseconds.items()
     ]
     entries[-1]["peak_extra_bytes"] = 2
     settings = {"device": torch.device("cuda"), "table": 100, "channels": 256, "size": 14, "steps": 15}
-    aims = speed_report.aims(settings, {"matmul": 32 * 100 * 0.231211008e9 / 1e-3, "copy": 3e12})
-    targets = speed_report.targets(entries, aims)
-    assert [t["value"] for t in targets] == pytest.approx([2, 0.28, 25, 6, 1.5, 3, 20, 0.5, 0.75])
-    assert [t["met"] for t in targets] == [False, True, True, False, False, True, True, True, True]
-    assert [t["bound"] for t in targets] == ["≤ 1.6", "≤ 0.3", "≥ 20", "≥ 8", "≤ 1.2", "≤ 3", "≥ 15", "≤ 1", "≤ 1"]
+    aims = targets.aims(settings, {"matmul": 32 * 100 * 0.231211008e9 / 1e-3, "copy": 3e12})
+    found = targets.targets(entries, aims)
+    assert [t["value"] for t in found] == pytest.approx([2, 0.28, 25, 6, 1.5, 3, 20, 0.5, 0.75])
+    assert [t["met"] for t in found] == [False, True, True, False, False, True, True, True, True]
+    assert [t["bound"] for t in found] == ["≤ 1.6", "≤ 0.3", "≥ 20", "≥ 8", "≤ 1.2", "≤ 3", "≥ 15", "≤ 1", "≤ 1"]
     for entry in entries:
         entry["convolutions"] = []
-    assert speed_report.targets(entries, aims)[1]["met"] is None
+    assert targets.targets(entries, aims)[1]["met"] is None
 
 
 def test_targets_are_for_one_setting_alone():
     def has_targets(*options: str) -> bool:
-        return speed_report.has_targets(vars(speed.parse(["--device", "cpu", "--threads", "2", *options])))
+        return targets.has_targets(vars(speed.parse(["--device", "cpu", "--threads", "2", *options])))
 
     assert has_targets()
     assert has_targets("--n", "1", "--budget", "20", "--seed", "3")
@@ -358,7 +388,7 @@ def test_a_failing_row_is_reported(seed, capsys):
 def test_ceilings_are_rates():
     found = measure.ceilings(CPU, side=64, copied=1 << 16)
     for ceiling in found.values():
-        ceiling.timed.seconds.append(measure.seconds(ceiling.timed.prepare(), CPU) / ceiling.timed.runs)
+        ceiling.timed.take(0, CPU)
     assert found["matmul"].work == 2 * 64**3
     assert found["copy"].work == 2 << 16
     assert all(1e6 < ceiling.rate < 1e14 for ceiling in found.values())
@@ -388,8 +418,12 @@ def test_every_row_of_the_report_is_complete(tiny_run):
             continue
         assert len(entry["seconds"]) >= measure.LEAST
         assert all(s > 0 for s in entry["seconds"])
-        for key in ("median", "ratio_to_stack", "ratio_to_convolutions", "peak_extra_bytes", "parameters"):
+        for key in ("median", "processor_median", "peak_extra_bytes", "parameters"):
             assert entry[key] > 0, (entry["name"], key)
+        for key in ("ratio_to_stack", "ratio_to_convolutions"):
+            low, ratio, high = entry[key]
+            assert 0 < low <= ratio <= high, (entry["name"], key)
+        assert (entry["ratio_to_stack"] == [1, 1, 1]) == (entry["name"] == BASE)
         solves = any(word in entry["name"] for word in ("IFR", "unroll", "released", "torchdeq"))
         assert (entry["residual_median"] is not None) == solves
         assert not solves or 0 < entry["residual_median"] <= entry["residual_worst"] < 1
@@ -412,6 +446,8 @@ def test_the_table_is_printed_and_drawn(tiny_run):
     lines = printed.splitlines()
     for entry in found["rows"]:
         assert any(line.startswith(entry["name"]) for line in lines)
+    assert max(map(len, lines[lines.index("forward, N = 1") :])) <= 120
+    assert any(line.startswith(("quiet: ", "TOO BUSY ")) for line in lines)
     assert found["targets"] == []
     assert "target" not in printed
     assert (out / "speed.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,116 @@
+"""What the project aims at in speed.py, and what came of it."""
+
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+from benchmarks.timing.contenders import (
+    BASE,
+    BF16,
+    BF16_HISTORY,
+    BF16_STACK,
+    COMPILED_STACK,
+    EARLY,
+    F_ALONE,
+    GRAPH,
+    IFR,
+    RELEASED,
+    TORCHDEQ_BF16,
+)
+from benchmarks.timing.measure import ratios
+
+FORWARD, BACKWARD = "forward", "forward+backward"
+
+# What the targets are for. With other threads or at other sizes the same ratios have other values.
+TARGET_SETTINGS = {
+    "cpu": {"threads": 2, "table": 16, "channels": 256, "size": 14, "steps": 15},
+    "cuda": {"table": 100, "channels": 256, "size": 14, "steps": 15},
+}
+
+
+def has_targets(settings: dict) -> bool:
+    """Whether the targets are meant for a run of these options."""
+    meant = TARGET_SETTINGS[settings["device"].type]
+    return {name: settings[name] for name in meant} == meant
+
+
+class Aim(NamedTuple):
+    """formula, of the rows' entries, is to be ≤ or ≥ (sense) the limit. rows: (name, N, mode)."""
+
+    what: str
+    sense: str
+    limit: float
+    rows: tuple[tuple[str, int, str], ...]
+    formula: Callable[..., float | None]
+
+
+def aims(settings: dict, ceilings: dict[str, float]) -> list[Aim]:
+    """What this project aims at on the run's device."""
+    if settings["device"].type == "cpu":
+        return cpu_aims(settings["table"])
+    convolution = 2 * 9 * settings["channels"] ** 2 * settings["size"] ** 2
+    work = 2 * (settings["steps"] + 1) * settings["table"] * convolution
+    return gpu_aims(settings["table"], floor=work / ceilings["matmul"])
+
+
+def cpu_aims(n: int) -> list[Aim]:
+    def rows(*names: str) -> tuple:
+        return tuple((name, n, FORWARD) for name in names)
+
+    return [
+        Aim("IFR Broyden / stack, latency", "≤", 11, rows(IFR, BASE), latency),
+        Aim("as released / IFR Broyden, latency", "≥", 2.2, rows(RELEASED, IFR), latency),
+        Aim("share of IFR Broyden that is not F", "≤", 0.1, rows(F_ALONE, IFR), lambda f, ifr: 1 - latency(f, ifr)),
+        Aim("bf16 history / as released, peak memory", "≤", 1 / 3, rows(BF16_HISTORY, RELEASED), memory),
+    ]
+
+
+def gpu_aims(n: int, floor: float) -> list[Aim]:
+    """floor: seconds that the solve's convolutions of n samples take at the rate of a large bfloat16 product."""
+
+    def rows(*names: str, mode: str = FORWARD) -> tuple:
+        return tuple((name, n, mode) for name in names)
+
+    def overhead(eager: dict, graph: dict) -> float | None:
+        """A replay runs no operators that a profiler sees: its convolutions are those of the same solve run eagerly."""
+        alone = sum(c["count"] * c["alone"] for c in eager["convolutions"])
+        return 1 - alone / graph["median"] if alone else None
+
+    def per_sample(a: dict, b: dict) -> float:
+        return latency(a, b) * b["n"] / a["n"]
+
+    large = tuple((name, 512, BACKWARD) for name in (BF16, BF16_STACK))
+    sizes = (GRAPH, 512, FORWARD), (GRAPH, 128, FORWARD)
+    forth_and_back = rows(RELEASED, GRAPH, mode=BACKWARD)
+    return [
+        Aim("graph / floor of its convolutions, latency", "≤", 1.6, rows(GRAPH), lambda a: a["median"] / floor),
+        Aim("share of graph that is not convolution", "≤", 0.3, rows(BF16, GRAPH), overhead),
+        Aim("as released / graph, latency", "≥", 20, rows(RELEASED, GRAPH), latency),
+        Aim("torchdeq in bf16 / graph, latency", "≥", 8, rows(TORCHDEQ_BF16, GRAPH), latency),
+        Aim("stopping early / stack, latency", "≤", 1.2, rows(EARLY, BASE), latency),
+        Aim("stopping early / compiled bf16 stack, latency", "≤", 3, rows(EARLY, COMPILED_STACK), latency),
+        Aim("as released / graph, latency forward+backward", "≥", 15, forth_and_back, latency),
+        Aim("eager / bf16 stack, peak memory forward+backward, N = 512", "≤", 1, large, memory),
+        Aim("graph, latency per sample, N = 512 / N = 128", "≤", 1, sizes, per_sample),
+    ]
+
+
+def latency(a: dict, b: dict) -> float:
+    """The median of the ratios within the rounds that have both."""
+    return statistics.median(ratios(*(dict(zip(e["rounds"], e["seconds"], strict=True)) for e in (a, b))))
+
+
+def memory(a: dict, b: dict) -> float:
+    return a["peak_extra_bytes"] / b["peak_extra_bytes"]
+
+
+def targets(entries: list[dict], aims: list[Aim]) -> list[dict]:
+    """The aims and what came of them. "met" is None where a row is missing."""
+    table = {(e["name"], e["n"], e["mode"]): e for e in entries if "unavailable" not in e}
+    found = []
+    for aim in aims:
+        there = all(row in table for row in aim.rows)
+        value = aim.formula(*(table[row] for row in aim.rows)) if there else None
+        met = None if value is None else value <= aim.limit if aim.sense == "≤" else value >= aim.limit
+        found.append({"what": aim.what, "bound": f"{aim.sense} {aim.limit:.3g}", "value": value, "met": met})
+    return found
