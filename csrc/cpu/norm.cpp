@@ -1,10 +1,11 @@
-// The GroupNorm chains of the residual block, forward and vjp, one read of each operand per reduction.
+// The GroupNorm chains of the residual block, forward and vjp. A reduction reads each operand once.
 //
 // A sample is a matrix (outer, inner): (positions, channels) in channels_last, else (channels, positions).
-// It is cut along `outer` into slices whose number depends on the shape alone: sums are formed per slice and
-// added in order, so that results depend neither on the threads nor on the batch mates.
+// It is cut along `outer` into slices whose number depends on the shape alone. A slice is summed at a time, and the
+// sums are added in order, so results depend neither on the threads nor on the batch mates.
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 #include <vector>
 
 #include "kernels.h"
@@ -44,9 +45,9 @@ struct Chain {
     }
   }
 
-  // Per-channel sums of a and b that body(sample, element, channel, &a, &b) yields, or without PRODUCT of a and
-  // a * a; in double, since a variance is a small difference of large sums. The values go through a small buffer:
-  // mixed with double sums, the compiler would not vectorise them.
+  // Sums for each channel of a and b, which body(sample, element, channel, &a, &b) yields; without PRODUCT: of a, a * a.
+  // They are in double, since a variance is a small difference of large sums. The values go through a small buffer:
+  // the compiler would not vectorise them beside sums in double.
   template <bool PRODUCT, typename Body>
   void reduce(Body body) {
     constexpr int64_t TILE = 256;
@@ -111,8 +112,8 @@ struct Norm {
 
   int64_t per_group() const { return shape.channels / shape.groups; }
 
-  // The statistics of what value(sample, element, channel) gives; again() gives the same once value has run everywhere,
-  // and may have overwritten what it read.
+  // The statistics of what value(sample, element, channel) gives. value may overwrite what it reads; again() gives the
+  // same numbers after that.
   template <typename C, typename Value, typename Again>
   void measure(C &chain, Value value, Again again) {
     const int64_t channels = shape.channels;
@@ -129,8 +130,8 @@ struct Norm {
     from_statistics();
   }
 
-  // Statistics from the sums per channel of x and x^2. A variance far below the mean's square is lost in their
-  // difference: such groups are marked as inexact. Again: those groups' from the sums of x - mean and its square.
+  // Statistics from the sums of x and x^2 for each channel. A variance far below the mean's square is lost in their
+  // difference: such groups are marked as inexact. again: only those groups, from the sums of x - mean and its square.
   template <typename C>
   void from_sums(C &chain, std::vector<char> &inexact, bool again) {
     const int64_t width = per_group();
@@ -197,9 +198,18 @@ struct Kernels {
   using W = wide_t<T>;
   using C = Chain<NHWC, T>;
 
-  static void relu_forward(const NormShape &shape, const NormRelu &a) {
+  template <typename Arguments>
+  static Norm<W> first_norm(const NormShape &shape, const Arguments &a) {
+    return {shape, a.first_weight, a.first_bias, a.first_mean, a.first_rstd};
+  }
+  template <typename Arguments>
+  static Norm<W> second_norm(const NormShape &shape, const Arguments &a) {
+    return {shape, a.second_weight, a.second_bias, a.second_mean, a.second_rstd};
+  }
+
+  static void relu_forward(const NormShape &shape, const NormForward &a) {
     C chain(shape);
-    Norm<W> norm(shape, a.weight, a.bias, a.mean, a.rstd);
+    Norm<W> norm = first_norm(shape, a);
     const T *y = static_cast<const T *>(a.y);
     T *out = static_cast<T *>(a.out);
     const int64_t size = chain.size, channels = shape.channels;
@@ -212,9 +222,9 @@ struct Kernels {
     });
   }
 
-  static void relu_vjp(const NormShape &shape, const NormRelu &a) {
+  static void relu_vjp(const NormShape &shape, const NormBackward &a) {
     C chain(shape);
-    Norm<W> norm(shape, a.weight, a.bias, a.mean, a.rstd);
+    Norm<W> norm = first_norm(shape, a);
     norm.from_statistics();
     const T *y = static_cast<const T *>(a.y), *grad = static_cast<const T *>(a.grad);
     T *grad_y = static_cast<T *>(a.grad_y);
@@ -227,7 +237,7 @@ struct Kernels {
       s = v * scale[t] + bias[c] > W(0) ? g : W(0);
       q = s * (v * inverse[t]);
     });
-    norm.vjp_from_sums(chain, a.grad_weight, a.grad_bias);
+    norm.vjp_from_sums(chain, a.first_grad_weight, a.first_grad_bias);
     const W *weighted = norm.weighted.data(), *constant = norm.constant.data(), *slope = norm.slope.data();
     chain.map([=](int64_t n, int64_t e, int64_t c) {
       const int64_t t = n * channels + c;
@@ -237,11 +247,11 @@ struct Kernels {
     });
   }
 
-  template <bool RESIDUAL, bool POST>
-  static void tail_forward(const NormShape &shape, const NormTail &a) {
+  template <bool SHORTCUT, bool TWO>
+  static void tail_forward(const NormShape &shape, const NormForward &a) {
     C chain(shape);
-    Norm<W> first(shape, a.weight_a, a.bias_a, a.mean_a, a.rstd_a);
-    const T *y = static_cast<const T *>(a.y), *r = static_cast<const T *>(a.r);
+    Norm<W> first = first_norm(shape, a);
+    const T *y = static_cast<const T *>(a.y), *shortcut = static_cast<const T *>(a.shortcut);
     W *out = static_cast<W *>(a.out);
     const int64_t size = chain.size, channels = shape.channels;
     auto value = [=](int64_t n, int64_t e, int64_t) { return load(y[n * size + e]); };
@@ -250,58 +260,58 @@ struct Kernels {
     auto sum = [=](int64_t n, int64_t e, int64_t c) {
       const int64_t t = n * channels + c;
       const W v = (load(y[n * size + e]) - center[t]) * scale[t] + bias[c];
-      return RESIDUAL ? v + load(r[n * size + e]) : v;
+      return SHORTCUT ? v + load(shortcut[n * size + e]) : v;
     };
-    if (!POST) {
+    if (!TWO) {
       chain.map([=](int64_t n, int64_t e, int64_t c) { out[n * size + e] = sum(n, e, c); });
       return;
     }
-    Norm<W> second(shape, a.weight_b, a.bias_b, a.mean_b, a.rstd_b);
+    Norm<W> second = second_norm(shape, a);
     second.measure(
         chain, [=](int64_t n, int64_t e, int64_t c) { return out[n * size + e] = relu(sum(n, e, c)); },
         [=](int64_t n, int64_t e, int64_t) { return out[n * size + e]; });
-    const W *center_b = second.center.data(), *scale_b = second.scale.data(), *bias_b = second.bias;
+    const W *second_center = second.center.data(), *second_scale = second.scale.data(), *second_bias = second.bias;
     chain.map([=](int64_t n, int64_t e, int64_t c) {
       const int64_t t = n * channels + c;
-      out[n * size + e] = (out[n * size + e] - center_b[t]) * scale_b[t] + bias_b[c];
+      out[n * size + e] = (out[n * size + e] - second_center[t]) * second_scale[t] + second_bias[c];
     });
   }
 
-  template <bool RESIDUAL, bool POST>
-  static void tail_vjp(const NormShape &shape, const NormTail &a) {
+  template <bool SHORTCUT, bool TWO>
+  static void tail_vjp(const NormShape &shape, const NormBackward &a) {
     C chain(shape);
-    Norm<W> first(shape, a.weight_a, a.bias_a, a.mean_a, a.rstd_a);
+    Norm<W> first = first_norm(shape, a);
     first.from_statistics();
-    const T *y = static_cast<const T *>(a.y), *r = static_cast<const T *>(a.r);
+    const T *y = static_cast<const T *>(a.y), *shortcut = static_cast<const T *>(a.shortcut);
     const W *grad = static_cast<const W *>(a.grad);
-    W *grad_r = static_cast<W *>(a.grad_r);  // gradient of the sum y_normalised + r
+    W *grad_shortcut = static_cast<W *>(a.grad_shortcut);
     T *grad_y = static_cast<T *>(a.grad_y);
     const int64_t size = chain.size, channels = shape.channels;
     const W *center = first.center.data(), *inverse = first.inverse.data();
-    if (POST) {
-      Norm<W> second(shape, a.weight_b, a.bias_b, a.mean_b, a.rstd_b);
+    if (TWO) {
+      Norm<W> second = second_norm(shape, a);
       second.from_statistics();
       const W *scale = first.scale.data(), *bias = first.bias;
-      const W *center_b = second.center.data(), *inverse_b = second.inverse.data();
+      const W *second_center = second.center.data(), *second_inverse = second.inverse.data();
       auto sum = [=](int64_t n, int64_t e, int64_t c) {
         const int64_t t = n * channels + c;
         const W v = (load(y[n * size + e]) - center[t]) * scale[t] + bias[c];
-        return RESIDUAL ? v + load(r[n * size + e]) : v;
+        return SHORTCUT ? v + load(shortcut[n * size + e]) : v;
       };
       chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
         const int64_t t = n * channels + c;
         s = grad[n * size + e];
-        q = s * ((relu(sum(n, e, c)) - center_b[t]) * inverse_b[t]);
+        q = s * ((relu(sum(n, e, c)) - second_center[t]) * second_inverse[t]);
       });
-      second.vjp_from_sums(chain, a.grad_weight_b, a.grad_bias_b);
+      second.vjp_from_sums(chain, a.second_grad_weight, a.second_grad_bias);
       const W *weighted = second.weighted.data(), *constant = second.constant.data(), *slope = second.slope.data();
       chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
         const int64_t t = n * channels + c;
-        const W u = sum(n, e, c), u_hat = (relu(u) - center_b[t]) * inverse_b[t];
+        const W u = sum(n, e, c), u_hat = (relu(u) - second_center[t]) * second_inverse[t];
         const W g = grad[n * size + e] * weighted[t] - constant[t] - u_hat * slope[t];
         s = u > W(0) ? g : W(0);
         q = s * ((load(y[n * size + e]) - center[t]) * inverse[t]);
-        grad_r[n * size + e] = s;
+        grad_shortcut[n * size + e] = s;
       });
     } else {
       chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
@@ -310,9 +320,9 @@ struct Kernels {
         q = s * ((load(y[n * size + e]) - center[t]) * inverse[t]);
       });
     }
-    first.vjp_from_sums(chain, a.grad_weight_a, a.grad_bias_a);
+    first.vjp_from_sums(chain, a.first_grad_weight, a.first_grad_bias);
     const W *weighted = first.weighted.data(), *constant = first.constant.data(), *slope = first.slope.data();
-    const W *gradient = POST ? grad_r : grad;
+    const W *gradient = TWO ? grad_shortcut : grad;
     chain.map([=](int64_t n, int64_t e, int64_t c) {
       const int64_t t = n * channels + c;
       const W y_hat = (load(y[n * size + e]) - center[t]) * inverse[t];
@@ -320,46 +330,48 @@ struct Kernels {
     });
   }
 
-  static void tail_forward_any(const NormShape &shape, const NormTail &a) {
-    if (a.post)
-      a.r ? tail_forward<true, true>(shape, a) : tail_forward<false, true>(shape, a);
+  static void tail_forward_any(const NormShape &shape, const NormForward &a) {
+    if (a.second_weight)
+      a.shortcut ? tail_forward<true, true>(shape, a) : tail_forward<false, true>(shape, a);
     else
-      a.r ? tail_forward<true, false>(shape, a) : tail_forward<false, false>(shape, a);
+      a.shortcut ? tail_forward<true, false>(shape, a) : tail_forward<false, false>(shape, a);
   }
 
-  static void tail_vjp_any(const NormShape &shape, const NormTail &a) {
-    if (a.post)
-      a.r ? tail_vjp<true, true>(shape, a) : tail_vjp<false, true>(shape, a);
+  static void tail_vjp_any(const NormShape &shape, const NormBackward &a) {
+    if (a.second_weight)
+      a.shortcut ? tail_vjp<true, true>(shape, a) : tail_vjp<false, true>(shape, a);
     else
       tail_vjp<false, false>(shape, a);
   }
 };
 
+template <bool NHWC, typename Run>
+void dispatch_type(DType type, Run run) {
+  switch (type) {
+    case DType::f32: return run(Kernels<NHWC, float>());
+    case DType::f64: return run(Kernels<NHWC, double>());
+    case DType::bf16: return run(Kernels<NHWC, bf16>());
+    default: throw std::invalid_argument("a type of activations that the CPU kernels do not take");
+  }
+}
+
 template <typename Run>
 void dispatch(DType type, const NormShape &shape, Run run) {
-  if (shape.channels_last) {
-    if (type == DType::f32) run(Kernels<true, float>());
-    if (type == DType::f64) run(Kernels<true, double>());
-    if (type == DType::bf16) run(Kernels<true, bf16>());
-  } else {
-    if (type == DType::f32) run(Kernels<false, float>());
-    if (type == DType::f64) run(Kernels<false, double>());
-    if (type == DType::bf16) run(Kernels<false, bf16>());
-  }
+  shape.channels_last ? dispatch_type<true>(type, run) : dispatch_type<false>(type, run);
 }
 
 }  // namespace
 
-void norm_relu(DType type, const NormShape &shape, const NormRelu &a) {
+void norm_relu(DType type, const NormShape &shape, const NormForward &a) {
   dispatch(type, shape, [&](auto k) { k.relu_forward(shape, a); });
 }
-void norm_relu_vjp(DType type, const NormShape &shape, const NormRelu &a) {
+void norm_relu_vjp(DType type, const NormShape &shape, const NormBackward &a) {
   dispatch(type, shape, [&](auto k) { k.relu_vjp(shape, a); });
 }
-void norm_tail(DType type, const NormShape &shape, const NormTail &a) {
+void norm_tail(DType type, const NormShape &shape, const NormForward &a) {
   dispatch(type, shape, [&](auto k) { k.tail_forward_any(shape, a); });
 }
-void norm_tail_vjp(DType type, const NormShape &shape, const NormTail &a) {
+void norm_tail_vjp(DType type, const NormShape &shape, const NormBackward &a) {
   dispatch(type, shape, [&](auto k) { k.tail_vjp_any(shape, a); });
 }
 

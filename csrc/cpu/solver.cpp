@@ -25,7 +25,8 @@ double dot(const S *g, const H *row, int64_t count) {
   return sum;
 }
 
-// Asks for a piece of the four rows after these four: rows are far apart, and the processor's own prefetching starts anew in each.
+// Asks for a piece of the four rows after these four: rows are far apart, and the processor's own prefetching would
+// start anew in each.
 template <typename H>
 void fetch(const H *row, int64_t stride, int64_t count) {
   constexpr int64_t LINE = 64 / sizeof(H);
@@ -52,7 +53,7 @@ void four_dots(const S *g, const H *row, int64_t stride, int64_t count, double *
   sums[0] = sum0, sums[1] = sum1, sums[2] = sum2, sums[3] = sum3;
 }
 
-// Did no square of a piece overflow in float, nor one that counts underflow?
+// Did no square of a piece overflow in float, and none that counts underflow?
 bool is_safe(double sum) { return sum > 1e-25 && sum < 1e30; }
 
 // |f - z|^2 and |f|^2, where they are too small or too large to be summed in float.
@@ -75,7 +76,8 @@ void subtract(double *y, double scale, const double *x, int64_t n) {
   for (int64_t j = 0; j < n; ++j) y[j] -= scale * x[j];
 }
 
-// Row k holds the newest residual; pairs s < k - 1 are stored in p and q; d is the step that led here.
+// As broyden_coefficients in kernels/gram.py, for one sample. Row k is the newest residual. The pairs s < k - 1 are in
+// p and q. d is the step that led here, and becomes the next one.
 void broyden_sample(const double *gram, double *p, double *q, double *d, int64_t rows, int64_t k) {
   const int64_t count = k + 1;
   const double *column = gram + k * rows;  // gram is symmetric
@@ -108,7 +110,8 @@ void broyden_sample(const double *gram, double *p, double *q, double *d, int64_t
   for (int64_t s = 0; s < k; ++s) subtract(d, inner(q + s * rows, column, count), p + s * rows, count);
 }
 
-// steps: past steps d_i, row i; the window's differences are g_{i+1} - g_i for i in [first, k).
+// As anderson_coefficients in kernels/gram.py, for one sample. Row i of `steps` is the past step d_i; the window's
+// differences are g_{i+1} - g_i for i in [first, k). d as above.
 void anderson_sample(const double *gram, double *steps, double *d, int64_t rows, int64_t k, int64_t window,
                      double ridge) {
   const int64_t first = std::max<int64_t>(0, k - window + 1), m = k - first;
@@ -118,7 +121,8 @@ void anderson_sample(const double *gram, double *steps, double *d, int64_t rows,
   auto difference = [&](int64_t i, int64_t j) { return gram[(i + 1) * rows + j] - gram[i * rows + j]; };
   double trace = 0;
   for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < m; ++j) a[i * m + j] = difference(first + i, first + j + 1) - difference(first + i, first + j);
+    for (int64_t j = 0; j < m; ++j)
+      a[i * m + j] = difference(first + i, first + j + 1) - difference(first + i, first + j);
     trace += a[i * m + i];
     gamma[i] = difference(first + i, k);
   }
@@ -307,10 +311,10 @@ struct Solver {
 
 }  // namespace
 
-int64_t step(DType state, DType history, const Step &a) {
-  if (state == DType::f64)
-    return history == DType::bf16 ? Solver<double, bf16>(a).run() : Solver<double, double>(a).run();
-  return history == DType::bf16 ? Solver<float, bf16>(a).run() : Solver<float, float>(a).run();
+int64_t step(const Step &a) {
+  const bool narrow = a.history_type == DType::bf16;
+  if (a.type == DType::f64) return narrow ? Solver<double, bf16>(a).run() : Solver<double, double>(a).run();
+  return narrow ? Solver<float, bf16>(a).run() : Solver<float, float>(a).run();
 }
 
 }  // namespace ifr::IFR_ISA

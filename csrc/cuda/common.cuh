@@ -77,7 +77,7 @@ __device__ __forceinline__ uint4 pack<float>(const float *x) {
   return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
 }
 
-// V consecutive numbers, as floats: accesses of 16 bytes, which p is aligned to, or V = 1.
+// V consecutive numbers, as floats. p is aligned to 16 bytes, in which memory is accessed; or V = 1.
 template <int V, typename T>
 __device__ __forceinline__ void load(const T *p, float (&x)[V]) {
   if constexpr (V == 1) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void load(const T *p, float (&x)[V]) {
   }
 }
 
-// The same of what nobody writes while the kernel runs: accesses that the compiler never takes apart.
+// The same, of memory that nobody writes while the kernel runs. The compiler never splits these accesses.
 template <int V, typename T>
 __device__ __forceinline__ void load_constant(const T *p, float (&x)[V]) {
   if constexpr (V == 1) {
@@ -115,8 +115,9 @@ __device__ __forceinline__ void store(T *p, const float (&x)[V]) {
   }
 }
 
-// The same for an array whose type is known when the kernel runs; `index` counts its numbers. A branch that all
-// threads take alike costs nothing beside the access, an instantiation per combination of types costs the build.
+// The same for an array whose type is known only when the kernel runs; `index` counts its numbers. All threads take
+// the same branch, which costs nothing beside the access; an instantiation for every combination of types would cost
+// build time.
 template <int V>
 __device__ __forceinline__ void load(const void *p, DType type, int64_t index, float (&x)[V]) {
   if (type == DType::f32)
@@ -144,8 +145,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// The sums over a block of THREADS threads, in every thread. `scratch`: COUNT * THREADS / 32 floats of shared memory, free
-// again after the next __syncthreads.
+// The sums over a block of THREADS threads, in every thread. `scratch`: COUNT * THREADS / 32 floats of shared memory,
+// free again after the next __syncthreads.
 template <int THREADS, int COUNT>
 __device__ __forceinline__ void block_sum(float (&x)[COUNT], float *scratch) {
   constexpr int WARPS = THREADS / 32;
@@ -175,14 +176,14 @@ inline void check(cudaError_t status, const char *what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Starts `blocks` blocks of a kernel; none is no error. `shared`: bytes of dynamic shared memory. `cluster`: blocks a
-// cluster. `name` is for the message of the exception where the launch fails.
+// Starts `blocks` blocks of a kernel; zero blocks are no error. `shared`: bytes of dynamic shared memory. `cluster`:
+// blocks per cluster. `name` stands in the message of the exception where the launch fails.
 template <typename... Parameters, typename... Arguments>
 void launch(const char *name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, int cluster,
             cudaStream_t stream, Arguments... arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": more than 2^31 - 1 blocks");
-  // 48 KiB are to be had unasked, of which what the kernel declares is taken; no kernel here declares 16.
+  // A kernel gets 48 KiB without asking, less what it declares itself; no kernel here declares as much as 16 KiB.
   if (shared > 32 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);
   cudaLaunchConfig_t config{};
@@ -197,7 +198,7 @@ void launch(const char *name, void (*kernel)(Parameters...), int64_t blocks, int
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-  const cudaError_t last = cudaGetLastError();  // fetched in any case, or the next user of the device would meet it
+  const cudaError_t last = cudaGetLastError();  // fetched in any case, or the next user of the device would get it
   check(status != cudaSuccess ? status : last, name);
 }
 

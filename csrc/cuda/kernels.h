@@ -1,8 +1,8 @@
 // The CUDA kernels as their callers see them. Every function launches on the stream, returns at once and throws
-// std::runtime_error where a launch fails; it allocates nothing and can be captured in a CUDA graph. Pointers are to dense
-// device memory owned by the caller; a null `status` means that every sample is computed. No CUDA header is needed here.
+// std::runtime_error where a launch fails. It allocates nothing and can be captured in a CUDA graph. Pointers are to
+// dense device memory owned by the caller. No CUDA header is needed here.
 #pragma once
-#include <cstdint>
+#include "types.h"
 
 struct CUstream_st;
 
@@ -10,39 +10,36 @@ namespace ifr::cuda {
 
 using Stream = CUstream_st *;
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
-
-// As ifr_fast.solve.Status; a sample of status MAX_ITER runs.
-enum Status : int64_t { CONVERGED = 0, MAX_ITER = 1, DIVERGED = 2, NONFINITE = 3 };
-
-enum class Method : int { broyden = 0, anderson = 1, picard = 2 };
-
-// A solve, as ifr_fast.kernels.device.DeviceState names it, and what one step of it is told. With size % 8 == 0 every
-// array of unknowns must be aligned to 16 bytes.
-struct Solver {
-  Method method;
-  DType history_type, injection_type, r_type;
-  int64_t n, size;
-  int rows, row, window;           // row < 0: the last evaluation, judged only
-  int64_t evaluation;              // 0 takes nothing from the state but `start`
-  float rtol, divergence, ridge;
-  bool affine;                     // residuals are relative to |g_0|, not to |f|
-  float *z, *value;                // (n, size). value other than z: history is one row, and value keeps the best iterate
-  const float *start;              // (n, size) or null for zero
-  const void *injection;           // (n, size); null where there is no r
-  void *r;                         // (n, size): z + injection for the next evaluation
-  void *history;                   // (n, rows, size), f32 or bf16
-  float *gram, *p, *q;             // (n, rows, rows)
-  float *step, *total, *best;      // (n, rows)
-  float *norms;                    // (n, 3): |g|^2, |f|^2, |g_0|
-  float *residual, *trace;         // (n): best so far; this evaluation's
-  const float *previous;           // (n): the trace of the evaluation before, null at the first
-  int64_t *status, *iterations;    // (n)
-  bool *improved;                  // (n)
-  float *norm_partials;            // (n, parts, 2): sums of g^2 and f^2
-  float *gram_partials;            // (n, splits(size), rows)
-  int parts;
-};
+// A solve, as ifr_fast.kernels.gpu.DeviceState describes it, and what one step of it is told. Where 8 divides `size`,
+// every array of unknowns must be aligned to 16 bytes. The order of the fields matters: with the data types elsewhere
+// the cluster kernel spills registers.
+#define IFR_CUDA_SOLVER(FIELD)                                                                                  \
+  FIELD(Method, method)                                                                                         \
+  FIELD(DType, history_type) FIELD(DType, injection_type) FIELD(DType, r_type) /* history: f32 or bf16 */ \
+  FIELD(int64_t, n) FIELD(int64_t, size) /* unknowns a sample */                                                \
+  FIELD(int, rows)                                                                                              \
+  FIELD(int, row) /* negative: the last evaluation, judged only */                                              \
+  FIELD(int, window)                                                                                            \
+  FIELD(int64_t, evaluation) /* 0 takes nothing from the state but `start` */                                   \
+  FIELD(float, rtol) FIELD(float, divergence) FIELD(float, ridge)                                               \
+  FIELD(bool, affine) /* residuals are relative to |g_0|, not to |f| */                                         \
+  FIELD(float *, z) /* (n, size) */                                                                             \
+  FIELD(float *, value) /* z, or (n, size) for the best iterate, where the history is one row */                \
+  FIELD(const float *, start) /* (n, size), or null for zero */                                                 \
+  FIELD(const void *, injection) /* (n, size): X; null where there is no r */                                   \
+  FIELD(void *, r) /* (n, size): z + X, what the next evaluation's first convolution reads */                   \
+  FIELD(void *, history) /* (n, rows, size) */                                                                  \
+  FIELD(float *, gram) FIELD(float *, p) FIELD(float *, q) /* (n, rows, rows) */                                \
+  FIELD(float *, step) FIELD(float *, total) FIELD(float *, best) /* (n, rows) */                               \
+  FIELD(float *, norms) /* (n, 3): |g|^2, |f|^2, |g_0| */                                                       \
+  FIELD(float *, residual) /* (n): the best so far */                                                           \
+  FIELD(float *, trace) /* (n): this evaluation's */                                                            \
+  FIELD(const float *, previous) /* (n): the trace of the evaluation before; null at the first */               \
+  FIELD(int64_t *, status) FIELD(int64_t *, iterations) FIELD(bool *, improved) /* (n) */                       \
+  FIELD(float *, norm_partials) /* (n, parts, 2): sums of g^2 and f^2 */                                        \
+  FIELD(float *, gram_partials) /* (n, splits(size), rows) */                                                   \
+  FIELD(int, parts)
+IFR_STRUCT(Solver, IFR_CUDA_SOLVER)
 
 // f, as a sum of one to three arrays (n, size).
 struct Sum {
@@ -53,7 +50,7 @@ struct Sum {
 
 constexpr int MOST_ROWS = 64;
 
-// Into how many parts the kernels split a sample: of its size alone, so that results do not depend on batch mates.
+// Into how many parts the kernels split a sample. Its size alone decides, so results do not depend on batch mates.
 int splits(int64_t size);
 
 // g = f - z: its history row, and parts = splits(size) partial sums of g^2 and f^2.
@@ -67,25 +64,27 @@ void combine(const Solver &, Stream);
 // The best iterate of every sample, in value.
 void finish(const Solver &, Stream);
 
-// gram_row, rule and combine in one kernel, where the rows of the window fit the shared memory of a cluster and 8 divides
-// the size. For compute capability 9.0.
+// gram_row, rule and combine in one kernel, for compute capability 9.0. fits_cluster: the rows of the window fit the
+// shared memory of a cluster, and 8 divides the size.
 bool fits_cluster(int64_t size, int rows, int window, DType history_type);
 void cluster_step(const Solver &, Stream);
 
-// How a GroupNorm chain over n samples of NHWC is cut: a block of `threads` threads takes `width` channels by `length`
-// positions. whole: those are all positions of whole groups, and one launch does everything; else see `workspace`.
-struct NormPlan {
-  int64_t n;
-  int channels, positions, groups;
-  float eps;
-  int width, length, threads;
-  bool whole;
+// How a GroupNorm chain over n samples of NHWC is cut.
+#define IFR_CUDA_NORM_CUT(FIELD)                                 \
+  FIELD(int64_t, n)                                              \
+  FIELD(int, channels) FIELD(int, positions) FIELD(int, groups)  \
+  FIELD(float, eps)                                              \
+  FIELD(int, width) /* channels that a block of threads takes */ \
+  FIELD(int, length) /* positions that it takes */               \
+  FIELD(int, threads) /* a block */                              \
+  FIELD(bool, whole) /* a block takes all positions of whole groups, and one launch does everything */
+IFR_STRUCT(NormCut, IFR_CUDA_NORM_CUT)
+
+struct NormPlan : NormCut {
   int per_group, strips, slices;  // channels a group; strips of channels and slices of positions a sample
 
-  NormPlan(int64_t n, int channels, int positions, int groups, float eps, int width, int length, int threads,
-           bool whole)
-      : n(n), channels(channels), positions(positions), groups(groups), eps(eps), width(width), length(length),
-        threads(threads), whole(whole), per_group(channels / groups), strips((channels + width - 1) / width),
+  explicit NormPlan(const NormCut &cut)
+      : NormCut(cut), per_group(channels / groups), strips((channels + width - 1) / width),
         slices((positions + length - 1) / length) {}
 
   int64_t sums() const { return whole ? 0 : 3 * n * slices * channels; }
@@ -93,41 +92,45 @@ struct NormPlan {
   int64_t workspace() const { return whole ? 0 : sums() + 2 * n * groups; }
 };
 
-// y, r, out and z are (n, positions, channels); y and r of the chain's type, z float32. Weights and biases are
-// (channels), statistics (n, groups), all float32.
-struct NormForward {
-  const void *y, *r;               // r null: nothing is added
-  const float *weight1, *bias1;
-  const float *weight2, *bias2;    // null: there is no second norm
-  float *mean1, *rstd1, *mean2, *rstd2;
-  void *out;                       // of the chain's type (norm_relu) or float32; null: history and norms instead
-  const float *z;
-  void *history;                   // out - z in history_type, history_stride numbers from sample to sample; or null
-  DType history_type;
-  int64_t history_stride;
-  float *norms;                    // (n, slices * strips, 2): sums of (out - z)^2 and out^2
-  const float *partial;            // (n, parts, channels, 3): count, mean and M2 of y, from its convolution; or null
-  int64_t parts;
-  float *workspace;                // plan.workspace() floats
-  const int64_t *status;           // (n) or null
-};
+// y, shortcut, out and z are (n, positions, channels): y and the shortcut of the chain's type, z float32. Weights and
+// biases are (channels), means and rstds (n, groups), all float32.
+#define IFR_CUDA_NORM_FORWARD(FIELD)                                                                        \
+  FIELD(const void *, y)                                                                                    \
+  FIELD(const void *, shortcut) /* null: nothing is added */                                                \
+  FIELD(const float *, first_weight) FIELD(const float *, first_bias)                                       \
+  FIELD(const float *, second_weight) FIELD(const float *, second_bias) /* null: there is no second norm */ \
+  FIELD(float *, first_mean) FIELD(float *, first_rstd)                                                     \
+  FIELD(float *, second_mean) FIELD(float *, second_rstd)                                                   \
+  FIELD(void *, out) /* of the chain's type (norm_relu) or float32; null: history and norms instead */      \
+  FIELD(const float *, z)                                                                                   \
+  FIELD(void *, history) /* out - z, history_stride numbers from sample to sample; null: not stored */      \
+  FIELD(DType, history_type)                                                                                \
+  FIELD(int64_t, history_stride)                                                                            \
+  FIELD(float *, norms) /* (n, slices * strips, 2): sums of (out - z)^2 and out^2 */                        \
+  FIELD(float *, workspace) /* plan.workspace() floats */                                                   \
+  FIELD(const int64_t *, status) /* (n), or null: every sample is computed */
+IFR_STRUCT(NormForward, IFR_CUDA_NORM_FORWARD)
 
-void norm_relu(DType, const NormPlan &, const NormForward &, Stream);  // out = relu(gn1(y)); may be y
-// u = gn1(y) + r, then gn2(relu(u)) where there is a second norm. out may be y where both are float32.
+#define IFR_CUDA_NORM_BACKWARD(FIELD)                                                                    \
+  FIELD(const void *, grad) /* of out, in out's type */                                                  \
+  FIELD(const void *, y)                                                                                 \
+  FIELD(const void *, shortcut)                                                                          \
+  FIELD(const float *, first_weight) FIELD(const float *, first_bias)                                    \
+  FIELD(const float *, second_weight) FIELD(const float *, second_bias)                                  \
+  FIELD(const float *, first_mean) FIELD(const float *, first_rstd)                                      \
+  FIELD(const float *, second_mean) FIELD(const float *, second_rstd)                                    \
+  FIELD(void *, grad_y) /* of the chain's type */                                                        \
+  FIELD(float *, grad_shortcut) /* null without a second norm; else null only where the plan is whole */ \
+  FIELD(float *, first_grad_weight) FIELD(float *, first_grad_bias) /* (n, channels), or all null */     \
+  FIELD(float *, second_grad_weight) FIELD(float *, second_grad_bias)                                    \
+  FIELD(float *, workspace)                                                                              \
+  FIELD(const int64_t *, status)
+IFR_STRUCT(NormBackward, IFR_CUDA_NORM_BACKWARD)
+
+// norm_relu: out = relu(first(y)); out may be y. norm_tail: u = first(y) + shortcut, then second(relu(u)) where there
+// is a second norm; out may be y where both are float32.
+void norm_relu(DType, const NormPlan &, const NormForward &, Stream);
 void norm_tail(DType, const NormPlan &, const NormForward &, Stream);
-
-// grad is that of out, in out's type; the other arrays as above.
-struct NormBackward {
-  const void *grad, *y, *r;
-  const float *weight1, *bias1, *weight2, *bias2;
-  const float *mean1, *rstd1, *mean2, *rstd2;
-  void *grad_y;                                                  // of the chain's type
-  float *grad_r;                                                 // with a second norm; null only where the plan is whole
-  float *grad_weight1, *grad_bias1, *grad_weight2, *grad_bias2;  // (n, channels), or all null
-  float *workspace;
-  const int64_t *status;
-};
-
 void norm_relu_vjp(DType, const NormPlan &, const NormBackward &, Stream);
 void norm_tail_vjp(DType, const NormPlan &, const NormBackward &, Stream);
 

@@ -1,5 +1,5 @@
 // GroupNorm chains of the residual block, forward: relu(gn(y)), the block's tail, and the tail that ends in the
-// solver's residual. Variances are sums about the mean, of a thread first, then of its peers by Chan's formula.
+// solver's residual. A thread sums squares about its own mean; Chan's formula combines the threads' variances.
 #include "norm.cuh"
 
 namespace ifr::cuda {
@@ -9,8 +9,8 @@ struct Moments {
   float count, mean, m2;
 };
 
-// The moments of what `total` entries describe together, in every thread that takes part: those of `sum`, which are
-// `step` threads of which this is `start`. Entries of count 0 are ignored.
+// The moments of everything that `total` entries describe. `step` threads share the work, and all get the result; this
+// is number `start` of them, and `sum` adds up over them. Entries of count 0 are ignored.
 template <typename Entry, typename Sum>
 __device__ __forceinline__ Moments combine(int total, int start, int step, Entry entry, Sum sum) {
   float count = 0, mean = 0, m2 = 0;
@@ -48,14 +48,14 @@ struct Norm {
   __device__ __forceinline__ float operator()(float x, int j) const { return (x - mean[j]) * scale[j] + bias[j]; }
 };
 
-// Where a block's moments go: those of its groups to `table` and to mean and rstd (n, groups), or, if the tile is not
-// whole, to `partial` (n, slices, columns, 3). Column: V channels where groups consist of such, else one.
+// Where a block's moments go. Of a whole tile: those of its groups, to `table` and to mean and rstd (n, groups). Else
+// those of its columns, to `partial` (n, slices, columns, 3). A column is V channels if V divides a group, else one.
 struct Sink {
   Table table;
   float *mean, *rstd, *partial;
 };
 
-// The moments over the tile of the numbers that values(position, x) gives. All of the block gets here.
+// The moments over the tile of the numbers that values(position, x) gives. All threads of the block call it.
 template <int V, typename Values>
 __device__ __forceinline__ void take_moments(const NormPlan &plan, const Tile &tile, const Lane<V> &lane,
                                              const Scratch &scratch, const Sink &sink, Values values) {
@@ -129,14 +129,14 @@ __device__ __forceinline__ void take_moments(const NormPlan &plan, const Tile &t
 
 constexpr int FINALIZE_THREADS = 256;
 
-// A block a group of a sample: mean and rstd from partial (n, parts, columns, 3).
+// Mean and rstd from partial (n, slices, columns, 3), a block for each group of a sample.
 __global__ void __launch_bounds__(FINALIZE_THREADS)
-    finalize_moments(const float *partial, int parts, int columns, int groups, float eps, float *mean, float *rstd,
+    finalize_moments(const float *partial, int slices, int columns, int groups, float eps, float *mean, float *rstd,
                      const int64_t *status) {
   const int64_t sample = blockIdx.x / groups;
   if (status && status[sample] != MAX_ITER) return;
   const int group = blockIdx.x % groups, per_group = columns / groups;
-  const float *first = partial + 3 * (sample * parts * columns + group * per_group);
+  const float *first = partial + 3 * (sample * slices * columns + group * per_group);
   __shared__ float scratch[2][FINALIZE_THREADS / 32];
   int turn = 0;
   const auto sum = [&](float x) {
@@ -148,11 +148,11 @@ __global__ void __launch_bounds__(FINALIZE_THREADS)
     const float *e = first + 3 * (int64_t(i / per_group) * columns + i % per_group);
     return Moments{e[0], e[1], e[2]};
   };
-  const Moments m = combine(parts * per_group, threadIdx.x, FINALIZE_THREADS, entry, sum);
+  const Moments m = combine(slices * per_group, threadIdx.x, FINALIZE_THREADS, entry, sum);
   if (threadIdx.x == 0) mean[blockIdx.x] = m.mean, rstd[blockIdx.x] = rstd_of(m, eps);
 }
 
-// The sum over the block, in its first thread, whose warp adds the warps' sums in order.
+// The sum over the block, in its first thread, which adds the warps' sums in order.
 __device__ __forceinline__ float sum_to_first(float x, float *scratch) {
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
@@ -170,29 +170,29 @@ __global__ void __launch_bounds__(MOST_THREADS, 4)
   if (a.status && a.status[tile.sample] != MAX_ITER) return;
   const Lane<V> lane(tile);
   const int bytes = tile_bytes(plan, type);
-  unsigned char *y = dynamic_shared<unsigned char>(), *r = y + bytes;
-  const Scratch scratch(TAIL && a.r ? r + bytes : r, plan, V);
-  const bool with_r = TAIL && a.r && stage != Stage::first;
+  unsigned char *y = dynamic_shared<unsigned char>(), *shortcut = y + bytes;
+  const Scratch scratch(TAIL && a.shortcut ? shortcut + bytes : shortcut, plan, V);
+  const bool add_shortcut = TAIL && a.shortcut && stage != Stage::first;
   fetch<T>(y, a.y, type, plan, tile);
-  if (with_r) fetch<T>(r, a.r, type, plan, tile);
+  if (add_shortcut) fetch<T>(shortcut, a.shortcut, type, plan, tile);
   await_tiles();
 
   const auto input = [&](int p, float(&x)[V]) { read<T>(y, type, p * tile.width + lane.channel, x); };
-  Table table = Table::global(a.mean1, a.rstd1, plan, tile);
+  Table table = Table::global(a.first_mean, a.first_rstd, plan, tile);
   if (stage == Stage::whole || stage == Stage::first) {
     if (plan.whole) table = Table::shared(scratch.tables, tile);
-    take_moments(plan, tile, lane, scratch, {table, a.mean1, a.rstd1, a.workspace}, input);
+    take_moments(plan, tile, lane, scratch, {table, a.first_mean, a.first_rstd, a.workspace}, input);
     if (stage == Stage::first) return;
   }
   Norm<V> first;
-  first.set(plan, tile, lane, table, a.weight1, a.bias1);
+  first.set(plan, tile, lane, table, a.first_weight, a.first_bias);
   const auto hidden = [&](int p, float(&x)[V]) {
     input(p, x);
 #pragma unroll
     for (int j = 0; j < V; ++j) x[j] = first(x[j], j);
-    if (with_r) {
+    if (add_shortcut) {
       float added[V];
-      read<T>(r, type, p * tile.width + lane.channel, added);
+      read<T>(shortcut, type, p * tile.width + lane.channel, added);
 #pragma unroll
       for (int j = 0; j < V; ++j) x[j] += added[j];
     }
@@ -210,23 +210,23 @@ __global__ void __launch_bounds__(MOST_THREADS, 4)
     }
   } else {
     Norm<V> second{};
-    if (a.weight2) {
+    if (a.second_weight) {
       const auto rectified = [&](int p, float(&x)[V]) {
         hidden(p, x);
 #pragma unroll
         for (int j = 0; j < V; ++j) x[j] = relu(x[j]);
       };
-      table = Table::global(a.mean2, a.rstd2, plan, tile);
+      table = Table::global(a.second_mean, a.second_rstd, plan, tile);
       if (stage == Stage::whole || stage == Stage::second) {
         if (plan.whole) table = Table::shared(scratch.tables + 2 * plan.width, tile);
-        take_moments(plan, tile, lane, scratch, {table, a.mean2, a.rstd2, a.workspace}, rectified);
+        take_moments(plan, tile, lane, scratch, {table, a.second_mean, a.second_rstd, a.workspace}, rectified);
         if (stage == Stage::second) return;
       }
-      second.set(plan, tile, lane, table, a.weight2, a.bias2);
+      second.set(plan, tile, lane, table, a.second_weight, a.second_bias);
     }
     const auto output = [&](int p, float(&x)[V]) {
       hidden(p, x);
-      if (!a.weight2) return;
+      if (!a.second_weight) return;
 #pragma unroll
       for (int j = 0; j < V; ++j) x[j] = second(relu(x[j]), j);
     };
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 4)
       float f[V], g[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) g[j] = ahead[j];
-      // The next numbers are asked for before these are used: z is the one tensor that does not come with the tiles.
+      // The next numbers are loaded before these are used: z alone is not in shared memory.
       if (p + lane.rows < tile.length) load<V>(z + start + offset + int64_t(lane.rows) * plan.channels, ahead);
       output(p, f);
 #pragma unroll
@@ -276,17 +276,17 @@ template <typename T, int V, bool TAIL>
 void launch_forward(const char *name, DType type, const NormPlan &plan, Stage stage, const NormForward &a,
                     Stream stream) {
   const int threads = threads_for(plan, V);
-  const int64_t tiles = tile_bytes(plan, type) * (TAIL && a.r ? 2 : 1);
+  const int64_t tiles = tile_bytes(plan, type) * (TAIL && a.shortcut ? 2 : 1);
   launch(name, forward<T, V, TAIL>, blocks_of(plan), threads, tiles + Scratch::bytes(plan, threads, V), 1, stream,
          plan, type, stage, a, a.z);
 }
 
-// Returns the channels that a column of the moments stands for.
+// Returns how many channels a column of the moments stands for.
 template <bool TAIL>
 int run_stage(const char *name, DType type, const NormPlan &plan, Stage stage, const NormForward &a, Stream stream) {
   constexpr int V = TAIL ? 4 : 8;  // float32 tensors beside 16-bit ones: 16 bytes of the former
   int v = 1;
-  if (!in_words(type, plan, a.y, a.r, a.out, a.z))
+  if (!in_words(type, plan, a.y, a.shortcut, a.out, a.z))
     launch_forward<Any, 1, TAIL>(name, type, plan, stage, a, stream);
   else if (type == DType::f32)
     v = 4, launch_forward<float, 4, TAIL>(name, type, plan, stage, a, stream);
@@ -297,28 +297,19 @@ int run_stage(const char *name, DType type, const NormPlan &plan, Stage stage, c
   return plan.per_group % v == 0 ? v : 1;
 }
 
-void finalize(const char *name, const NormPlan &plan, const float *partial, int64_t parts, int columns, float *mean,
-              float *rstd, const int64_t *status, Stream stream) {
-  launch(name, finalize_moments, plan.n * plan.groups, FINALIZE_THREADS, 0, 1, stream, partial, int(parts), columns,
-         plan.groups, plan.eps, mean, rstd, status);
-}
-
 template <bool TAIL>
 void run(const char *name, DType type, const NormPlan &plan, const NormForward &a, Stream stream) {
   if (plan.whole) {
     run_stage<TAIL>(name, type, plan, Stage::whole, a, stream);
     return;
   }
-  if (a.partial) {
-    finalize(name, plan, a.partial, a.parts, plan.channels, a.mean1, a.rstd1, a.status, stream);
-  } else {
-    const int together = run_stage<TAIL>(name, type, plan, Stage::first, a, stream);
-    finalize(name, plan, a.workspace, plan.slices, plan.channels / together, a.mean1, a.rstd1, a.status, stream);
-  }
-  if (TAIL && a.weight2) {
-    const int together = run_stage<TAIL>(name, type, plan, Stage::second, a, stream);
-    finalize(name, plan, a.workspace, plan.slices, plan.channels / together, a.mean2, a.rstd2, a.status, stream);
-  }
+  const auto measure = [&](Stage stage, float *mean, float *rstd) {
+    const int together = run_stage<TAIL>(name, type, plan, stage, a, stream);
+    launch(name, finalize_moments, plan.n * plan.groups, FINALIZE_THREADS, 0, 1, stream, a.workspace, plan.slices,
+           plan.channels / together, plan.groups, plan.eps, mean, rstd, a.status);
+  };
+  measure(Stage::first, a.first_mean, a.first_rstd);
+  if (TAIL && a.second_weight) measure(Stage::second, a.second_mean, a.second_rstd);
   run_stage<TAIL>(name, type, plan, Stage::apply, a, stream);
 }
 

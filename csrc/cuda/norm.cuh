@@ -1,7 +1,7 @@
 // What the GroupNorm chains share. A block of threads takes a tile of one sample, plan.width channels by plan.length
-// positions, into shared memory; a thread keeps to V channels there and strides over the positions. A whole tile has
-// all positions of its groups, so that one launch does everything. Otherwise the sums over the tiles of a sample meet
-// in global memory, and a launch ends wherever the next needs them.
+// positions, into shared memory. A thread keeps to V channels there and strides over the positions. A whole tile has
+// all positions of its groups, so one launch does everything. Otherwise the tiles' sums meet in global memory, and a
+// new launch starts wherever they are needed.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -10,12 +10,13 @@
 
 namespace ifr::cuda {
 
-// Instead of a type: numbers of one known when the kernel runs, taken one by one. Serves what 16 bytes do not divide.
+// Stands for a type that is known only when the kernel runs, whose numbers are taken one by one. It serves tensors
+// that accesses of 16 bytes do not divide.
 struct Any;
 
 constexpr int MOST_THREADS = 256;  // in a block
 
-// What a launch does: the whole chain; or the sums of the first or of the second norm; or what follows the sums.
+// What a launch does: the whole chain, the sums of the first norm or of the second, or what follows the sums.
 enum class Stage : int { whole, first, second, apply };
 
 template <typename T>
@@ -23,7 +24,7 @@ constexpr int PER_WORD = 16 / sizeof(T);
 template <>
 constexpr int PER_WORD<Any> = 1;
 
-// V consecutive numbers as floats, `type` being T's. Other than `load`, takes 8 bytes too.
+// V consecutive numbers as floats; `type` is T's. Unlike `load` it can take 8 bytes.
 template <typename T, int V>
 __device__ __forceinline__ void read(const void *p, DType type, int64_t index, float (&x)[V]) {
   if constexpr (std::is_same_v<T, Any>) {
@@ -68,8 +69,8 @@ struct Tile {
   }
 };
 
-// A thread's part of a tile: V channels from `channel` on, at the positions begin, begin + rows, ... The threads that
-// do not fill a row of the tile have no positions.
+// A thread's part of a tile: V channels from `channel` on, at the positions begin, begin + rows, ... Threads left over
+// after the last full row have no positions.
 template <int V>
 struct Lane {
   int rows, row, begin, channel;
@@ -134,13 +135,13 @@ struct Scratch {
         totals(entries + 2 * (int(blockDim.x) * v + plan.width)),
         tables(totals + 2 * plan.width) {}
 
-  // (rows | 1) entries a channel: consecutive rows and columns fall into different banks of shared memory.
+  // A channel has (rows | 1) entries, so consecutive rows and columns fall into different banks of shared memory.
   static int64_t bytes(const NormPlan &plan, int threads, int v) {
     return sizeof(float) * (2 * (int64_t(threads) * v + plan.width) + 6 * int64_t(plan.width));
   }
 };
 
-// Two numbers a group, in shared memory for the tile's own groups, or in global memory for all.
+// Two numbers for each group: of the tile's own groups in shared memory, or of all groups in global memory.
 struct Table {
   float *a, *b;
   int channel;  // the tile's first channel, counted from the table's first
@@ -163,14 +164,14 @@ struct Table {
   }
 };
 
-// The tensors of one launch can be accessed 16 bytes at a time.
+// Can the tensors of one launch be accessed 16 bytes at a time?
 template <typename... Pointers>
 inline bool in_words(DType type, const NormPlan &plan, Pointers... pointers) {
   const int word = type == DType::f32 ? 4 : 8;
   return plan.channels % word == 0 && plan.width % word == 0 && (aligned(pointers) && ...);
 }
 
-// Every thread must find a column of the tile's rows.
+// The threads of a block: at least one for each column of the tile.
 inline int threads_for(const NormPlan &plan, int v) {
   return int(std::max<int64_t>(plan.threads, ceil_div(plan.width / v, 32) * 32));
 }

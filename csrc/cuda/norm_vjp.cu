@@ -1,6 +1,6 @@
 // The vector-Jacobian products of the GroupNorm chains. With g the gradient of a norm's output, x̂ its normalised
-// input and w its weight, the input's gradient is (g w - mean(g w) - x̂ mean(g w x̂)) rstd, means over the group; the
-// gradients of weight and bias are the sums of g x̂ and of g, left a sample apart.
+// input and w its weight, the input's gradient is (g w - mean(g w) - x̂ mean(g w x̂)) rstd, with means over the group.
+// The gradients of weight and bias are the sums of g x̂ and of g, one sum for each sample.
 #include "norm.cuh"
 
 namespace ifr::cuda {
@@ -24,16 +24,15 @@ struct Norm {
   __device__ __forceinline__ float affine(float x_hat, int j) const { return x_hat * weight[j] + bias[j]; }
 };
 
-// Where a block's sums go: the means of its groups to `table` and the sums of its channels to grad_weight and grad_bias
-// (n, channels), both or neither null, or, if the tile is not whole, the channels' to `partial` (n, slices, channels,
-// 2).
+// Where a block's sums go. Of a whole tile: the means of its groups to `table`, the sums of its channels to grad_weight
+// and grad_bias (n, channels) unless both are null. Else the channels' sums, to `partial` (n, slices, channels, 2).
 struct Sink {
   Table table;
   const float *weight;
   float *grad_weight, *grad_bias, *partial;
 };
 
-// Sums of g and of g x̂ over the tile; values(position, g, x_hat) gives both. All of the block gets here.
+// Sums of g and of g x̂ over the tile; values(position, g, x_hat) gives both. All threads of the block call it.
 template <int V, typename Values>
 __device__ __forceinline__ void take_sums(const NormPlan &plan, const Tile &tile, const Lane<V> &lane,
                                           const Scratch &scratch, const Sink &sink, Values values) {
@@ -97,10 +96,10 @@ __device__ __forceinline__ void take_sums(const NormPlan &plan, const Tile &tile
 
 constexpr int FINALIZE_THREADS = 256;
 
-// A block a group of a sample: from partial (n, parts, channels, 2), the channels' sums to grad_weight and grad_bias
-// (n, channels) unless null, and the group's two means to means (2, n, groups).
+// Finishes the sums in partial (n, slices, channels, 2), a block for each group of a sample: the channels' sums go to
+// grad_weight and grad_bias (n, channels) unless these are null, the group's two means to means (2, n, groups).
 __global__ void __launch_bounds__(FINALIZE_THREADS)
-    finalize_sums(const float *partial, int parts, int channels, int groups, int positions, const float *weight,
+    finalize_sums(const float *partial, int slices, int channels, int groups, int positions, const float *weight,
                   float *grad_weight, float *grad_bias, float *means, const int64_t *status) {
   const int64_t sample = blockIdx.x / groups;
   if (status && status[sample] != MAX_ITER) return;
@@ -110,8 +109,8 @@ __global__ void __launch_bounds__(FINALIZE_THREADS)
   for (int i = threadIdx.x / 32; i < per_group; i += WARPS) {
     const int channel = group * per_group + i;
     float g = 0, gx = 0;
-    for (int part = own; part < parts; part += 32) {
-      const float *e = partial + 2 * ((sample * parts + part) * channels + channel);
+    for (int slice = own; slice < slices; slice += 32) {
+      const float *e = partial + 2 * ((sample * slices + slice) * channels + channel);
       g += e[0], gx += e[1];
     }
     g = warp_sum(g), gx = warp_sum(gx);
@@ -136,18 +135,18 @@ __global__ void __launch_bounds__(MOST_THREADS, 3)
   if (a.status && a.status[tile.sample] != MAX_ITER) return;
   const Lane<V> lane(tile);
   const DType grad_type = RELU ? type : DType::f32;
-  const bool two = !RELU && a.weight2, with_r = two && a.r;
+  const bool two = !RELU && a.second_weight, add_shortcut = two && a.shortcut;
   unsigned char *y = dynamic_shared<unsigned char>(), *grad = y + tile_bytes(plan, type);
-  unsigned char *r = grad + tile_bytes(plan, grad_type);
-  const Scratch scratch(with_r ? r + tile_bytes(plan, type) : r, plan, V);
+  unsigned char *shortcut = grad + tile_bytes(plan, grad_type);
+  const Scratch scratch(add_shortcut ? shortcut + tile_bytes(plan, type) : shortcut, plan, V);
   fetch<T>(y, a.y, type, plan, tile);
   fetch<G>(grad, a.grad, grad_type, plan, tile);
-  if (with_r) fetch<T>(r, a.r, type, plan, tile);
+  if (add_shortcut) fetch<T>(shortcut, a.shortcut, type, plan, tile);
   await_tiles();
 
   const int64_t start = tile.base + lane.channel;
   Norm<V> first;
-  first.set(plan, tile, lane, Table::global(a.mean1, a.rstd1, plan, tile), a.weight1, a.bias1);
+  first.set(plan, tile, lane, Table::global(a.first_mean, a.first_rstd, plan, tile), a.first_weight, a.first_bias);
   const auto normalised = [&](int p, float(&x_hat)[V]) {
     read<T>(y, type, p * tile.width + lane.channel, x_hat);
 #pragma unroll
@@ -164,12 +163,13 @@ __global__ void __launch_bounds__(MOST_THREADS, 3)
   if constexpr (!RELU) {
     if (two && stage != Stage::apply) {
       Norm<V> second;
-      second.set(plan, tile, lane, Table::global(a.mean2, a.rstd2, plan, tile), a.weight2, a.bias2);
-      // x̂ of the first norm, what stands before the ReLU, and x̂ of the second
+      second.set(plan, tile, lane, Table::global(a.second_mean, a.second_rstd, plan, tile), a.second_weight,
+                 a.second_bias);
+      // x̂ of the first norm; u, which the ReLU takes; x̂ of the second norm
       const auto forward = [&](int p, float(&x_hat)[V], float(&u)[V], float(&v_hat)[V]) {
         normalised(p, x_hat);
         float added[V] = {};
-        if (with_r) read<T>(r, type, p * tile.width + lane.channel, added);
+        if (add_shortcut) read<T>(shortcut, type, p * tile.width + lane.channel, added);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           u[j] = first.affine(x_hat[j], j) + added[j];
@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(MOST_THREADS, 3)
       Table table = Table::global(means, means + plan.n * plan.groups, plan, tile);
       if (stage == Stage::whole || stage == Stage::second) {
         if (plan.whole) table = Table::shared(scratch.tables, tile);
-        take_sums(plan, tile, lane, scratch, {table, a.weight2, a.grad_weight2, a.grad_bias2, a.workspace},
+        take_sums(plan, tile, lane, scratch,
+                  {table, a.second_weight, a.second_grad_weight, a.second_grad_bias, a.workspace},
                   [&](int p, float(&g)[V], float(&v_hat)[V]) {
                     float x_hat[V], u[V];
                     forward(p, x_hat, u, v_hat);
@@ -189,9 +190,9 @@ __global__ void __launch_bounds__(MOST_THREADS, 3)
       }
       float mean[V], slope[V];
       table.get(plan, lane, mean, slope);
-      // The gradient of what stands before the ReLU takes the place of the output's, in the thread that read it.
+      // The gradient of u overwrites the output's gradient in shared memory, each number by the thread that read it.
       table = Table::shared(scratch.tables + 2 * plan.width, tile);
-      take_sums(plan, tile, lane, scratch, {table, a.weight1, a.grad_weight1, a.grad_bias1, a.workspace},
+      take_sums(plan, tile, lane, scratch, {table, a.first_weight, a.first_grad_weight, a.first_grad_bias, a.workspace},
                 [&](int p, float(&g)[V], float(&x_hat)[V]) {
                   const int at = p * tile.width + lane.channel;
                   float u[V], v_hat[V];
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 3)
                     g[j] = u[j] > 0 ? g[j] : 0;
                   }
                   write<G>(grad, grad_type, at, g);
-                  if (a.grad_r) write<G>(a.grad_r, grad_type, start + int64_t(p) * plan.channels, g);
+                  if (a.grad_shortcut) write<G>(a.grad_shortcut, grad_type, start + int64_t(p) * plan.channels, g);
                 });
       if (stage == Stage::first) return;
     }
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 3)
   Table table = Table::global(means, means + plan.n * plan.groups, plan, tile);
   if (stage != Stage::apply && plan.whole) table = Table::shared(scratch.tables + 2 * plan.width, tile);
   if (!two && stage != Stage::apply) {
-    take_sums(plan, tile, lane, scratch, {table, a.weight1, a.grad_weight1, a.grad_bias1, a.workspace},
+    take_sums(plan, tile, lane, scratch, {table, a.first_weight, a.first_grad_weight, a.first_grad_bias, a.workspace},
               [&](int p, float(&g)[V], float(&x_hat)[V]) {
                 normalised(p, x_hat);
                 gradient(p, g, x_hat);
@@ -236,7 +237,7 @@ void launch_backward(const char *name, DType type, const NormPlan &plan, Stage s
                      Stream stream) {
   const int threads = threads_for(plan, V);
   int64_t tiles = tile_bytes(plan, type) + tile_bytes(plan, RELU ? type : DType::f32);
-  if (a.weight2 && a.r) tiles += tile_bytes(plan, type);
+  if (a.second_weight && a.shortcut) tiles += tile_bytes(plan, type);
   launch(name, backward<T, V, RELU>, blocks_of(plan), threads, tiles + Scratch::bytes(plan, threads, V), 1, stream,
          plan, type, stage, a, a.workspace + plan.sums());
 }
@@ -245,7 +246,7 @@ template <bool RELU>
 void run_stage(const char *name, DType type, const NormPlan &plan, Stage stage, const NormBackward &a,
                Stream stream) {
   constexpr int V = RELU ? 8 : 4;  // float32 tensors beside 16-bit ones: 16 bytes of the former
-  if (!in_words(type, plan, a.y, a.r, a.grad, a.grad_y, a.grad_r))
+  if (!in_words(type, plan, a.y, a.shortcut, a.grad, a.grad_y, a.grad_shortcut))
     launch_backward<Any, 1, RELU>(name, type, plan, stage, a, stream);
   else if (type == DType::f32)
     launch_backward<float, 4, RELU>(name, type, plan, stage, a, stream);
@@ -266,13 +267,14 @@ void run(const char *name, DType type, const NormPlan &plan, NormBackward a, Str
            plan.channels, plan.groups, plan.positions, weight, grad_weight, grad_bias, a.workspace + plan.sums(),
            a.status);
   };
-  if (a.weight2) {
+  if (a.second_weight) {
     run_stage<RELU>(name, type, plan, Stage::second, a, stream);
-    finalize(a.weight2, a.grad_weight2, a.grad_bias2);
+    finalize(a.second_weight, a.second_grad_weight, a.second_grad_bias);
   }
   run_stage<RELU>(name, type, plan, Stage::first, a, stream);
-  finalize(a.weight1, a.grad_weight1, a.grad_bias1);
-  if (a.weight2) a.grad = a.grad_r, a.weight2 = nullptr;  // what is left concerns the first norm alone
+  finalize(a.first_weight, a.first_grad_weight, a.first_grad_bias);
+  // What is left concerns the first norm alone.
+  if (a.second_weight) a.grad = a.grad_shortcut, a.second_weight = nullptr;
   run_stage<RELU>(name, type, plan, Stage::apply, a, stream);
 }
 

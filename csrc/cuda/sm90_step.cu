@@ -1,6 +1,6 @@
-// gram_row, rule and combine as one kernel. A cluster of eight blocks holds a sample: each takes an eighth of its unknowns,
-// keeps what it read of the history in shared memory, learns the others' partial inner products from theirs, and moves its
-// eighth. The history is read from memory once in place of twice; launches fall from three to one.
+// gram_row, rule and combine as one kernel. A cluster of eight blocks holds a sample, and a block an eighth of its
+// unknowns. The block keeps in shared memory what it read of the history, adds up the partial inner products of all
+// eight blocks, and moves its eighth. The history is read from memory once, not twice, by one launch, not three.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -15,7 +15,7 @@ constexpr int CLUSTER = 8;
 constexpr int THREADS = 384;
 constexpr size_t MOST_SHARED = 227 * 1024 - 8 * 1024;  // what a block can have, less what the kernel declares
 
-// Unknowns a block takes, the last ones fewer, or none.
+// The unknowns that a block takes. The last blocks take fewer, or none.
 __host__ __device__ __forceinline__ int share_of(int64_t size) {
   return int((size + CLUSTER * VECTOR - 1) / (CLUSTER * VECTOR) * VECTOR);
 }
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(THREADS, 2) cluster_kernel(Solver a) {
   const auto cluster = cooperative_groups::this_cluster();
   const int rank = int(cluster.block_rank());
   const int64_t sample = blockIdx.x / CLUSTER;
-  if (!runs(a, sample)) {  // for all blocks of the cluster alike
+  if (!runs(a, sample)) {  // all blocks of the cluster leave together
     if (rank == 0 && threadIdx.x == 0) a.trace[sample] = a.previous[sample];
     return;
   }

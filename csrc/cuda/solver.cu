@@ -7,12 +7,13 @@
 namespace ifr::cuda {
 namespace {
 
-// gram_row and residual: a block takes at least 2048 numbers of a sample, two of 16 bytes a thread.
+// gram_row and residual: a block takes at least 2048 numbers of a sample, two loads of 16 bytes per thread.
 constexpr int THREADS = 128;
 constexpr int PART = 2048, MOST_PARTS = 512;
 constexpr int RULE_THREADS = 256;
 constexpr int COMBINE_THREADS = 256;
-// Few enough for 80 registers, which hold eight loads of 16 bytes. Left alone, ptxas takes fewer and loads in turn.
+// Threads on a multiprocessor: few enough to leave each 80 registers, which hold eight loads of 16 bytes. Without this
+// bound ptxas takes fewer registers, and loads one after another.
 constexpr int THREADS_A_SM = 768;
 
 // Numbers a part holds (the last ones fewer, or none).
@@ -111,9 +112,10 @@ __global__ void __launch_bounds__(RULE_THREADS) rule_kernel(Solver a, int parts)
   if (warp == 0) judge(a, sample, s, m, true);
 }
 
-// Samples in reverse: those that gram_row read last are still in the L2 cache.
+// The samples are taken in reverse: those that gram_row read last are still in the L2 cache.
 template <typename H, int V>
-__global__ void __launch_bounds__(COMBINE_THREADS, THREADS_A_SM / COMBINE_THREADS) combine_kernel(Solver a, int blocks) {
+__global__ void __launch_bounds__(COMBINE_THREADS, THREADS_A_SM / COMBINE_THREADS)
+    combine_kernel(Solver a, int blocks) {
   const int64_t block = gridDim.x - 1 - blockIdx.x, sample = block / blocks;
   const int64_t e = (block % blocks * COMBINE_THREADS + threadIdx.x) * V, at = sample * a.size + e;
   if (e >= a.size || a.status[sample] != MAX_ITER) return;

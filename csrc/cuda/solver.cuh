@@ -1,5 +1,5 @@
-// The pieces that the solver's kernels are made of: inner products and sums over the history by a whole block, and the
-// rules' small algebra by a warp, in shared memory.
+// The pieces of the solver's kernels: a whole block takes inner products and sums over the history, and one warp does
+// the methods' small algebra in shared memory.
 #pragma once
 #include <cfloat>
 #include <cmath>
@@ -8,9 +8,9 @@
 
 namespace ifr::cuda {
 
-// Numbers a thread takes at a time where a sample's size allows; an instantiation with 1 serves the others.
+// Numbers that a thread takes at a time where this divides a sample's size. Other sizes take one at a time.
 constexpr int VECTOR = 8;
-// Rows a thread reads at a time: as many as fit registers.
+// Rows that a thread reads at a time: as many as fit its registers.
 template <typename H>
 constexpr int TILE = 16 / sizeof(H);
 
@@ -23,7 +23,8 @@ __host__ __device__ __forceinline__ int window_start(const Solver &a) {
   return a.row - a.window + 1 > 0 ? a.row - a.window + 1 : 0;
 }
 
-// The sums of R values over a warp, in half of the shuffles that R sums would take: lane l gets that of value l / (32 / R).
+// The sums of R values over a warp: lane l gets that of value l / (32 / R). It takes half of the shuffles of R calls of
+// warp_sum.
 template <int R>
 __device__ __forceinline__ float warp_sums(float (&x)[R]) {
   const int lane = threadIdx.x % 32;
@@ -42,8 +43,8 @@ __device__ __forceinline__ float warp_sums(float (&x)[R]) {
   return x[0];
 }
 
-// Inner products of `own` with R rows over the numbers [begin, end), by a block of THREADS; a warp's go to sums[0 .. R-1].
-// KEEP: the rows' numbers are left in shared memory too, at kept + r * pitch.
+// Inner products of `own` with R rows over the numbers [begin, end), by a block of THREADS. Those of a warp go to
+// sums[0 .. R-1]. KEEP: the numbers of row r stay in shared memory too, at kept + r * pitch.
 template <typename H, int V, int THREADS, bool KEEP, int R>
 __device__ __forceinline__ void dot_tile(const H *own, const H *rows, int64_t stride, int begin, int end, float *sums,
                                          H *kept, int pitch) {
@@ -67,7 +68,7 @@ __device__ __forceinline__ void dot_tile(const H *own, const H *rows, int64_t st
   if (lane % (32 / R) == 0) sums[lane / (32 / R)] = sum;
 }
 
-// The same for any number of rows. sums: shared memory, THREADS / 32 times MOST_ROWS, a warp's beside each other.
+// The same for any number of rows. sums: MOST_ROWS numbers of shared memory for each of the THREADS / 32 warps.
 template <typename H, int V, int THREADS, bool KEEP>
 __device__ __forceinline__ void dots(const H *own, const H *rows, int64_t stride, int count, int begin, int end,
                                      float *sums, H *kept = nullptr, int pitch = 0) {
@@ -85,8 +86,8 @@ __device__ __forceinline__ void dots(const H *own, const H *rows, int64_t stride
   if (count - done >= 1) tile(std::integral_constant<int, 1>());
 }
 
-// Where rows are that are to be added: in global memory; there, those of coefficient zero not to be read, for they may
-// hold anything; in shared memory.
+// Where the rows to be added are: in global memory; in global memory, where rows of coefficient zero are not read, as
+// they may hold anything; or in shared memory.
 enum class Rows { global, sparse, shared };
 
 // sum += Σ_r coefficients[r] * row r, R rows.
@@ -145,7 +146,8 @@ struct Small {
   float gram_step[MOST_ROWS], gram_y[MOST_ROWS], a[MOST_ROWS], b[MOST_ROWS], c[MOST_ROWS];
 };
 
-// Matrices beside it, of the rows and columns 0 .. row, rows `pitch` apart, an odd number: no two rows start in one bank.
+// The matrices beside it, of the rows and columns 0 .. row. Rows are `pitch` numbers apart, an odd count, so that
+// neighbouring rows start in different banks of shared memory.
 struct Matrices {
   float *gram, *p, *q;
   int pitch;
@@ -159,7 +161,7 @@ __device__ __forceinline__ Matrices matrices_at(float *memory, int row) {
   return {memory, memory + square, memory + 2 * square, pitch};
 }
 
-// What the step takes from the state, by the whole block; the caller's barrier follows.
+// Loads what the step takes from the state, by the whole block. The caller puts a barrier after it.
 __device__ __forceinline__ void load_small(const Solver &a, int64_t sample, Small &s, const Matrices &m) {
   const bool fresh = a.evaluation == 0;
   if (threadIdx.x == 0) {
@@ -171,7 +173,7 @@ __device__ __forceinline__ void load_small(const Solver &a, int64_t sample, Smal
     s.step[j] = fresh ? 0 : a.step[sample * a.rows + j];
   }
   if (a.row < 0 || a.method == Method::picard) return;
-  // Complete are the products of the rows before this one, and the pairs before the one that this step forms.
+  // The products of the rows before this one are complete, and so are the pairs before the one that this step forms.
   for (int at = threadIdx.x; at < a.row * a.row; at += blockDim.x) {
     const int i = at / a.row, j = at % a.row, to = i * m.pitch + j;
     const int64_t from = (sample * a.rows + i) * a.rows + j;
@@ -182,7 +184,7 @@ __device__ __forceinline__ void load_small(const Solver &a, int64_t sample, Smal
   for (int i = threadIdx.x; i < a.row; i += blockDim.x) m.p[i * m.pitch + a.row] = m.q[i * m.pitch + a.row] = 0;
 }
 
-// As plain.broyden_coefficients. s.step becomes the new step; the new pair joins m.p and m.q as row k - 1.
+// As broyden_coefficients in kernels/gram.py. s.step becomes the new step; the new pair joins m.p and m.q as row k - 1.
 __device__ __forceinline__ void broyden(int k, Small &s, const Matrices &m) {
   const int lane = threadIdx.x % 32, count = k + 1, pitch = m.pitch;
   if (k == 0) {
@@ -241,7 +243,7 @@ __device__ __forceinline__ void broyden(int k, Small &s, const Matrices &m) {
   __syncwarp();
 }
 
-// As plain.anderson_coefficients. m.p holds the past steps; m.q serves as workspace. s.step becomes the new step.
+// As anderson_coefficients in kernels/gram.py. m.p holds the past steps, m.q is workspace. s.step becomes the new step.
 __device__ __forceinline__ void anderson(int k, int first, float ridge, Small &s, const Matrices &m) {
   const int lane = threadIdx.x % 32, size = k - first, pitch = m.pitch, width = (size + 1) | 1;
   float *system = m.q;  // (size, width): the normal equations, their right side in column `size`
@@ -286,8 +288,8 @@ __device__ __forceinline__ void anderson(int k, int first, float ridge, Small &s
   __syncwarp();
 }
 
-// What follows from s.norms and s.row, by one warp: the judgement as plain.assess's, the method's step, the iterate's
-// coefficients in s.total. WRITE by one block of a sample: what it leaves in the state.
+// What follows from s.norms and s.row, by one warp: the judgement (as assess in kernels/eager.py), the method's step,
+// and the iterate's coefficients in s.total. write: this block of the sample also stores the results in the state.
 __device__ __forceinline__ void judge(const Solver &a, int64_t sample, Small &s, const Matrices &m, bool write) {
   const int lane = threadIdx.x % 32, k = a.row;
   const float g = sqrtf(s.norms[0]), f = sqrtf(s.norms[1]), first_norm = a.evaluation == 0 ? g : s.first_norm;

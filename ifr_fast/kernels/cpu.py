@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (csrc/cpu), for float32, float64 and bfloat16: `eager`'s functions, addresses passed on.
+"""The compiled CPU kernels (csrc/cpu), for float32, float64 and bfloat16; `eager` is their specification.
 
 ValueError for tensors that do not fit each other or are not in a CPU's memory. A sample's sums are formed in a fixed
 order, so results depend neither on the number of threads nor on batch mates.
@@ -6,7 +6,9 @@ order, so results depend neither on the number of threads nor on batch mates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from .contract import (
     wide,
 )
 from .eager import finish, new_state, shift, total
+from .fields import GRADS, STATISTICS, given, made, new_statistics, parameters
 
 __all__ = [
     "CHANNELS_LAST_ONLY", "convolution", "finish", "new_state", "norm_relu", "norm_relu_vjp", "norm_tail",
@@ -73,24 +76,22 @@ def convolution(weight: Tensor, x: Tensor) -> Convolution:
 def norm_relu(
     y: Tensor, norm: Norm, *, consume: bool = False, state: State | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    y, shape = _activation(y, norm.groups)
-    out = y if consume else torch.empty_like(y)
-    statistics = _statistics(y, norm.groups, 2)
-    _native.norm_relu(DTYPES[y.dtype], shape, y.data_ptr(), *_affine(y, norm), *_made([*statistics, out], 3))
+    y = _activation(y, norm.groups)
+    out, statistics = y if consume else torch.empty_like(y), new_statistics(y, norm, None)
+    _native.norm_relu(
+        DTYPES[y.dtype], **_shape(y, norm.groups), y=y.data_ptr(), shortcut=0, out=out.data_ptr(),
+        **parameters(y, norm, None), **made(STATISTICS, statistics),
+    )  # fmt: skip
     return out, statistics
 
 
 def norm_relu_vjp(
     grad: Tensor, y: Tensor, norm: Norm, statistics: list[Tensor], *, params: bool, state: State | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    y, shape = _activation(y, norm.groups)
-    grad, grad_y = _like(grad, "grad", y, y.dtype), torch.empty_like(y)
-    grads = _affine_grads(y, 2 if params else 0)
-    _native.norm_relu_vjp(
-        DTYPES[y.dtype], shape, grad.data_ptr(), y.data_ptr(), *_affine(y, norm),
-        *_given(y, norm.groups, statistics, 2), grad_y.data_ptr(), *_made(grads, 2),
-    )  # fmt: skip
-    return grad_y, [g.sum(0).to(statistics[0].dtype) for g in grads]
+    y = _activation(y, norm.groups)
+    grad = _like(grad, "grad", y, y.dtype)
+    grad_y, _, grads = _vjp(_native.norm_relu_vjp, grad, y, None, norm, None, statistics, params)
+    return grad_y, grads
 
 
 def norm_tail(
@@ -102,13 +103,14 @@ def norm_tail(
     consume: bool = False,
     state: State | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    y, shape = _activation(y, first.groups)
+    y = _activation(y, first.groups)
     shortcut = None if shortcut is None else _like(shortcut, "shortcut", y, y.dtype)
-    statistics = _statistics(y, first.groups, 2 if second is None else 4)
     out = y if consume and y.dtype == wide(y.dtype) else torch.empty_like(y, dtype=wide(y.dtype))
+    statistics = new_statistics(y, first, second)
     _native.norm_tail(
-        DTYPES[y.dtype], shape, second is not None, y.data_ptr(), 0 if shortcut is None else shortcut.data_ptr(),
-        *_affine(y, first, "first "), *_affine(y, second, "second "), *_made(statistics, 4), out.data_ptr(),
+        DTYPES[y.dtype], **_shape(y, first.groups), y=y.data_ptr(),
+        shortcut=0 if shortcut is None else shortcut.data_ptr(), out=out.data_ptr(), **parameters(y, first, second),
+        **made(STATISTICS, statistics),
     )  # fmt: skip
     return out, statistics
 
@@ -124,17 +126,30 @@ def norm_tail_vjp(
     params: bool,
     state: State | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    y, shape = _activation(y, first.groups)
-    shortcut = None if shortcut is None else _like(shortcut, "shortcut", y, y.dtype)
-    two = second is not None
+    y = _activation(y, first.groups)
     grad = _like(grad, "grad", y, wide(y.dtype))
-    grad_y, grad_shortcut = torch.empty_like(y), torch.empty_like(grad) if two else grad
-    grads = _affine_grads(y, (4 if two else 2) if params else 0)
-    _native.norm_tail_vjp(
-        DTYPES[y.dtype], shape, two, grad.data_ptr(), y.data_ptr(), 0 if shortcut is None else shortcut.data_ptr(),
-        *_affine(y, first, "first "), *_affine(y, second, "second "),
-        *_given(y, first.groups, statistics, 4 if two else 2), *([] if two else [0, 0]),
-        *_made([grad_y, grad_shortcut], 2), *_made(grads, 4),
+    shortcut = None if shortcut is None else _like(shortcut, "shortcut", y, y.dtype)
+    return _vjp(_native.norm_tail_vjp, grad, y, shortcut, first, second, statistics, params)
+
+
+def _vjp(
+    kernel: Callable[..., None],
+    grad: Tensor,
+    y: Tensor,
+    shortcut: Tensor | None,
+    first: Norm,
+    second: Norm | None,
+    statistics: list[Tensor],
+    params: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    grad_y, grad_shortcut = torch.empty_like(y), torch.empty_like(grad) if second else grad
+    count = (4 if second else 2) if params else 0
+    grads = [torch.empty(y.shape[:2], dtype=torch.float64, device=CPU) for _ in range(count)]  # of every sample apart
+    kernel(
+        DTYPES[y.dtype], **_shape(y, first.groups), grad=grad.data_ptr(), y=y.data_ptr(),
+        shortcut=0 if shortcut is None else shortcut.data_ptr(), **parameters(y, first, second),
+        **given(y, first, second, statistics), grad_y=grad_y.data_ptr(),
+        grad_shortcut=grad_shortcut.data_ptr() if second else 0, **made(GRADS, grads),
     )  # fmt: skip
     return grad_y, None if shortcut is None else grad_shortcut, [g.sum(0).to(statistics[0].dtype) for g in grads]
 
@@ -144,36 +159,44 @@ def tail(y: Tensor, shortcut: Tensor | None, first: Norm, second: Norm | None, *
 
 
 def step(state: State, f: Tensor, z: Tensor, step: Step) -> int:
-    *places, trace = state.addresses(STATE)
+    places = dict(zip(STATE, state.addresses(STATE), strict=True))
     check_step(state, step)
     dtype, count = state.value.dtype, state.n * state.size
     if dtype not in (torch.float32, torch.float64) or state.history.dtype not in (dtype, torch.bfloat16):
         raise ValueError(f"iterates in {dtype}, state.history in {state.history.dtype}: float32 or float64 expected")
-    unknowns = address(f, "f", dtype, count, CPU), address(z, "z", dtype, count, CPU)
+    places["f"], places["z"] = address(f, "f", dtype, count, CPU), address(z, "z", dtype, count, CPU)
     if f.stride() != z.stride():
         raise ValueError(f"f has strides {f.stride()}: expected those of z, {z.stride()}")
-    trace += step.evaluation * state.n * dtype.itemsize
+    evaluation = state.n * dtype.itemsize  # bytes of the trace
+    places["trace"] += step.evaluation * evaluation
     return _native.step(
-        DTYPES[dtype], DTYPES[state.history.dtype], getattr(_native.Method, step.method), *unknowns, *places, trace,
-        trace - state.n * dtype.itemsize if step.evaluation else 0,
-        state.n, state.size, state.rows, step.row(state), step.evaluation, step.window, step.rtol, DIVERGENCE,
-        ridge(state.gram.dtype), step.affine, torch.get_num_threads(),
+        type=DTYPES[dtype], history_type=DTYPES[state.history.dtype], method=getattr(_native.Method, step.method),
+        **places, previous=places["trace"] - evaluation if step.evaluation else 0,
+        n=state.n, size=state.size, rows=state.rows, row=step.row(state), evaluation=step.evaluation,
+        window=step.window, rtol=step.rtol, divergence=DIVERGENCE, ridge=ridge(state.gram.dtype), affine=step.affine,
+        threads=torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _activation(y: Tensor, groups: int) -> tuple[Tensor, _native.NormShape]:
-    """y, dense and checked, and its shape for the kernels."""
+def _activation(y: Tensor, groups: int) -> Tensor:
+    """y, dense and checked."""
     if y.dim() != 4 or y.dtype not in DTYPES or groups < 1 or y.shape[1] % groups:
         expected = f"(N, C, H, W) in {', '.join(map(str, DTYPES))}, C divisible by groups={groups}"
         raise ValueError(f"y is {describe(y)}: expected {expected}")
-    channels_last = is_channels_last(y)
-    if not channels_last:
+    if not is_channels_last(y):
         y = y.contiguous()
-    n, channels, height, width = y.shape
     if not y.is_cpu or type(y) is not Tensor:
-        address(y, "y", y.dtype, n * channels * height * width, CPU)
-    threads = torch.get_num_threads()
-    return y, _native.NormShape(n, channels, height * width, groups, EPS, channels_last, threads)
+        address(y, "y", y.dtype, y.numel(), CPU)
+    return y
+
+
+def _shape(y: Tensor, groups: int) -> dict[str, Any]:
+    """What the kernels are told of y's shape and layout."""
+    n, channels, height, width = y.shape
+    return {
+        "n": n, "channels": channels, "positions": height * width, "groups": groups, "eps": EPS,
+        "channels_last": is_channels_last(y), "threads": torch.get_num_threads(),
+    }  # fmt: skip
 
 
 def _like(tensor: Tensor, name: str, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -185,37 +208,3 @@ def _like(tensor: Tensor, name: str, y: Tensor, dtype: torch.dtype) -> Tensor:
     if type(tensor) is not Tensor:
         address(tensor, name, dtype, y.numel(), CPU)
     return tensor
-
-
-def _affine(y: Tensor, norm: Norm | None, prefix: str = "") -> tuple[int, int]:
-    """Addresses of a norm's parameters; zeros where there is none."""
-    if norm is None:
-        return 0, 0
-    weight, bias, _ = norm
-    dtype, channels = wide(y.dtype), y.shape[1]
-    return (
-        address(weight, f"{prefix}weight", dtype, channels, CPU),
-        address(bias, f"{prefix}bias", dtype, channels, CPU),
-    )
-
-
-def _given(y: Tensor, groups: int, statistics: list[Tensor], count: int) -> list[int]:
-    """Addresses of `count` statistics of the forward pass."""
-    names = ("mean", "rstd", "second mean", "second rstd")[:count]
-    if len(statistics) != count:
-        raise ValueError(f"{len(statistics)} statistics: expected {', '.join(names)}")
-    dtype, size = wide(y.dtype), y.shape[0] * groups
-    return [address(t, name, dtype, size, CPU) for t, name in zip(statistics, names, strict=True)]
-
-
-def _statistics(y: Tensor, groups: int, count: int) -> list[Tensor]:
-    return [torch.empty(y.shape[0], groups, dtype=wide(y.dtype), device=y.device) for _ in range(count)]
-
-
-def _affine_grads(y: Tensor, count: int) -> list[Tensor]:
-    return [torch.empty(y.shape[:2], dtype=torch.float64, device=y.device) for _ in range(count)]
-
-
-def _made(tensors: list[Tensor], fill: int) -> list[int]:
-    """Addresses of what was allocated here, padded with zeros to `fill`."""
-    return [t.data_ptr() for t in tensors] + [0] * (fill - len(tensors))

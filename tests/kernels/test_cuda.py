@@ -123,9 +123,9 @@ def test_cluster_step_is_the_three_kernels(cuda, reference, monkeypatch, poisone
     """One kernel in place of gram_row, rule and combine; the last block's share of the unknowns is smaller."""
     rule = with_history(rule, history)
     z0, f = contraction(2, 16392)
-    assert cuda.one_kernel(16392, rule.rows, rule.window, history, (9, 0))
+    assert cuda.solver.one_kernel(16392, rule.rows, rule.window, history, (9, 0))
     together = solve(f, z0.clone(), rule, cuda)
-    monkeypatch.setattr(cuda, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(cuda.device, "capability", lambda device: (8, 0))
     apart = solve(f, z0.clone(), rule, cuda)
     assert_same_solution(together, apart, history)
     assert_same_solution(together, solve(f, z0.clone(), rule, reference), history)
@@ -293,14 +293,14 @@ def test_empty_batches(cuda):
 
 def test_which_steps_are_one_kernel(cuda):
     head = 256 * 14 * 14
-    assert cuda.one_kernel(head, 15, 15, torch.bfloat16, (9, 0))
-    assert not cuda.one_kernel(head, 15, 15, torch.float32, (9, 0))
-    assert cuda.one_kernel(head, 15, 5, torch.float32, (9, 0))
-    assert not cuda.one_kernel(head, 15, 15, torch.bfloat16, (8, 0))
-    assert not cuda.one_kernel(head, 15, 15, torch.bfloat16, (10, 0))
-    assert not cuda.one_kernel(256 * 100 * 152, 15, 15, torch.bfloat16, (9, 0))
-    assert not cuda.one_kernel(1024, 15, 15, torch.bfloat16, (9, 0))
-    assert not cuda.one_kernel(head + 1, 15, 15, torch.bfloat16, (9, 0))
+    assert cuda.solver.one_kernel(head, 15, 15, torch.bfloat16, (9, 0))
+    assert not cuda.solver.one_kernel(head, 15, 15, torch.float32, (9, 0))
+    assert cuda.solver.one_kernel(head, 15, 5, torch.float32, (9, 0))
+    assert not cuda.solver.one_kernel(head, 15, 15, torch.bfloat16, (8, 0))
+    assert not cuda.solver.one_kernel(head, 15, 15, torch.bfloat16, (10, 0))
+    assert not cuda.solver.one_kernel(256 * 100 * 152, 15, 15, torch.bfloat16, (9, 0))
+    assert not cuda.solver.one_kernel(1024, 15, 15, torch.bfloat16, (9, 0))
+    assert not cuda.solver.one_kernel(head + 1, 15, 15, torch.bfloat16, (9, 0))
 
 
 FAULTS = {

@@ -43,14 +43,13 @@ def on(request):
         return SimpleNamespace(kernels=request.getfixturevalue("cuda"), device="cpu")
     if not _native.cuda_archs:
         pytest.skip("the extension was built without CUDA kernels")
-    import_module("ifr_fast.kernels.cuda_norm")  # first, or `cuda` might find an emulated one where it looks
     return SimpleNamespace(kernels=import_module("ifr_fast.kernels.cuda"), device="cuda")
 
 
 @pytest.fixture(params=["whole", "split"])
 def cut(request, on, monkeypatch):
     """Samples small enough for one launch, or cut into tiles of a few positions all the same."""
-    norm = on.kernels.cuda_norm
+    norm = on.kernels.norms
     norm._cut.cache_clear()
     if request.param == "split":
         monkeypatch.setattr(norm, "MOST_WHOLE", 0)
@@ -136,7 +135,7 @@ def test_residual_tail(on, cut, poisoned, form, history, dtype, shape):
     state = DeviceState(z, rows=3, evaluations=4, history_dtype=history)
     for row in (1, -1):  # stored, and judged only
         state.norm_partials = None
-        on.kernels.cuda_norm.residual_tail(state, Tail(y, r, first, second), z, row=row)
+        on.kernels.norms.residual_tail(state, Tail(y, r, first, second), z, row=row)
         norms = state.norm_partials.double().sum(1)
         expected = torch.stack([(f - z).double().square().flatten(1).sum(1), f.double().square().flatten(1).sum(1)], 1)
         torch.testing.assert_close(norms, expected, rtol=1e-5, atol=1e-5)
@@ -192,7 +191,7 @@ def test_stopped_samples_are_left_alone(on, cut, poisoned):
     tail, statistics = on.kernels.norm_tail(y, r, first, second, state=state)
     grad_y, grad_r, _ = on.kernels.norm_tail_vjp(z, y, r, first, second, statistics, params=False, state=state)
     relu_vjp = on.kernels.norm_relu_vjp(z, y, first, [mean, rstd], params=False, state=state)[0]
-    on.kernels.cuda_norm.residual_tail(state, Tail(y, r, first, second), z, row=0)
+    on.kernels.norms.residual_tail(state, Tail(y, r, first, second), z, row=0)
     for result in (out, mean, tail, *statistics, grad_y, grad_r, relu_vjp, state.history[:, 0], state.norm_partials):
         assert result[1].isnan().all()
         assert result[[0, 2]].isfinite().all()
@@ -252,7 +251,7 @@ def test_empty_batches(on, cut):
 def test_tiles_fit_their_block(on, groups, per_group, positions, itemsize, staged, shared):
     channels, staged = groups * per_group, staged * itemsize
     assume(channels <= 2048)
-    norm = on.kernels.cuda_norm
+    norm = on.kernels.norms
     width, length, threads, whole = norm.tiling(channels, positions, groups, itemsize, staged, shared << 10)
     assert 1 <= width <= min(channels, norm.MOST_THREADS)
     assert 1 <= length <= positions
@@ -277,4 +276,4 @@ def test_tiles_fit_their_block(on, groups, per_group, positions, itemsize, stage
     ],
 )
 def test_how_maps_are_cut(on, channels, side, groups, itemsize, expected):
-    assert on.kernels.cuda_norm.tiling(channels, side * side, groups, itemsize, 2 * itemsize, 227 << 10) == expected
+    assert on.kernels.norms.tiling(channels, side * side, groups, itemsize, 2 * itemsize, 227 << 10) == expected

@@ -19,7 +19,12 @@ import torch
 from ifr_fast import _native, kernels
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("cuda_norm", "cuda")
+CUDA = f"{kernels.__name__}.cuda"
+
+
+def is_cuda(module: str) -> bool:
+    """Is this the name of a module of the backend?"""
+    return module == CUDA or module.startswith(f"{CUDA}.")
 
 
 def compile_all(commands: list[list]) -> None:
@@ -62,18 +67,18 @@ def cuda_fixture():
     if torch.cuda.is_available():
         if not _native.cuda_archs:
             pytest.skip("the extension was built without CUDA kernels")
-        yield importlib.import_module("ifr_fast.kernels.cuda")
+        yield importlib.import_module(CUDA)
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "cuda", native(), raising=False)
-        for name in MODULES:
-            patch.delitem(sys.modules, f"{kernels.__name__}.{name}", raising=False)
-            patch.delattr(kernels, name, raising=False)
-        norm, cuda = (importlib.import_module(f"{kernels.__name__}.{name}") for name in MODULES)
-        patch.setattr(norm, "current_stream", lambda device: 0)
-        patch.setattr(norm, "_shared_memory", lambda device: 227 << 10)
-        patch.setattr(cuda, "_capability", lambda device: (9, 0))
+        for name in [name for name in sys.modules if is_cuda(name)]:
+            patch.delitem(sys.modules, name)
+        patch.delattr(kernels, "cuda", raising=False)
+        cuda = importlib.import_module(CUDA)
+        patch.setattr(cuda.device, "stream", lambda device: 0)
+        patch.setattr(cuda.device, "shared_memory", lambda device: 227 << 10)
+        patch.setattr(cuda.device, "capability", lambda device: (9, 0))
         yield cuda
-        for name in MODULES:
-            del sys.modules[f"{kernels.__name__}.{name}"]
-            delattr(kernels, name)
+        for name in [name for name in sys.modules if is_cuda(name)]:
+            del sys.modules[name]
+        del kernels.cuda

@@ -30,11 +30,12 @@ SWITCHES = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 OVERRUN = """
 import torch
 from ifr_fast import _native
-def at(*tensors): return [t.data_ptr() for t in tensors]
-y, short, bias, mean, rstd = torch.randn(1, 8, 3, 3), torch.randn(7), torch.randn(8), *torch.empty(2, 2)
-out = torch.empty_like(y)
-shape = _native.NormShape(1, 8, 9, 2, 1e-5, False, 1)
-_native.norm_relu(_native.DType.f32, shape, *at(y, short, bias, mean, rstd, out))
+y, out = torch.randn(2, 1, 8, 3, 3)
+tensors = dict(y=y, out=out, first_weight=torch.randn(7), first_bias=torch.randn(8))
+tensors |= dict(zip(("first_mean", "first_rstd"), torch.empty(2, 1, 2)))
+null = dict.fromkeys(("shortcut", "second_weight", "second_bias", "second_mean", "second_rstd"), 0)
+shape = dict(n=1, channels=8, positions=9, groups=2, eps=1e-5, channels_last=False, threads=1)
+_native.norm_relu(_native.DType.f32, **shape, **{name: t.data_ptr() for name, t in tensors.items()}, **null)
 """
 
 

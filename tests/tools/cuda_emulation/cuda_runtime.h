@@ -1,5 +1,5 @@
 // CUDA on the CPU, for tests: with this folder first on the include path g++ compiles csrc/cuda/*.cu unchanged
-// (g++ -xc++ -std=c++17 -fno-extern-tls-init -I tests/cuda_emulation -I csrc -fPIC), and a launch has run when it returns.
+// (g++ -xc++ -std=c++17 -fno-extern-tls-init -I tests/tools/cuda_emulation -I csrc -fPIC), and a launch has run when it returns.
 // Threads are fibers: each runs until it waits (barrier, shuffle, vote, cluster barrier). Blocks run one after another,
 // those of a cluster together; every second block runs its threads in reverse, every second cluster its blocks, so that a
 // missing barrier shows. A launch fails, and cudaGetErrorString says why, where threads wait for ever or exit before the

@@ -10,6 +10,6 @@ void run_fault(const std::string &name, float *out, Stream);
 PYBIND11_MODULE(emulated_kernels, m) {
   ifr::cuda::bind(m);
   m.def("run_fault", [](const std::string &name, ifr::cuda::Address out) {
-    ifr::cuda::run_fault(name, ifr::cuda::at<float>(out), nullptr);
+    ifr::cuda::run_fault(name, reinterpret_cast<float *>(out), nullptr);
   });
 }

@@ -1,0 +1,46 @@
+"""Arguments of csrc's GroupNorm kernels by their names there: addresses, checked or of what the caller allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from .contract import Norm, address, wide
+
+STATISTICS = ("first_mean", "first_rstd", "second_mean", "second_rstd")
+GRADS = ("first_grad_weight", "first_grad_bias", "second_grad_weight", "second_grad_bias")
+
+
+def parameters(y: Tensor, first: Norm, second: Norm | None) -> dict[str, int]:
+    """The norms' weights and biases, checked; 0 where there is no second norm."""
+    expected = wide(y.dtype), y.shape[1], y.device
+    return {
+        "first_weight": address(first.weight, "first weight", *expected),
+        "first_bias": address(first.bias, "first bias", *expected),
+        "second_weight": 0 if second is None else address(second.weight, "second weight", *expected),
+        "second_bias": 0 if second is None else address(second.bias, "second bias", *expected),
+    }
+
+
+def given(y: Tensor, first: Norm, second: Norm | None, statistics: Sequence[Tensor]) -> dict[str, int]:
+    """The statistics that the forward pass left, two a norm, checked; 0 where there is no second norm."""
+    names = STATISTICS if second else STATISTICS[:2]
+    if len(statistics) != len(names):
+        raise ValueError(f"{len(statistics)} statistics: expected {', '.join(names)}")
+    expected = wide(y.dtype), y.shape[0] * first.groups, y.device
+    found = [address(t, name.replace("_", " "), *expected) for t, name in zip(statistics, names, strict=True)]
+    return dict(zip_longest(STATISTICS, found, fillvalue=0))
+
+
+def made(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, int]:
+    """What the caller allocated; 0 for the names that are left over."""
+    return dict(zip_longest(names, [t.data_ptr() for t in tensors], fillvalue=0))
+
+
+def new_statistics(y: Tensor, first: Norm, second: Norm | None) -> list[Tensor]:
+    """Room for the means and rstds (n, groups), in the order of STATISTICS."""
+    shape, dtype = (y.shape[0], first.groups), wide(y.dtype)
+    return [torch.empty(shape, dtype=dtype, device=y.device) for _ in range(4 if second else 2)]
