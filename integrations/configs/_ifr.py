@@ -1,5 +1,4 @@
-"""What all configurations of this folder share; each inherits it beside mmdet's own."""
+"""What all configurations of this folder share, beside mmdet's own; ../README.md says when to leave the warm-up out."""
 
 custom_imports = dict(imports=["ifr_fast.integrations.mmdet"], allow_failed_imports=False)
-# The authors' warm-up. README.md, beside this folder, says when to leave it out.
 custom_hooks = [dict(type="IFRHook", warmup_iters=2000)]

@@ -25,11 +25,8 @@ _ARITHMETIC = (ast.BinOp, ast.UnaryOp, ast.AugAssign, ast.Subscript, ast.Tuple, 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module as part of a tower.
-
-    convolutions: its convolutions, in order; none where it stands between those of a tower or ends it.
-    ends: why it ends a tower, "" where it does not. is_convolution: whether a reader would call it one.
-    """
+    """convolutions: in order; none where the module stands between those of a tower or ends it.
+    ends: why it ends a tower, "" where it does not. is_convolution: whether a reader would call it one."""
 
     convolutions: tuple[nn.Conv2d, ...] = ()
     ends: str = ""

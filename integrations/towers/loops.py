@@ -315,7 +315,7 @@ class _Reader:
         return True
 
     def _is_relu(self, function: str) -> bool:
-        own = self.holder._modules.get(function.removeprefix("self.")) if function.startswith("self.") else None
+        own = self.holder._modules.get(function[5:]) if function.startswith("self.") else None
         return isinstance(own, (nn.ReLU, nn.ReLU6)) or function in _RELU
 
     def _guard(self, statement: ast.stmt, loop: ast.For) -> int | None:

@@ -16,13 +16,11 @@ def replace_towers(model: nn.Module, where: Where | None = None, **ifr_kwargs: A
     """Replaces every conv tower of `model`, in place, by `IFRHead(channels, **ifr_kwargs)`.
 
     A tower is a run of 3×3 convolutions that keep their input's shape (stride 1, dilation 1, padding 1 of zeros, one
-    group, as many channels out as in), with nothing but norms and activations between. integrations/README.md lists
-    the code that is understood.
+    group, as many channels out as in), with nothing but norms and activations between. integrations/README.md says
+    which code is understood.
 
     Args:
-        model: any nn.Module. Its nn.Sequential, nn.ModuleList, their subclasses, and plain lists of a module's own
-            children are searched. A convolution may stand bare, in a nested Sequential, in a wrapper (mmcv's
-            ConvModule), or apply its own norm and activation (detectron2's Conv2d).
+        model: any nn.Module. Every nn.Sequential, nn.ModuleList and plain list of a module's own children is searched.
         where: which towers. None: all of three convolutions or more, also those of a backbone without shortcuts
             (VGG). A glob or a list of globs ("*.cls_convs", "roi_heads"): each is matched against the path of the new
             IFRHead and of all that holds it, and must lead to a replacement. Or a callable (path, container) -> bool.

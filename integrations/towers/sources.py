@@ -40,13 +40,13 @@ def methods_that_run(cls: type) -> list[tuple[str, ast.Module | None]]:
     mentions: dict[str, set[str]] = defaultdict(set)  # of methods by methods; bases' under the same name
     for name, _, tree in methods:
         mentions[name] |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} if tree else set()
+
+    def mentioned(by: set[str]) -> set[str]:
+        return set[str]().union(*(mentions[name] for name in by))
+
     setup = _SETUP & mentions.keys()
-    while more := mentions.keys() & _mentioned(mentions, setup) - setup - {"forward"}:
+    while more := mentions.keys() & mentioned(setup) - setup - {"forward"}:
         setup |= more
-    while shared := setup & _mentioned(mentions, mentions.keys() - setup) - _SETUP:
+    while shared := setup & mentioned(mentions.keys() - setup) - _SETUP:
         setup -= shared
     return [(function.__qualname__, tree) for name, function, tree in methods if name not in setup]
-
-
-def _mentioned(mentions: dict[str, set[str]], by: set[str]) -> set[str]:
-    return set[str]().union(*(mentions[name] for name in by))
