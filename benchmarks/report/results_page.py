@@ -4,7 +4,6 @@ python benchmarks/report/results_page.py
 """
 
 import json
-import math
 import statistics
 import sys
 from collections.abc import Iterable
@@ -13,21 +12,12 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
-from benchmarks.quality.strategies import BASELINE, IFR, STRATEGIES, TABLES
-from benchmarks.report.convergence_report import (
-    PAPER_BOUND,
-    STEADY,
-    each,
-    median,
-    moving,
-    near,
-    numbers,
-    roi_name,
-    worst,
-)
+from benchmarks.quality.strategies import BASELINE, IFR, REFERENCES, STRATEGIES, TABLES
+from benchmarks.report.convergence_report import PAPER_BOUND, STEADY, median, moving, near, numbers, worst
 from benchmarks.report.formats import cell, interval, spread, table
 
 RESULTS = Path(__file__).parents[1] / "results"
+FEW = 10  # rows of an ablation that need no titles
 
 Content = dict[str, Any]
 
@@ -40,37 +30,34 @@ def machine(content: Content) -> str:
 
 
 def ablation(content: Content) -> str:
+    """One table; each row once, under the title of the paper's table or the question that it belongs to."""
     settings, rows = content["settings"], content["rows"]
     trainings = [report for reports in rows.values() for report in reports]
-    hours = sum(epoch["seconds"] for report in trainings for epoch in report.get("epochs", [])) / 3600
-    clock = "processor" if settings["device"] == "cpu" else "device"
     rates = ", ".join(f"{row} {rate:g}" for row, rate in content["learning_rates"].items())
     command = f"python benchmarks/quality/ablation.py {settings['data'].upper()} --channels {settings['channels']}"
     command += f" --epochs {settings['epochs']} --batch-size {settings['batch_size']} --device {settings['device']}"
-    parts = [
-        f"Mask branch alone on {settings['data']}, C = {settings['channels']}, {settings['epochs']} epochs "
-        f"with batches of {settings['batch_size']}, {len(trainings)} trainings in {hours:.1f} h of {clock} time, the "
-        f"learning rates' search not counted; {machine(content)}. Chosen learning rates: {rates}.",
-        f"`{command}` makes all rows; `--rows` with a row's name makes one. − {BASELINE}, − {IFR}: mean difference of "
-        "trainings of equal seeds in points, with its 95 % interval by the bootstrap over seeds and images: those "
-        "of the test, or all held out, with those for validation. Convolutions: the evaluations that a sample's solve "
-        "needs, in 3×3 convolutions between all C channels.",
-    ]
-    head = ["", "mask IoU, %", f"− {BASELINE}", f"− {BASELINE}, all", f"− {IFR}, all", "stopped early, %"]
-    head += ["IoU > 0.5 / 0.75, %", "parameters", "residual forth / back", "steps"]
-    head += ["convolutions", "s / epoch", "seeds"]
+    head = ["", "mask IoU, %", f"− {BASELINE}", f"− {BASELINE}, all", f"− {IFR}, all", "parameters"]
+    head += ["residual forth / back", "steps", "convolutions", "seeds"]
+    lines = [ablation_row(name, rows[name], content["gains"]) for name in REFERENCES if name in rows]
     for title, names in TABLES.items():
-        present = [name for name in names if rows.get(name)]
-        if present:
-            lines = [ablation_row(name, rows[name], content["gains"]) for name in present]
-            parts += [f"**{title}**", table(head, lines)]
-    return "\n\n".join(parts)
+        own = [name for name in names if name in rows and name not in {line[0].strip("*") for line in lines}]
+        if own and len(rows) > FEW:
+            lines.append([f"*{title}*", *[""] * (len(head) - 1)])
+        lines += [ablation_row(name, rows[name], content["gains"]) for name in own]
+    return "\n\n".join(
+        [
+            f"{len(trainings)} trainings of the mask branch alone on {settings['data']}, C = {settings['channels']}, "
+            f"{settings['epochs']} epochs; {machine(content)}. Learning rates: {rates}. `{command}` "
+            + content.get("note", ""),
+            table(head, lines),
+        ]
+    )
 
 
 def ablation_row(name: str, reports: list[Content], gains: Content) -> list[str]:
     done = [report for report in reports if "failed" not in report]
     if not done:
-        return [name, reports[0]["failed"], *["–"] * 10, f"{len(reports)} failed"]
+        return [name, reports[0]["failed"], *["–"] * 7, f"{len(reports)} failed"]
     tests = [report["test"] for report in done]
     steps = [test.get("iterations") for test in tests]
     return [
@@ -80,13 +67,10 @@ def ablation_row(name: str, reports: list[Content], gains: Content) -> list[str]
             interval(gains[reference][name][images]) if name in gains[reference] else "–"
             for reference, images in ((BASELINE, "test"), (BASELINE, "held_out"), (IFR, "held_out"))
         ),
-        spread((report["stopped_early"]["iou"] for report in done), 100),
-        " / ".join(f"{100 * statistics.mean(test[share] for test in tests):.1f}" for share in ("above_50", "above_75")),
         f"{done[0]['parameters'] / 1e6:.2f} M",
         residuals(tests, done),
         spread(steps),
         f"{statistics.mean(map(STRATEGIES[name].convolutions, steps)):.1f}",
-        f"{statistics.median(report['seconds_per_epoch'] for report in done):.1f}",
         f"{len(done)}" + f", {len(reports) - len(done)} failed" * (len(done) < len(reports)),
     ]
 
@@ -137,9 +121,8 @@ def inference_steps(content: Content) -> str:
     head = ["trained as", "tested with", "mask IoU, %", f"− {BASELINE}", "residual", "steps", "convolutions", "seeds"]
     return "\n\n".join(
         [
-            f"Trained mask branches, C = {content['channels']}, tested on {content['objects']} objects of "
-            f"{content['data']} with other solves than they were trained with: cut after a number of steps, or stopped "
-            f"at a relative residual; {BASELINE}: {baseline} %. "
+            f"Mask branches, C = {content['channels']}, tested on {content['objects']} objects of {content['data']}, "
+            f"their solves cut after some steps or stopped at a residual; {BASELINE}: {baseline} %. "
             f"`python benchmarks/analysis/inference_steps.py {content['data'].upper()} --sweep runs/ablation`.",
             table(head, lines),
         ]
@@ -162,7 +145,7 @@ def comparison(content: Content) -> str:
     return "\n\n".join(
         [
             f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. − {reference}: mask AP gained "
-            "in points, with its 95 % interval by the bootstrap over seeds and images.",
+            "in points, with its 95 % interval by the bootstrap over seeds and images. "
             f"`python benchmarks/quality/comparison.py {settings['data'].upper()} {options}`",
             table([*head, "s / iteration", "seeds"], rows),
         ]
@@ -170,9 +153,8 @@ def comparison(content: Content) -> str:
 
 
 def convergence(content: Content) -> str:
-    settings, found, chosen = content["settings"], content["limit"], content["chosen"]
-    counted, nearness, populations = [], [], content["population"]
-    exactness = max(worst(population["limit"]["residual"]) for population in populations.values())
+    settings, populations = content["settings"], content["population"]
+    counted, nearness = [], []
     for row, population in populations.items():
         radius = population["radius"]
         above = sum(value > 1 for value in numbers(radius))
@@ -181,51 +163,22 @@ def convergence(content: Content) -> str:
             nearness.append([row, entry["solver"], f"{entry['steps']:,}"])
             for values in (entry["relative_distance"], entry["distance"]):
                 nearness[-1] += [f"{median(values):.0e}", f"{worst(values):.0e}", str(near(values))]
-    plain = []
-    for roi in range(len(chosen)):
-        for name, run in content["plain"].items():
-            reached = {step: numbers(row)[roi] for step, row in zip(run["steps"], run["relative"], strict=True)}
-            plain.append([roi_name(content, roi), name, *(f"{reached[step]:.0e}" for step in powers(run))])
-    steps = [f"{step:,}" for step in powers(content["plain"]["float64"])]
-    radii = [f"{point['step']}: {each(point['radius'], '.2f')}" for point in content["spectrum"]]
-    leading = ", ".join(f"{complex(*value):.2f}" for value in content["spectrum"][-1]["eigenvalues"][:3])
-    precisions = list(content["plain"])
-    distances = []
-    for solver, length in dict.fromkeys((entry["solver"], entry["steps"]) for entry in content["solves"]):
-        of = [e for e in content["solves"] if (e["solver"], e["steps"]) == (solver, length)]
-        cells = [each(e["relative_distance"], ".0e") for e in of]
-        distances.append([solver, f"{length:,}", *cells, *(f"{worst(e['residual']):.0e}" for e in of)])
-    command = " ".join(
-        f"--{name.replace('_', '-')} {settings[name]}" for name in ("seed", "objects", "object_steps", "rois", "steps")
-    )
-    command += "".join(f' "{row}"' if i else f' --rows "{row}"' for i, row in enumerate(settings["rows"]))
+    names = ("seed", "objects", "object_steps", "rois", "steps")
+    command = f"convergence.py {settings['data'].upper()} "
+    command += " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in names)
     columns = ["median", "worst", "below e⁻⁸"]
     return "\n\n".join(
         [
-            f"Trained blocks, seed {settings['seed']}, on unseen objects; "
-            f"{content['elapsed_seconds'] / 60:.0f} minutes on {machine(content)}.",
-            f"`python benchmarks/analysis/convergence.py {settings['data'].upper()} {command}`",
-            f"**{settings['objects']} objects, {settings['object_steps']:,} plain steps each in float32.** An object "
-            f"has converged where the last step is below {STEADY:.0e} of the iterate; the spectral radius is that of "
-            "∂F/∂H at H*, the equilibrium that Broyden's method finds in float64.",
+            f"Trained blocks on {settings['objects']} unseen objects, {settings['object_steps']:,} plain steps each in "
+            f"float32; {machine(content)}. `python benchmarks/analysis/{command}` "
+            f"An object has converged where the last step is below {STEADY:.0e} of the iterate; the spectral radius is "
+            "that of ∂F/∂H at H*, the equilibrium that Broyden's method finds in float64.",
             table(["", "not converged", "radius, median", "radius, largest", "radius above 1"], counted),
-            f"**Their distance to H*, first relative, then absolute,** float32. The paper's bound is e⁻⁸ = "
-            f"{PAPER_BOUND:.1e}; the relative residual of H* is at most {exactness:.0e}.",
+            f"Their distance to H*, first relative, then absolute. The paper's bound is e⁻⁸ = {PAPER_BOUND:.1e}. The "
+            "picture shows some of these objects longer, and every solver in three precisions.",
             table(["", "solver", "steps", *(f"relative, {c}" for c in columns), *columns], nearness),
-            f"**{content['row']}, {len(chosen)} of these objects longer:** relative step of the plain iteration after "
-            "so many steps",
-            table(["", "", *steps], plain),
-            f"Spectral radius of each along the way by power iteration, {'; '.join(radii)}. The last one's leading "
-            f"eigenvalues at H*, by Arnoldi's method: {leading or 'none found'}.",
-            f"**Relative distance of each to H*, and the worst relative residual.** H* was found by "
-            f"{', '.join(found['found_by'])}, its own relative residual in float64 is {worst(found['residual']):.0e}.",
-            table(["solver", "steps", *precisions, *(f"residual, {name}" for name in precisions)], distances),
         ]
     )
-
-
-def powers(run: Content) -> list[int]:
-    return [step for step in run["steps"] if math.log10(step).is_integer()]
 
 
 SECTIONS = {

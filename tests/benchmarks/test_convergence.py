@@ -237,9 +237,7 @@ def test_a_trained_block_is_studied(shapes, sweep, tmp_path, capsys):
     assert {"torch", "device"} <= set(report["environment"])
     assert "spectral radius" in capsys.readouterr().out
     page = results_page.convergence(report)
-    assert "| Anderson | 5 |" in page
     assert page.count("| IFR, 4 groups | Broyden | 50 |") == 1
-    assert '--rows "IFR" "IFR, 4 groups"' in page
     with Image.open(tmp_path / "convergence.png") as picture:
         assert picture.size[0] > 1000
 
