@@ -25,6 +25,11 @@ def forward_mode_active() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
+def tracing() -> bool:
+    """Does torch.jit.trace run this code?"""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]  # torch does not list it
+
+
 def reference_count(x: Tensor) -> int | None:
     """How many tensors share x's memory; None where torch does not say."""
     count = getattr(torch._C, "_storage_Use_Count", None)
@@ -36,7 +41,7 @@ def conv2d(x: Tensor, weight: Tensor) -> Tensor:
     number of samples, and with it the last bits of each; oneDNN's does not. Without the name: torch's choice."""
     direct = getattr(torch, "mkldnn_convolution", None)
     served = x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or tracing()
     if direct is None or not served or traced or not getattr(torch.backends.mkldnn, "enabled", True):
         return torch.conv2d(x, weight, padding=1)
     return direct(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
@@ -67,22 +72,21 @@ def is_fake(x: Tensor) -> bool:
     return kind is not None and isinstance(x, kind)
 
 
-def autocast(device: str, enabled: bool, dtype: torch.dtype | None = None) -> AbstractContextManager:
+def autocast(device: str, enabled: bool, dtype: torch.dtype | None = None) -> AbstractContextManager[Any]:
     """torch.autocast, which knows no meta device."""
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=enabled, dtype=dtype)
 
 
 # As torch.compiler.assume_constant_result and torch.compiler.disable mark functions; calling them would import the
 # compiler, which takes a second.
-in_traced_subgraph._dynamo_marked_constant = True
+vars(in_traced_subgraph)["_dynamo_marked_constant"] = True
 
 
 def not_traced(reason: str) -> Callable[[Function], Function]:
     """Marks a function that torch.compile is not to look into."""
 
     def mark(function: Function) -> Function:
-        function._torchdynamo_disable = True
-        function._torchdynamo_disable_msg = reason
+        vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)
         return function
 
     return mark

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import ModuleType
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from .config import build, choice
 from .engine.linearise import BlockMap, Linearised
 from .engine.loop import solve
 from .engine.through import largest
-from .kernels.contract import State, is_channels_last, pick
+from .kernels.contract import Kernels, is_channels_last, pick
 from .kernels.gram import matvec
 from .solvers import Broyden, Solver, Unroll, check_options
 
@@ -44,10 +44,10 @@ class Equation:
     select: what has the map of some of the samples, given their indices, as `affine`.
     """
 
-    affine: Callable[[Tensor, Tensor, State | None], Tensor]
+    affine: Callable[[Tensor, Tensor, Any], Any]
     grad: Tensor
     compute: torch.dtype
-    kernels: ModuleType
+    kernels: Kernels
     memory: Memory | None = None
     select: Callable[[Tensor], Linearised] | None = None
 
@@ -163,22 +163,20 @@ class Implicit(Adjoint):
         if self.solver is None and self.max_iter is None:
             rule = replace(rule, max_iter=max(LEAST_STEPS, solver.max_iter))
         if rule.rtol is None:
-            default = rule.resolve(compute).rtol
-            asked = (
-                solver.resolve(compute).rtol or default
-            )  # 0 is no tolerance: the solver was to take all of its steps
-            rule = replace(rule, rtol=min(default, asked))
+            default, _ = rule.resolve(compute).resolved()
+            asked, _ = solver.resolve(compute).resolved()
+            rule = replace(rule, rtol=min(default, asked or default))  # 0 is no tolerance: all steps were asked for
         return Implicit(solver=rule)
 
     def cotangent(self, equation: Equation) -> Cotangent:
         # The equation is linear: with every sample's gradient scaled to 1, squares neither underflow nor overflow. One
         # that is not finite passes unsolved, for loss scaling to see; of zero the solution is zero.
-        grad, select = equation.grad, equation.select
+        grad = equation.grad
         scale = largest(grad).view(-1, *[1] * (grad.dim() - 1))
         solvable = scale.isfinite() & (scale > 0)
         scaled = torch.where(solvable, grad / scale, 0)
 
-        def some(index: Tensor) -> Callable[[Tensor, State | None], Tensor]:
+        def selected(select: Callable[[Tensor], Linearised], index: Tensor) -> Callable[[Tensor, Any], Any]:
             linearised, constant = select(index), pick(scaled, index)
             return lambda w, state: linearised.affine(w, constant, state)
 
@@ -191,7 +189,7 @@ class Implicit(Adjoint):
             from_zero=True,
             first=scaled,
             affine=True,
-            select=some if select else None,
+            select=equation.select and partial(selected, equation.select),
         )
         # w = 0 leaves all of the right-hand side, and would teach the block nothing; w¹ is the right-hand side.
         solved = state.residual < 1
@@ -225,6 +223,8 @@ class Shine(Adjoint):
         # Coefficients of rows that were never filled are zero, but what stands there may not be finite.
         # The pairs' coefficients grow with the inverse square of the residuals: products are of the algebra's dtype.
         grad, memory = equation.grad, equation.memory
+        if memory is None:
+            raise ValueError("Shine needs the forward solve's memory: the solve kept none")
         flat, rows = _flatten(grad).to(memory.p.dtype), range(memory.history.shape[1])
         dots = torch.stack([(memory.history[:, j] * flat).sum(1) for j in rows], 1).nan_to_num(0.0)
         coefficients = matvec(memory.q.mT, matvec(memory.p, dots))
@@ -265,7 +265,8 @@ class Phantom(Adjoint):
         for _ in range(self.steps):
             linearised.append(problem.block.linearise(z))
             z = torch.lerp(z, linearised[-1].value, self.damping)
-        grad_x, grad_params = torch.zeros_like(z), []
+        grad_x = torch.zeros_like(z)
+        grad_params: list[Tensor] = []
         for step in reversed(linearised):
             grad_z, grads = step.vjp_params(self.damping * grad)
             grad_x += grad_z

@@ -22,11 +22,11 @@ logger = logging.getLogger("ifr_fast")
 # Hooks that do no more than make a parameter from others before a call: they can be run without one.
 WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 # What a call runs, as torch made it. Tools such as torch.export exchange nn.Module's __call__ for a while.
-METHODS = {
+METHODS: dict[type[nn.Module], dict[str, object]] = {
     nn.Conv2d: {"forward": nn.Conv2d.forward, "_conv_forward": nn.Conv2d._conv_forward},
     nn.GroupNorm: {"forward": nn.GroupNorm.forward},
 }
-CONVOLUTION = {
+CONVOLUTION: dict[str, object] = {
     "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "bias": None,
     "padding_mode": "zeros",
 }  # fmt: skip

@@ -94,7 +94,7 @@ class ResidualBlock(nn.Module):
             return f"the block {why}"
         if type(self).forward is not ResidualBlock.forward or "forward" in self.__dict__:
             return "the block has a forward of its own"
-        for name, module in self._modules.items():
+        for name, module in self.named_children():
             if name.startswith("conv"):
                 why = altered_module(module, nn.Conv2d, CONVOLUTION)
             else:
@@ -105,7 +105,7 @@ class ResidualBlock(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """What F is evaluated with, in reference.residual_block's order; the convolutions' effective weights."""
-        update_weights(*self._modules.values())
+        update_weights(*self.children())
         norms = [[n.weight, n.bias] for n in (self.gn1, self.gn2, *([self.gn3] if self.form != "paper" else []))]
         return [self.conv1.weight, *norms[0], self.conv2.weight, *(t for norm in norms[1:] for t in norm)]
 
@@ -165,7 +165,8 @@ class ResidualBlock(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Torch pickles no module that its own weight_norm has parametrised.
-        return {**self.__dict__, "_modules": {k: adopted(m) if is_torchs(m) else m for k, m in self._modules.items()}}
+        modules = {name: adopted(m) if is_torchs(m) else m for name, m in self.named_children()}
+        return {**self.__dict__, "_modules": modules}
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}"

@@ -10,7 +10,7 @@ import torch
 
 T = TypeVar("T")
 
-_CHOICES: dict[str, type] = {}
+_CHOICES: dict[str, type[Any]] = {}
 
 
 def choice(cls: type[T]) -> type[T]:
@@ -19,14 +19,14 @@ def choice(cls: type[T]) -> type[T]:
     return cls
 
 
-def build(spec: Any, base: type[T] | tuple[type, ...], argument: str) -> T:
+def build(spec: Any, base: type[T] | tuple[type[Any], ...], argument: str) -> Any:
     """The object that `spec` means: itself, a name, or dict(type=name, …). ValueError where it means none."""
     if isinstance(spec, base):
         return spec
     names = [c.__name__ for c in _CHOICES.values() if issubclass(c, base)]
     fields = {"type": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     name = fields.pop("type", "")
-    cls = _CHOICES.get(getattr(name, "__name__", str(name)).lower())
+    cls: Any = _CHOICES.get(getattr(name, "__name__", str(name)).lower())
     if cls is None or not issubclass(cls, base):
         raise ValueError(
             f"{argument}={spec!r}: expected one of {', '.join(names)}, as an object, a name or dict(type=name, …)"

@@ -70,7 +70,12 @@ def adjoint_residual(head: IFRHead, x: Tensor, grad: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             torch.autograd.grad(head.solve(leaf), leaf, grad)
-        return head.last_solution.adjoint
+        solved = head.last_solution
+        if solved is None or solved.adjoint is None:
+            raise RuntimeError(
+                "the solve left no Solution: adjoint_residual does not work under torch.func's transforms"
+            )
+        return solved.adjoint
     with torch.no_grad():
         z, empty = head.solve(x), [x.new_empty(len(x), 0)] * 3
         call = head.call(compute_dtype(x))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -50,7 +50,8 @@ def fixed_point(
     and result are scaled to the size of 1 and back, two sweeps an evaluation.
     ValueError for arguments that do not fit; NotImplementedError under torch.func's transforms and forward mode.
     """
-    solver, adjoint = build(solver, (Solver, Unroll), "solver"), build(adjoint, Adjoint, "adjoint")
+    method: Solver | Unroll = build(solver, (Solver, Unroll), "solver")
+    gradient: Adjoint = build(adjoint, Adjoint, "adjoint")
     if not callable(f):
         raise ValueError(f"f is {f!r}: expected a callable that maps z to a tensor of the same shape")
     check_tensor("z0", z0)
@@ -59,20 +60,20 @@ def fixed_point(
     if isinstance(params, Tensor) or not isinstance(params, Sequence):
         raise ValueError(f"params is a {type(params).__name__}: expected a list or tuple of tensors")
     choose.check(backend)
-    adjoint.check(solver)
+    gradient.check(method)
     z0 = z0.detach()
     if z0.is_inference() and not torch.is_inference_mode_enabled():
         z0 = z0.clone()  # autograd may save it
     f = _CheckedMap(f, params, z0)
-    if isinstance(solver, Unroll):
+    if isinstance(method, Unroll):
         z = z0
-        for _ in range(solver.steps):
+        for _ in range(method.steps):
             z = f(z).to(z0.dtype)
         return z.contiguous(memory_format=memory_format(z0)), None
-    rule, iterate = solver.resolve(z0.dtype), wide(z0.dtype)
-    adjoint = adjoint.fitted(solver, z0.dtype)
+    rule, iterate = method.resolve(z0.dtype), wide(z0.dtype)
+    gradient = gradient.fitted(method, z0.dtype)
     start = z0.to(iterate).contiguous(memory_format=memory_format(z0))
-    if adjoint.through:
+    if gradient.through:
         solved = differentiable_solve(f, start, rule)
         return solved.value.to(z0.dtype).contiguous(memory_format=memory_format(z0)), solved.detach()
     refuse_transforms("fixed_point")
@@ -81,17 +82,18 @@ def fixed_point(
     kernels = choose.kernels(backend, z0.device.type, iterate)
     with torch.no_grad(), torch.cuda.device_of(z0):
         state, value = _solve(f, start.clone(), rule, kernels)
-    solved = replace(solution(state), value=value, adjoint=torch.full_like(state.residual, torch.nan))
+    adjoint_residual = torch.full_like(state.residual, torch.nan)
+    solved = replace(solution(state), value=value, adjoint=adjoint_residual)
     if not torch.is_grad_enabled():
         return value.to(z0.dtype), solved
     # The one evaluation that the graph keeps: from it gradients go on to the parameters.
-    leaf = value.detach().requires_grad_(adjoint.solves)
-    end = adjoint.end(f, leaf)
+    leaf = value.detach().requires_grad_(gradient.solves)
+    end = gradient.end(f, leaf)
     if not _depends_on_more(end, leaf):
         return value.to(z0.dtype), solved
-    memory = Memory(state.history, state.p, state.q) if adjoint.reuses else None
+    memory = Memory(state.history, state.p, state.q) if gradient.reuses else None
     # Checkpointing's hooks would repeat the forward pass for every product: those are taken of an evaluation beside.
-    beside = adjoint.solves and _tensors_are_saved_by_hooks()
+    beside = gradient.solves and _tensors_are_saved_by_hooks()
 
     def cotangent(grad: Tensor) -> Tensor:
         z, fz = leaf, end
@@ -105,10 +107,10 @@ def fixed_point(
             return constant if product is None else product + constant
 
         grad = grad.contiguous(memory_format=memory_format(value))
-        w, residual, _ = adjoint.cotangent(Equation(affine, grad, z0.dtype, kernels, memory))
-        solved.adjoint.copy_(residual)
-        if adjoint.solves:
-            _warn_unsolved(residual, adjoint.rule.rtol)
+        w, residual, _ = gradient.cotangent(Equation(affine, grad, z0.dtype, kernels, memory))
+        adjoint_residual.copy_(residual)
+        if gradient.solves:
+            _warn_unsolved(residual, gradient.rule.resolve(z0.dtype).resolved()[0])
         return w
 
     return _Attach.apply(end, value, cotangent).to(z0.dtype), solved
@@ -121,7 +123,8 @@ class _CheckedMap:
     def __init__(self, f: Callable[..., Tensor], params: Sequence[Tensor], z0: Tensor) -> None:
         self.f, self.params, self.dtype = f, params, z0.dtype
         device = z0.device.type
-        self.autocast = self.no_autocast = nullcontext
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.no_autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         if device != "meta" and torch.is_autocast_enabled(device):
             self.autocast = partial(autocast, device, True, torch.get_autocast_dtype(device))
             self.no_autocast = partial(autocast, device, False)
@@ -151,13 +154,14 @@ class _CheckedMap:
         before = reference_count(z)
         out = self(z.detach())
         if before is None or reference_count(z) != before:
-            z.set_(z.clone())
+            z.set_(z.clone())  # type: ignore[call-overload]  # of a tensor: not in torch's stubs
         return out
 
 
 def _solve(f: _CheckedMap, z: Tensor, rule: Solver, kernels: Any) -> tuple[State, Tensor]:
     """The solver's state and the best iterate, like z, which is overwritten."""
-    scale, first = None, None
+    scale: Tensor | None = None
+    first: Tensor | None = None
     # Squares may over- or underflow where they are summed in the dtype of the iterates.
     if z.dtype == torch.float64 or z.device.type != "cpu":
         first = f.on_buffer(z)
@@ -165,12 +169,12 @@ def _solve(f: _CheckedMap, z: Tensor, rule: Solver, kernels: Any) -> tuple[State
         ordinary = z.device.type == "cpu" and bool(((scale > 1e-100) & (scale < 1e100)).all())
         scale = None if ordinary else scale
     with f.no_autocast():
-        if scale is None:
+        if scale is None or first is None:
             state = solve(lambda z, _: f.on_buffer(z), z, rule, kernels, first=first)
             return state, state.value
-        first, z = scale * first, scale * z
-        state = solve(lambda z, _: scale * f(z / scale), z, rule, kernels, first=first)
-        return state, state.value / scale
+        s = scale
+        state = solve(lambda z, _: s * f(z / s), s * z, rule, kernels, first=s * first)
+        return state, state.value / s
 
 
 def _tensors_are_saved_by_hooks() -> bool:
@@ -197,12 +201,12 @@ class _Attach(torch.autograd.Function):
     """The equilibrium's value on the graph of f at the equilibrium; turns ∂L/∂z* into the w that f's graph takes."""
 
     @staticmethod
-    def forward(ctx, end: Tensor, value: Tensor, cotangent: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, end: Tensor, value: Tensor, cotangent: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.cotangent = cotangent
         return value.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if torch.is_grad_enabled():  # f's graph would take w for a constant, and second derivatives be wrong
             raise RuntimeError("fixed_point is differentiable once: create_graph=True has no meaning for it")
         with torch.cuda.device_of(grad):
@@ -214,7 +218,8 @@ def _depends_on_more(end: Tensor, leaf: Tensor) -> bool:
     if not leaf.requires_grad or (end.is_leaf and end is not leaf):
         return end.requires_grad
     own = torch.autograd.graph.get_gradient_edge(leaf).node
-    nodes, seen = [end.grad_fn], {None, own}
+    nodes: list[Any] = [end.grad_fn]
+    seen: set[Any] = {None, own}
     while nodes:
         node = nodes.pop()
         if node in seen:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import in_traced_subgraph, is_fake, not_traced, transforms_active
+from ._torch import in_traced_subgraph, is_fake, not_traced, tracing, transforms_active
 from .adjoints import Adjoint, Implicit
 from .altered import check_map, warn_once
 from .block import ResidualBlock, compute_dtype
@@ -102,7 +102,7 @@ class IFRHead(nn.Module):
 
     def _encode_calls(self) -> None:
         """Ops take a string; made here, so that a forward pass, compiled or not, makes none."""
-        self._calls: dict[tuple, str] = {}
+        self._calls: dict[tuple[Any, ...], str] = {}
         if isinstance(self._solver, Solver) and isinstance(self.block, ResidualBlock):
             for dtype in DTYPES:
                 for keep in {False, self._adjoint.reuses}:
@@ -113,8 +113,9 @@ class IFRHead(nn.Module):
         block = self.block
         key = dtype, block.form, block.groups, block.backend, self.cuda_graphs, keep
         if key not in self._calls:
-            solver, adjoint = self._solver.resolve(dtype), self._adjoint.fitted(self._solver, dtype)
-            call = Call(block.form, block.groups, dtype, solver, adjoint, block.backend, self.cuda_graphs, keep)
+            solver = self._iterative()
+            resolved, adjoint = solver.resolve(dtype), self._adjoint.fitted(solver, dtype)
+            call = Call(block.form, block.groups, dtype, resolved, adjoint, block.backend, self.cuda_graphs, keep)
             self._calls[key] = call.encode()
         return self._calls[key]
 
@@ -128,9 +129,13 @@ class IFRHead(nn.Module):
     def solve(self, x: Tensor) -> Tensor:
         """The equilibrium as forward gives it, whatever the warm-up. ValueError where the solver is an Unroll."""
         self._check_input(x)
-        if isinstance(self.solver, Unroll):
-            raise ValueError(f"solver={self.solver} has no equilibrium to solve for")
+        self._iterative()
         return self._solve(x)
+
+    def _iterative(self) -> Solver:
+        if isinstance(self._solver, Unroll):
+            raise ValueError(f"solver={self._solver} has no equilibrium to solve for")
+        return self._solver
 
     def altered(self) -> str:
         """Why the block's modules are called rather than their parameters read, in words; "" where they are not."""
@@ -144,35 +149,35 @@ class IFRHead(nn.Module):
             raise NotImplementedError("IFRHead: ONNX has no operator for a solve; export it with solver=Unroll(steps)")
         if why := self.altered():
             return self._solve_by_calls(x, why)
-        keep = self.adjoint.reuses and (torch.is_grad_enabled() or torch.jit.is_tracing())
+        keep = self.adjoint.reuses and (torch.is_grad_enabled() or tracing())
         params, call = self.block.tensors_for(x), self.call(compute_dtype(x), keep)
         solve = transformed_solve if transforms_active() else torch.ops.ifr_fast.solve
         value, residual, iterations, trace, status, *_ = solve(x, params, call)
         self._report(Solution(value, residual, iterations, trace, status))
         # The op's own result is kept for the backward pass; the caller may change this one, as nn.ReLU(inplace=True).
         # A trace is of one graph, with gradients and without.
-        return value.clone() if value.requires_grad or torch.jit.is_tracing() else value
+        return value.clone() if value.requires_grad or tracing() else value
 
     @not_traced("IFRHead's block was altered: its modules are called by a solver that is not traced")
     def _solve_by_calls(self, x: Tensor, why: str) -> Tensor:
         """The solve of a block whose modules must be called: right for any F, slower than the op, not in chunks."""
-        if torch.jit.is_tracing() or is_fake(x):
+        if tracing() or is_fake(x):
             raise NotImplementedError(
                 f"IFRHead cannot be traced or exported as it is: {why}, so its solve is no operator"
             )
         check_map(self.block)
         warn_once(why)
-        dtype, backend = compute_dtype(x), getattr(self.block, "backend", "auto")
+        solver, dtype, backend = self._iterative(), compute_dtype(x), getattr(self.block, "backend", "auto")
         own = self.block.own_dtype(dtype) if isinstance(self.block, ResidualBlock) else dtype
         narrowest = own if own.itemsize < dtype.itemsize else dtype  # which the tolerance must leave room for
         value, solution = fixed_point(
             lambda z: self.block(z, x),
             torch.zeros_like(x, dtype=wide(dtype), memory_format=memory_format(x)),
-            solver=self.solver.resolve(narrowest),
-            adjoint=self.adjoint.fitted(self.solver, narrowest),
+            solver=solver.resolve(narrowest),
+            adjoint=self.adjoint.fitted(solver, narrowest),
             backend=backend,
         )
-        self._report(replace(solution, value=solution.value.to(x.dtype)))
+        self._report(solution and replace(solution, value=solution.value.to(x.dtype)))
         return value.to(x.dtype)
 
     def _report(self, solution: Solution | None) -> None:
@@ -199,7 +204,8 @@ class IFRHead(nn.Module):
             for _ in range(steps):
                 z = self.block(z, injection, **options)
         else:
-            solved = differentiable_solve(lambda z: self.block(z, injection, **options), z, self.solver.resolve(dtype))
+            solver = self._iterative().resolve(dtype)
+            solved = differentiable_solve(lambda z: self.block(z, injection, **options), z, solver)
             self._report(solved)
             z = solved.value
         return z.to(x.dtype).contiguous(memory_format=memory_format(x))

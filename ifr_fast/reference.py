@@ -34,7 +34,8 @@ def residual_block(
     y = torch.group_norm(F.conv2d(h, conv2, padding=1), groups, gn2_weight, gn2_bias, eps)
     if form == "paper":
         return y + r
-    return torch.group_norm(F.relu(y + r if form == "released" else y), groups, *gn3, eps)
+    weight, bias = gn3
+    return torch.group_norm(F.relu(y + r if form == "released" else y), groups, weight, bias, eps)
 
 
 def relative_residual(z: Tensor, g: Tensor) -> Tensor:

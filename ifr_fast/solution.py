@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .kernels.contract import Status
+from .kernels.contract import Status as Status
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,12 @@ class Solution:
     adjoint: Tensor | None = None
 
     def detach(self) -> Solution:
-        tensors = (getattr(self, name) for name in self.__dataclass_fields__)
-        return Solution(*(None if t is None else t.detach() for t in tensors))
+        value, residual, iterations, trace, status = (
+            t.detach() for t in (self.value, self.residual, self.iterations, self.trace, self.status)
+        )
+        return Solution(
+            value, residual, iterations, trace, status, None if self.adjoint is None else self.adjoint.detach()
+        )
 
     def __str__(self) -> str:
         """One line that a person reads; waits for the device."""

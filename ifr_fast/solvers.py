@@ -12,6 +12,7 @@ import torch
 
 from .checks import check_int, check_rtol
 from .config import choice
+from .kernels.contract import Method
 
 # Tensors of the iterate's size that one evaluation of the block and the step around it hold: the injection, z, the best
 # iterate, F, R and the convolutions' results.
@@ -47,7 +48,7 @@ class Solver:
     Raises ValueError for values outside these.
     """
 
-    method: ClassVar[str]  # the kernels' name for it
+    method: ClassVar[Method]  # the kernels' name for it
 
     max_iter: int = 15
     rtol: float | None = None
@@ -68,14 +69,21 @@ class Solver:
             history_dtype=torch.bfloat16 if stored == torch.bfloat16 else iterate,
         )
 
+    def resolved(self) -> tuple[float, torch.dtype]:
+        """rtol and history_dtype; ValueError before resolve()."""
+        if self.rtol is None or self.history_dtype is None:
+            raise ValueError(f"{self} is not resolved: rtol and history_dtype depend on the dtype (resolve)")
+        return self.rtol, self.history_dtype
+
     def chunk(self, samples: int, size: int, device: torch.device, buffers: int = BUFFERS) -> int:
         """Samples of `size` unknowns to solve at a time: as even a split as the (resolved) solver's workspace allows.
 
         buffers: tensors of the iterate's size held beside the history.
         """
         budget = self.workspace or (32 << 20 if device.type == "cpu" else 1 << 30)
-        iterate = 8 if self.history_dtype == torch.float64 else 4
-        history = self.rows * self.history_dtype.itemsize
+        _, stored = self.resolved()
+        iterate = 8 if stored == torch.float64 else 4
+        history = self.rows * stored.itemsize
         most = max(1, budget // max(1, size * (history + buffers * iterate)))
         return -(-samples // -(-samples // most))
 
@@ -95,7 +103,7 @@ class Solver:
 class Broyden(Solver):
     """Broyden's "good" method (Eq. 6 and 7), J₀⁻¹ = -I, without line search."""
 
-    method: ClassVar[str] = "broyden"
+    method: ClassVar[Method] = "broyden"
 
 
 @choice
@@ -103,7 +111,7 @@ class Broyden(Solver):
 class Anderson(Solver):
     """Anderson acceleration over the last m residuals (Walker & Ni, 2011), mixing 1."""
 
-    method: ClassVar[str] = "anderson"
+    method: ClassVar[Method] = "anderson"
 
     m: int = 5
 
@@ -121,7 +129,7 @@ class Anderson(Solver):
 class Picard(Solver):
     """Plain iteration z ← F(z), with the stopping, the best iterate and the report of the others."""
 
-    method: ClassVar[str] = "picard"
+    method: ClassVar[Method] = "picard"
 
     @property
     def rows(self) -> int:

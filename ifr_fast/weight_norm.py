@@ -7,6 +7,8 @@ compiles each anew and none can be pickled. Here all share one class.
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -24,7 +26,7 @@ class WeightNorm(nn.Module):
         return torch.norm_except_dim(weight, 2, 0), weight
 
 
-class _Shared(type(nn.Module)):
+class _Shared(type):
     """The class of a class whose property outlives remove_parametrizations, which deletes it for the one convolution
     that it then makes a plain nn.Conv2d."""
 
@@ -44,6 +46,8 @@ class _Shared(type(nn.Module)):
 class WeightNormConv2d(nn.Conv2d, metaclass=_Shared):
     """What normalised() makes of a convolution."""
 
+    parametrizations: Any  # torch's ModuleDict of ParametrizationLists
+
     @property
     def weight(self) -> Tensor:
         return self.parametrizations.weight()
@@ -52,7 +56,7 @@ class WeightNormConv2d(nn.Conv2d, metaclass=_Shared):
     def weight(self, value: Tensor) -> None:
         self.parametrizations.weight.right_inverse(value)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for old, new in (("weight_g", "original0"), ("weight_v", "original1")):  # as torch once named them
             if prefix + old in state_dict:
                 state_dict[f"{prefix}parametrizations.weight.{new}"] = state_dict.pop(prefix + old)
@@ -66,12 +70,13 @@ def normalised(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
-def is_torchs(module: nn.Module) -> bool:
+def is_torchs(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Is module a convolution that torch's own weight_norm, and nothing else, parametrised (over dimension 0)?"""
     if not parametrize.is_parametrized(module, "weight") or type(module) is WeightNormConv2d:
         return False
-    steps = list(module.parametrizations.weight)
-    plain = parametrize.type_before_parametrizations(module) is nn.Conv2d and len(module.parametrizations) == 1
+    parametrizations: Any = module.parametrizations
+    steps = list(parametrizations.weight)
+    plain = parametrize.type_before_parametrizations(module) is nn.Conv2d and len(parametrizations) == 1
     return plain and len(steps) == 1 and type(steps[0]).__name__ == "_WeightNorm" and steps[0].dim == 0
 
 
@@ -79,9 +84,8 @@ def adopted(conv: nn.Conv2d) -> nn.Conv2d:
     """The same convolution with torch's weight normalisation replaced by this one; the tensors are shared."""
     other = WeightNormConv2d.__new__(WeightNormConv2d)
     other.__dict__ = {**conv.__dict__, "_load_state_dict_pre_hooks": {}, "_modules": dict(conv._modules)}
-    steps = conv.parametrizations.weight
-    plain = nn.Conv2d(1, 1, 1, device="meta")
-    ours = normalised(plain).parametrizations
-    ours.weight.original0, ours.weight.original1 = steps.original0, steps.original1
+    theirs: Any = conv.parametrizations
+    ours: Any = normalised(nn.Conv2d(1, 1, 1, device="meta")).parametrizations
+    ours.weight.original0, ours.weight.original1 = theirs.weight.original0, theirs.weight.original1
     other._modules["parametrizations"] = ours.train(conv.training)
     return other

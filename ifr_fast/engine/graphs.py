@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock, local
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class _Thread(local):
 
 _thread = _Thread()
 _recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-_pools: dict[Hashable, tuple[tuple[int, int], torch.cuda.Stream]] = {}
+_pools: dict[Hashable, tuple[Any, torch.cuda.Stream]] = {}
 _lock = Lock()  # between filling a recording's inputs and copying its results nobody else may replay
 
 
@@ -102,7 +103,7 @@ def run(
         return [r.clone() if d is None else r.narrow(d, 0, n).clone() for r, d in zip(results, dims, strict=True)]
 
 
-def capture(function: Callable[[], Sequence[Tensor]], stream: Hashable) -> tuple[Callable[[], None], Sequence]:
+def capture(function: Callable[[], Sequence[Tensor]], stream: Hashable) -> tuple[Callable[[], None], Sequence[Tensor]]:
     """A CUDA graph of function's work on the current device, to be replayed on `stream`: what replays it, and the
     results it writes."""
     if stream not in _pools:
@@ -136,7 +137,8 @@ def _signature(t: Tensor) -> Hashable:
 
 def _settings() -> Hashable:
     """What torch chooses the kernels of convolutions and products by."""
-    cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    cudnn: Any = torch.backends.cudnn
+    deterministic = torch.are_deterministic_algorithms_enabled()
     return cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision, deterministic
 
 

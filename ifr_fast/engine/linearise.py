@@ -61,8 +61,8 @@ class BlockMap:
     @cached_property
     def transposed(self) -> tuple[Convolution, Convolution]:
         """The gradients of both convolutions in their inputs: convolutions by the turned, transposed kernels."""
-        weights = (w.transpose(0, 1).flip(2, 3) for w in (self.weight1, self.weight2))
-        return tuple(self._convolution(w) for w in weights)
+        first, second = (w.transpose(0, 1).flip(2, 3) for w in (self.weight1, self.weight2))
+        return self._convolution(first), self._convolution(second)
 
     def at(self, x: Tensor) -> BlockMap:
         """The same block at another injection of the same layout."""
@@ -98,7 +98,7 @@ class Linearised:
         self.block = block
         y, shortcut, head = block._until_tail(z, None, keep=True)
         self.value, statistics = block.kernels.norm_tail(y, shortcut, block.norm2, block.norm3)
-        self.saved = head, (y, shortcut, statistics)
+        self.saved: tuple[tuple[Any, ...], tuple[Any, ...]] = head, (y, shortcut, statistics)
 
     def select(self, index: Tensor) -> Linearised:
         """That of some of the samples, without what the parameters' gradients alone need."""

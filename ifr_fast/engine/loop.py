@@ -7,6 +7,7 @@ stopped, elsewhere finished samples keep their iterate until the last step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ WORTHWHILE = 3 / 4  # of the samples still run: to gather them takes the time of
 
 
 def solve(
-    f: Callable[[Tensor, State], Tensor],
+    f: Callable[[Tensor, Any], Any],
     z: Tensor,
     solver: Solver,
     kernels: Kernels,
@@ -27,7 +28,7 @@ def solve(
     from_zero: bool = False,
     first: Tensor | None = None,
     affine: bool = False,
-    select: Callable[[Tensor], Callable[[Tensor, State | None], Tensor]] | None = None,
+    select: Callable[[Tensor], Callable[[Tensor, Any], Any]] | None = None,
 ) -> State:
     """The equilibrium of f from z (n, …), float32 or float64 and dense in kernels.memory_format(z); z is overwritten.
 
@@ -37,11 +38,11 @@ def solve(
     select: f of some samples, given their indices; on a CPU those that have stopped are not evaluated any more.
     Returns the solver's state; its value, residual, iterations, trace and status are a Solution's fields.
     """
-    state = kernels.new_state(
-        z, rows=solver.rows, evaluations=solver.max_iter + 1, history_dtype=solver.history_dtype, from_zero=from_zero
-    )
+    rtol, stored = solver.resolved()
+    evaluations = solver.max_iter + 1
+    state = kernels.new_state(z, rows=solver.rows, evaluations=evaluations, history_dtype=stored, from_zero=from_zero)
     index = None  # of the samples that are evaluated, None for all
-    for k in range(solver.max_iter + 1):
+    for k in range(evaluations):
         if k == 0 and first is not None:
             fz = first
         elif index is None:
@@ -52,7 +53,7 @@ def solve(
             fz.permute(order).index_copy_(0, index, f(pick(z, index), None).permute(order))
         if isinstance(fz, Tensor) and (fz.stride() != z.stride() or fz.dtype != z.dtype):
             fz = torch.empty_like(z).copy_(fz)
-        step = Step(solver.method, solver.window, k, k == solver.max_iter, solver.rtol, affine)
+        step = Step(solver.method, solver.window, k, k == solver.max_iter, rtol, affine)
         running = kernels.step(state, fz, z, step)
         if running == 0:
             state.trace[k + 1 :] = state.trace[k]

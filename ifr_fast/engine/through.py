@@ -15,8 +15,8 @@ from ..solution import Solution
 from ..solvers import Solver
 
 
-def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Solver) -> Solution:
-    """The same solve in differentiable operators: autograd sees every step; memory grows with them. rule: resolved.
+def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solver) -> Solution:
+    """The same solve in differentiable operators: autograd sees every step; memory grows with them. solver: resolved.
 
     Residuals are kept scaled, each sample to the size of 1, so that squares neither overflow nor underflow. The K×K
     algebra is done in float64, which autocast leaves alone.
@@ -28,9 +28,10 @@ def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Solver
     iterations = torch.zeros_like(status)
     trace: list[Tensor] = []
     history: list[Tensor] = []
-    gram = z0.new_zeros(len(z0), rule.max_iter, rule.max_iter, dtype=torch.float64)
-    next_step = METHODS[rule.method](rule)
-    for k in range(rule.max_iter + 1):
+    gram = z0.new_zeros(len(z0), solver.max_iter, solver.max_iter, dtype=torch.float64)
+    rtol, _ = solver.resolved()
+    next_step = METHODS[solver.method](solver)
+    for k in range(solver.max_iter + 1):
         fz = f(z)
         if k == 0:
             scale = unit_scale(fz, z).unsqueeze(1)
@@ -46,17 +47,17 @@ def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, rule: Solver
             trace.append(torch.where(running, relative, trace[-1] if trace else relative))
             iterations = torch.where(running, k, iterations)
             code = torch.where(norm > DIVERGENCE * first_norm, Status.DIVERGED, Status.MAX_ITER)
-            code = torch.where(relative <= rule.rtol, Status.CONVERGED, code)
+            code = torch.where(relative <= rtol, Status.CONVERGED, code)
             status = torch.where(running, torch.where(relative.isfinite(), code, Status.NONFINITE), status)
         best = torch.where(improved.view(shape), z, best)
-        if k == rule.max_iter:
+        if k == solver.max_iter:
             break
         history.append(g)
         running = status == Status.MAX_ITER
         # A stopped sample's residuals no longer differ but in rounding. A Gram matrix of zeros makes the rules' algebra
         # on it finite, and with it the gradient, of which the mask over z takes the value 0.
         row = torch.stack([(g * other).sum(1, dtype=gram.dtype) for other in history], 1)
-        row = torch.nn.functional.pad(row, (0, rule.max_iter - k - 1))
+        row = torch.nn.functional.pad(row, (0, solver.max_iter - k - 1))
         gram = _with_row(gram, row, k)
         step = next_step(torch.where(running.view(-1, 1, 1), gram, 0), k)
         step = step.to(z.dtype)
@@ -75,9 +76,11 @@ class _Broyden:
         if k == 0:
             self.p = self.q = gram.new_zeros(len(gram), 0, gram.shape[1])
             self.step = gram.new_zeros(gram.shape[:2])
-        p, q, self.step = broyden_coefficients(gram, self.p, self.q, self.step, k)
-        if k > 0:
-            self.p, self.q = torch.cat([self.p, p.unsqueeze(1)], 1), torch.cat([self.q, q.unsqueeze(1)], 1)
+        pair, self.step = broyden_coefficients(gram, self.p, self.q, self.step, k)
+        if pair is not None:
+            self.p, self.q = (
+                torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip((self.p, self.q), pair, strict=True)
+            )
         return self.step
 
 
@@ -107,7 +110,11 @@ class _Picard:
         return step
 
 
-METHODS = {"broyden": _Broyden, "anderson": _Anderson, "picard": _Picard}
+METHODS: dict[str, type[_Broyden] | type[_Anderson] | type[_Picard]] = {
+    "broyden": _Broyden,
+    "anderson": _Anderson,
+    "picard": _Picard,
+}
 
 
 def _with_row(gram: Tensor, row: Tensor, k: int) -> Tensor:

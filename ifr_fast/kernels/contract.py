@@ -207,6 +207,7 @@ class SolverState:
     size: int
     history: Tensor
     trace: Tensor
+    known: dict[tuple[str, ...], list[int]]
 
     def seal(self) -> None:
         """The end of the constructor."""

@@ -156,10 +156,10 @@ def relative_residual(g: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def broyden(state: State, k: int) -> None:
     """The step after residual k, by Broyden's method; its pair (p, q) joins the state."""
-    p, q, step = broyden_coefficients(state.gram, state.p, state.q, state.step, k)
-    if k > 0:
+    pair, step = broyden_coefficients(state.gram, state.p, state.q, state.step, k)
+    if pair is not None:
         running = (state.status == RUNNING).unsqueeze(1)
-        state.p[:, k - 1], state.q[:, k - 1] = torch.where(running, p, 0), torch.where(running, q, 0)
+        state.p[:, k - 1], state.q[:, k - 1] = (torch.where(running, new, 0) for new in pair)
     state.step.copy_(step)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class DeviceState(SolverState):
         n, device = z.shape[0], z.device
         self.n, self.rows, self.size = n, rows, math.prod(z.shape[1:])
         self.history = torch.empty(n, rows, self.size, dtype=history_dtype, device=device)
-        single = {"dtype": torch.float32, "device": device}
+        single: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.gram, self.p, self.q = torch.zeros(3, n, rows, rows, **single)
         self.step, self.total, self.best = torch.zeros(3, n, rows, **single)
         self.norms = torch.zeros(n, 3, **single)

@@ -14,16 +14,16 @@ from .contract import ridge
 
 def broyden_coefficients(
     gram: Tensor, p: Tensor, q: Tensor, step: Tensor, k: int
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
     """Broyden's method in the space of the residuals: U = G Pᵀ, V = G Qᵀ, step = G d; no vector of the problem's size
     is touched. gram (n, K, K); p, q (n, s, K) the pairs so far; step (n, K) the one that led to residual k.
 
-    Returns the new pair (n, K) each (None at k = 0) and the next step. Functional, hence differentiable.
+    Returns the new pair (p, q), (n, K) each, None at k = 0, and the next step. Functional, hence differentiable.
     """
     unit = torch.zeros_like(step)
     unit[:, k] = 1
     if k == 0:
-        return None, None, unit
+        return None, unit
     gram_step = matvec(gram, step)
     gram_y = gram[:, :, k] - gram[:, :, k - 1]
     y = unit - unit.roll(-1, 1)
@@ -37,7 +37,7 @@ def broyden_coefficients(
     q_new = torch.where(usable, q_new, 0)
     right = gram[:, :, k]
     step = unit - matvec(p.mT, matvec(q, right)) - p_new * (q_new * right).sum(1, keepdim=True)
-    return p_new, q_new, step
+    return (p_new, q_new), step
 
 
 def anderson_coefficients(gram: Tensor, steps: Tensor, k: int, m: int) -> Tensor:

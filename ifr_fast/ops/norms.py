@@ -41,7 +41,8 @@ def _kernels(backend: str, y: Tensor) -> Kernels:
 
 
 def _pair(norms: list[Tensor], groups: int) -> tuple[Norm, Norm | None]:
-    return Norm(*norms[:2], groups), Norm(*norms[2:], groups) if len(norms) == 4 else None
+    weight, bias, *second = norms
+    return Norm(weight, bias, groups), Norm(second[0], second[1], groups) if second else None
 
 
 @torch.library.impl("ifr_fast::norm_relu", "default")

@@ -9,7 +9,8 @@ worked on in channels_last, which oneDNN and tensor cores convolve faster, and l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,8 +84,9 @@ def _solve(x, params, call):
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         if not (asked.graphs and graphs.usable(x)):
             return _solve_batch(x, params, asked)
-        replayed = lambda batch, params: _solve_batch(*batch, params, asked)  # noqa: E731
-        return graphs.run(replayed, ("solve", call), [x], params, dims=SAMPLES)
+        return graphs.run(
+            lambda batch, params: _solve_batch(batch[0], params, asked), ("solve", call), [x], params, dims=SAMPLES
+        )
 
 
 def _solve_batch(x: Tensor, params: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
@@ -116,9 +118,9 @@ def _solve_backward(grad, value, x, params, memory, call):
     batch = [grad, value, x, *memory]
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         if asked.graphs and graphs.usable(x):
-            replayed = lambda batch, params: _backward_batch(batch, params, asked)  # noqa: E731
             dims = (0, 0, 0, *[None] * len(params))
-            results = graphs.run(replayed, ("solve_backward", call), batch, params, dims=dims)
+            run = partial(_backward_batch, call=asked)
+            results = graphs.run(run, ("solve_backward", call), batch, params, dims=dims)
         else:
             results = _backward_batch(batch, params, asked)
     grad_x, residual, iterations, *grad_params = results
@@ -166,7 +168,8 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]
 
 
 def _solve_context(ctx, inputs, output):
-    _save(ctx, *inputs, output)
+    x, params, call = inputs
+    _save(ctx, x, params, call, output)
     ctx.set_materialize_grads(False)
 
 
@@ -194,19 +197,19 @@ class _Solve(torch.autograd.Function):
         return torch.ops.ifr_fast.solve(x, params, call)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
         x, call, *params = inputs
         _save(ctx, x, params, call, output)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> Any:
         value, x, params, memory, call = _saved(ctx)
         grads = _SolveBackward.apply(grad, value, x, call, len(params), *params, *memory)
         return grads[0], None, *grads[1:]
 
     @staticmethod
-    def vmap(info: Any, dims: tuple, x: Tensor, call: str, *params: Tensor) -> tuple:
+    def vmap(info: Any, dims: Any, x: Tensor, call: str, *params: Tensor) -> Any:
         if any(dim is not None for dim in dims[2:]):
             return _each(_Solve, info, dims, (x, call, *params))
         many = x.movedim(dims[0], 0)
@@ -223,23 +226,22 @@ class _SolveBackward(torch.autograd.Function):
         return grad_x, *grad_params
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
         pass
 
     backward = staticmethod(differentiable_once)
 
     @staticmethod
-    def vmap(info: Any, dims: tuple, *args: Any) -> tuple:
+    def vmap(info: Any, dims: Any, *args: Any) -> Any:
         return _each(_SolveBackward, info, dims, args)  # every member has parameters' gradients of its own
 
 
-def _each(function: type[torch.autograd.Function], info: Any, dims: tuple, args: tuple) -> tuple:
+def _each(function: type[torch.autograd.Function], info: Any, dims: Sequence[Any], args: Sequence[Any]) -> Any:
     """The vmap of a function, member by member."""
-    apply: Callable = function.apply
     results = []
     for i in range(info.batch_size):
         members = [a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)]
-        results.append(apply(*members))
+        results.append(function.apply(*members))
     return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
@@ -250,17 +252,17 @@ def _each(function: type[torch.autograd.Function], info: Any, dims: tuple, args:
 if torch.ops.aten.mkldnn_convolution not in flop_registry:  # an unroll's, on a CPU (_torch.conv2d)
 
     @register_flop_formula(torch.ops.aten.mkldnn_convolution)
-    def _(x_shape, weight_shape, *_, out_shape, **__):
+    def _convolution_flops(x_shape, weight_shape, *_, out_shape, **__):
         return 2 * math.prod(weight_shape) * x_shape[0] * math.prod(out_shape[2:])
 
 
 @register_flop_formula(torch.ops.ifr_fast.solve, get_raw=True)
-def _(x, params, call, out_val):
+def _solve_flops(x, params, call, out_val):
     return _block_flops(x, params) * (x.shape[0] + _steps(out_val[2], Call.decode(call).solver.max_iter))
 
 
 @register_flop_formula(torch.ops.ifr_fast.solve_backward, get_raw=True)
-def _(grad, value, x, params, memory, call, out_val):
+def _backward_flops(grad, value, x, params, memory, call, out_val):
     adjoint = Call.decode(call).adjoint
     # F, its gradients in the input, and in the parameters; the first product of a solve is with zero.
     passes = 3 * x.shape[0] * adjoint.linearisations

@@ -65,12 +65,12 @@ def norm_tail_vjp(
     if tile is None:
         return _split_tail_vjp(grad, y, shortcut, first, second, statistics, params, status)
     grad_y, grad_shortcut = torch.empty_like(y), None if shortcut is None else torch.empty_like(grad)
-    grads = torch.empty((n, 4, channels), dtype=torch.float32, device=y.device) if params else None
+    sums = torch.empty((n, 4, channels), dtype=torch.float32, device=y.device) if params else None
     norm_tail_vjp_whole[(n * tile.blocks,)](
-        grad, y, shortcut, *first[:2], *second[:2], *statistics, grad_y, grad_shortcut, grads, status, positions,
+        grad, y, shortcut, *first[:2], *second[:2], *statistics, grad_y, grad_shortcut, sums, status, positions,
         **tile.constants(channels, first.groups),
     )  # fmt: skip
-    return grad_y, grad_shortcut, _over_samples(grads)
+    return grad_y, grad_shortcut, _over_samples(sums)
 
 
 def _norm_vjp(

@@ -113,12 +113,12 @@ def gram_row(state: DeviceState, z: Tensor, step: Step) -> None:
 
 def rule(state: DeviceState, z: Tensor, step: Step) -> None:
     """Finishes the sums, judges the running samples (eager.assess) and, but in the last step, chooses their steps."""
-    splits = 0 if state.gram_partials is None else state.gram_partials.shape[1]
+    splits, parts = (0 if t is None else t.shape[1] for t in (state.gram_partials, state.norm_partials))
     tile = rule_tile(step.method, state.rows, step.window)
     rule_kernel[(state.n,)](
         state.norm_partials, state.gram_partials, state.gram, state.p, state.q, state.step, state.total, state.best,
         state.norms, state.residual, state.trace, state.status, state.iterations, state.improved,
-        state.n, state.rows, state.norm_partials.shape[1], splits, step.evaluation, step.row(state), step.window,
+        state.n, state.rows, parts, splits, step.evaluation, step.row(state), step.window,
         int(step.affine), step.rtol, DIVERGENCE, ridge(state.gram.dtype), METHOD=step.method, **tile._asdict(),
     )  # fmt: skip
 
