@@ -19,29 +19,25 @@ converged last, far longer and in more detail; in float64, in float32 and with t
 stay float32, as in the library):
 
 * the plain iteration, absolute and relative step; where it has converged in float64, H* is its end;
-* the spectral radius along the way, in float64, and the last RoI's leading eigenvalues by ARPACK's restarted Arnoldi
-  method;
+* the spectral radius along the way, in float64;
 * each solver's relative residual ‖F(H) - H‖ / ‖F(H)‖ step by step, with F in the solver's own precision;
 * the distance of what it returns from H*.
 
-A run that was stopped goes on where its plain iterations were. Writes convergence.json and convergence.png.
+Writes convergence.json and convergence.png.
 """
 
 import argparse
-import hashlib
 import math
 import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -49,16 +45,16 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
 from benchmarks.quality.ablation import load_test_objects, trained_branch
-from benchmarks.report.convergence_report import CONVERGED, PLAIN, STEADY, print_report, save_picture
+from benchmarks.report import results_page
+from benchmarks.report.convergence_report import CONVERGED, PLAIN, STEADY, save_picture, worst
 from benchmarks.report.environment import environment
-from benchmarks.report.files import DataError, refuse_changes, write_json, write_whole
+from benchmarks.report.files import DataError, write_json
 from benchmarks.report.pictures import evenly_spaced
 from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Solution, Status, Unroll, fixed_point
 from ifr_fast.reference import relative_residual
 
 PRECISIONS = ("float64", "float32", "bfloat16")
 SOLVERS = {"Broyden": Broyden, "Anderson": Anderson, "Picard": Picard}
-EIGENVALUES = 6
 PRODUCTS = 200  # of the power iteration
 POPULATION_STEPS = (Broyden().max_iter, 50)  # of Broyden's method
 
@@ -137,48 +133,26 @@ def recorded_steps(steps: int) -> list[int]:
     return sorted({*range(1, min(steps, 100) + 1), *(step for step in spaced if step <= steps), steps})
 
 
-def iterate(equation: Equation, steps: int, path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The plain iteration from 0, saved at `path` as it goes; picked up from there if it is of the same config.
-
-    Returns the last step and iterate z, for every recorded step "steps" the "norm" and the "relative" norm of the step
-    that led there, RoI by RoI, the "iterates" at powers of ten, and the "seconds" spent, "before" of them in an earlier
-    start of the program.
-    """
-    start = {"step": 0, "z": torch.zeros_like(equation.x), "seconds": 0.0, "iterates": {}}
-    state = restored(path, config, equation.x.device) or start | {"steps": [], "norm": [], "relative": []}
-    state["before"] = state["seconds"]
-    z, left = state["z"], [step for step in recorded_steps(steps) if step > state["step"]]
-    with tqdm(total=steps, initial=state["step"], desc=equation.precision, dynamic_ncols=True) as bar:
-        for step in left:
-            clock = time.perf_counter()
-            with parametrize.cached():  # the normalised weights
-                for _ in range(state["step"], step):
-                    previous, z = z, equation(z)
-            norm = norms(z - previous)
-            state["steps"].append(step)
-            state["norm"].append(finite(norm))
-            state["relative"].append(finite(norm / norms(z).clamp_min(1e-30)))
-            state["seconds"] += time.perf_counter() - clock
-            bar.update(step - state["step"])
+def iterate(equation: Equation, steps: int) -> dict[str, Any]:
+    """The plain iteration from 0: the last iterate "z"; for every recorded step the "norm" and the "relative" norm of
+    the step that led there, RoI by RoI; the "iterates" at powers of ten, and the "seconds" spent."""
+    z, clock = torch.zeros_like(equation.x), time.perf_counter()
+    found = {"steps": recorded_steps(steps), "norm": [], "relative": [], "iterates": {}}
+    recorded = set(found["steps"])
+    with parametrize.cached():  # the normalised weights
+        for step in tqdm(range(1, steps + 1), equation.precision, dynamic_ncols=True):
+            previous, z = z, equation(z)
+            if step in recorded:
+                norm = norms(z - previous)
+                found["norm"].append(finite(norm))
+                found["relative"].append(finite(norm / norms(z).clamp_min(1e-30)))
             if math.log10(step).is_integer():
-                state["iterates"][step] = z
-            state["step"], state["z"] = step, z
-            if step >= 100 or step == steps:
-                write_whole(path, partial(torch.save, {"config": config, **state}))
-    return state
+                found["iterates"][step] = z
+    return found | {"z": z, "seconds": time.perf_counter() - clock}
 
 
 def norms(z: Tensor) -> Tensor:
     return z.flatten(1).norm(dim=1)
-
-
-def restored(path: Path, config: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
-    """What `iterate` saved; None where there is nothing. Raises DataError where it is of another config."""
-    if not path.exists():
-        return None
-    state = torch.load(path, map_location=device, weights_only=True)
-    refuse_changes(path, state.pop("config"), config)
-    return state
 
 
 def limit(equation: Equation, z: Tensor) -> tuple[Tensor, list[str]]:
@@ -192,18 +166,6 @@ def limit(equation: Equation, z: Tensor) -> tuple[Tensor, list[str]]:
     return torch.where(converged.view(-1, 1, 1, 1), z, found), names
 
 
-def spectrum(equation: Equation, z: Tensor, seed: int) -> dict[str, Any]:
-    """Of ∂F/∂H at z: "radius" by power iteration, RoI by RoI; "eigenvalues" (real, imaginary) of the last RoI, those
-    of the largest modulus that Arnoldi's method found, largest first."""
-    w = random_like(z, seed)
-    last = replace(equation, x=equation.x[-1:])
-    eigenvalues = arnoldi(last.product(z[-1:]), w[-1:])
-    return {
-        "radius": finite(power_iteration(equation.product(z), w)),
-        "eigenvalues": [[value.real, value.imag] for value in sorted(eigenvalues, key=lambda v: (-abs(v), -v.imag))],
-    }
-
-
 def random_like(z: Tensor, seed: int) -> Tensor:
     return torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=z.dtype).to(z.device)
 
@@ -215,20 +177,6 @@ def power_iteration(product: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
         w = product(w / norms(w).clamp_min(1e-30).view(-1, 1, 1, 1))
         growth.append(norms(w))
     return torch.stack(growth[PRODUCTS // 2 :]).log().mean(0).exp()
-
-
-def arnoldi(product: Callable[[Tensor], Tensor], w: Tensor) -> np.ndarray:
-    """The leading eigenvalues of one RoI's Jacobian, complex128; fewer where ARPACK's restarts did not settle all."""
-
-    def matvec(v: np.ndarray) -> np.ndarray:
-        return product(torch.from_numpy(v).to(w).view(w.shape)).flatten().cpu().numpy()
-
-    operator = LinearOperator((w.numel(), w.numel()), matvec, dtype=np.float64)
-    start = w.flatten().cpu().numpy()
-    try:
-        return eigs(operator, EIGENVALUES, v0=start, ncv=40, maxiter=50, tol=1e-6, return_eigenvectors=False)
-    except ArpackNoConvergence as stopped:
-        return stopped.eigenvalues
 
 
 def solves(equation: Equation, solver_steps: list[int], h: Tensor) -> list[dict[str, Any]]:
@@ -301,11 +249,6 @@ def representatives(found: dict[str, Any], count: int) -> list[int]:
     return evenly_spaced(order, count)
 
 
-def fingerprint(head: IFRHead, x: Tensor) -> str:
-    tensors = [*head.block.state_dict().values(), x]
-    return hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()[:16]
-
-
 @torch.no_grad()
 def run(options: argparse.Namespace) -> dict[str, Any]:
     clock = time.perf_counter()
@@ -316,20 +259,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     chosen = representatives(populations[row], options.rois)
     x = x[chosen]
     settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
-    config = {"row": row} | {name: settings[name] for name in ("seed", "rois", "steps", "device")}
-    config["weights and X"] = fingerprint(head, x)
-    options.output.mkdir(parents=True, exist_ok=True)
     equations = {name: Equation.make(head, x, name) for name in PRECISIONS if name in ("float64", *options.precisions)}
     exact = equations["float64"]
 
-    plain = {
-        name: iterate(equation, options.steps, options.output / f"plain-{name}.pt", config)
-        for name, equation in equations.items()
-    }
+    plain = {name: iterate(equation, options.steps) for name, equation in equations.items()}
     h, found_by = limit(exact, plain["float64"]["z"])
     points = [*plain["float64"]["iterates"].items(), ("limit", h)]
     spectra = [
-        {"step": step, **spectrum(exact, z, options.seed)} for step, z in tqdm(points, "spectrum", dynamic_ncols=True)
+        {"step": step, "radius": finite(power_iteration(exact.product(z), random_like(z, options.seed)))}
+        for step, z in tqdm(points, "spectrum", dynamic_ncols=True)
     ]
     entries = []
     for name, equation in tqdm(equations.items(), "solvers", dynamic_ncols=True):
@@ -339,7 +277,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "settings": settings,
         "environment": environment(x.device),
-        "elapsed_seconds": time.perf_counter() - clock + sum(state["before"] for state in plain.values()),
+        "elapsed_seconds": time.perf_counter() - clock,
         "population": populations,
         "row": row,
         "chosen": chosen,
@@ -362,7 +300,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         report = run(options)
     write_json(options.output / "convergence.json", report)
     save_picture(options.output / "convergence.png", report)
-    print_report(report)
+    print(results_page.convergence(report))
+    for found in (report["limit"], *(of["limit"] for of in report["population"].values())):
+        if worst(found["residual"]) > CONVERGED:
+            print("H* is no equilibrium: none was found, and distances to it say little")
     print(f"wrote {options.output / 'convergence.json'} and {options.output / 'convergence.png'}")
     return report
 

@@ -24,6 +24,7 @@ from benchmarks.quality.ablation import load_test_objects, trained_branches
 from benchmarks.quality.mask_branch import evaluate
 from benchmarks.quality.objects import Objects
 from benchmarks.quality.strategies import BASELINE, STRATEGIES
+from benchmarks.report import results_page
 from benchmarks.report.environment import environment
 from benchmarks.report.files import DataError, write_json
 from ifr_fast import Broyden, IFRHead, Unroll
@@ -136,10 +137,7 @@ def save_picture(path: Path, report: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     report = run(options)
-    for row, found in report["rows"].items():
-        for name, entry in found.items():
-            iou, residual = 100 * statistics.mean(entry["iou"]), statistics.median(entry["residual"])
-            print(f"{row}, {name}: {iou:.1f} %, {entry['convolutions']:.1f} convolutions, residual {residual:.0e}")
+    print(results_page.inference_steps(report))
     print(f"wrote {options.output / 'inference_steps.json'} and {options.output / 'inference_steps.png'}")
     return report
 

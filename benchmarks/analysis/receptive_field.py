@@ -28,6 +28,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
 from benchmarks.quality.ablation import load_test_objects, trained_branches
+from benchmarks.report import results_page
 from benchmarks.report.environment import environment
 from benchmarks.report.files import DataError, write_json
 from benchmarks.report.pictures import evenly_spaced
@@ -146,10 +147,7 @@ def save_picture(path: Path, rows: dict[str, dict]) -> None:
 def main(arguments: list[str] | None = None) -> dict:
     options = parse(arguments)
     report = run(options)
-    for row, found in report["rows"].items():
-        for name, entry in found.items():
-            shares = ", ".join(f"{100 * share:.2f}" for share in entry["outside"])
-            print(f"{row}, {name}: {shares} % outside 9×9, one figure a seed")
+    print(results_page.receptive_field(report))
     print(f"wrote {options.output / 'receptive_field.json'} and {options.output / 'receptive_field.png'}")
     return report
 

@@ -33,11 +33,11 @@ from benchmarks.quality import accuracy
 from benchmarks.quality.coco import CocoFolder, DataError
 from benchmarks.quality.mask_branch import MaskBranch, Splits, train_branch
 from benchmarks.quality.objects import Objects, load_objects
-from benchmarks.quality.strategies import REFERENCES, STRATEGIES, TABLES
+from benchmarks.quality.strategies import REFERENCES, STRATEGIES
 from benchmarks.quality.training import use_deterministic_algorithms
+from benchmarks.report import results_page
 from benchmarks.report.environment import environment
 from benchmarks.report.files import refuse_changes, write_json, write_whole
-from benchmarks.report.formats import spread
 
 SEARCH_SEEDS = 2  # of each learning rate; the trainings at the chosen one count
 
@@ -325,13 +325,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     report = run(options)
-    for title, rows in TABLES.items():
-        if any(row in report["rows"] for row in rows):
-            print(f"\n{title}")
-        for row in rows:
-            ious = [training["test"]["iou"] for training in report["rows"].get(row, []) if "test" in training]
-            if ious:
-                print(f"  {row:28} {spread(ious, 100)}  ({len(ious)} seeds)")
+    print(results_page.ablation(report))
     print(f"wrote {options.output / 'ablation.json'}")
     return report
 

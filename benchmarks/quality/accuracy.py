@@ -30,16 +30,7 @@ from benchmarks.report.files import write_json
 from benchmarks.report.pictures import draw_predictions
 
 # Options that do not change what is learnt: a training may be resumed with others.
-INCIDENTAL = (
-    "data",
-    "device",
-    "workers",
-    "output",
-    "checkpoint",
-    "checkpoint_every",
-    "resume",
-    "detections_per_image",
-)
+INCIDENTAL = ("data", "device", "workers", "output", "checkpoint", "checkpoint_every", "resume", "detections_per_image")
 POSITIVE = (
     "iterations",
     "epochs",
@@ -97,11 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--groups", "groups of GroupNorm, for ifr, ifr-narrow and unroll (32)", type=int)
     option("--warmup-steps", "training iterations with an unrolled block before ifr solves (a tenth)", type=int)
     option("--backbone", "efficientnet_lite0 or a torchvision classifier's name", default="efficientnet_lite0")
-    option(
-        "--weights",
-        "of the backbone (imagenet for efficientnet_lite0, else none)",
-        choices=("imagenet", "none"),
-    )
+    option("--weights", "of the backbone (imagenet for efficientnet_lite0, else none)", choices=("imagenet", "none"))
     option("--channels", "width of pyramid and heads", type=int, default=256)
     option("--image-size", "shorter side in pixels; the longer is at most 5/3 of it", type=int, default=800)
     option("--rois-per-image", "regions sampled from an image in training", type=int, default=512)

@@ -41,14 +41,7 @@ def find_images(root: Path, annotations: Path, split: str, file_names: list[str]
     Raises DataError where no folder has the first image, or where the folder that has it lacks others.
     """
     named = annotations.stem.removeprefix("instances_")
-    candidates = [
-        root / split,
-        root / named,
-        root / "images" / split,
-        root / "images" / named,
-        root / "images",
-        root,
-    ]
+    candidates = [root / split, root / named, root / "images" / split, root / "images" / named, root / "images", root]
     for folder in candidates:
         if (folder / file_names[0]).is_file():
             missing = [name for name in file_names if not (folder / name).is_file()]

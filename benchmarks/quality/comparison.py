@@ -34,9 +34,9 @@ from benchmarks.quality import accuracy
 from benchmarks.quality.coco import METRICS, CocoFolder, DataError, matched
 from benchmarks.quality.detector import REFINEMENTS
 from benchmarks.quality.training import joined_processes
+from benchmarks.report import results_page
 from benchmarks.report.environment import environment
 from benchmarks.report.files import refuse_changes, write_json, write_whole
-from benchmarks.report.formats import cell, interval
 from benchmarks.report.pictures import Refined, draw_features, draw_predictions, evenly_spaced, overlay
 
 EXAMPLES = 6  # objects and images in the pictures
@@ -154,20 +154,6 @@ def mean_and_std(values: Iterable[float | None]) -> dict[str, float] | None:
     return {"mean": statistics.mean(values), **spread}
 
 
-def table(content: dict[str, Any]) -> str:
-    """The refinements side by side; AP in %."""
-    reference = next(iter(content["refinements"]))
-    rows = [("refinement", "parameters", "mask AP", f"less {reference}'s", "AP50", "AP75", "box AP", "s/iteration")]
-    rows[0] += ("median residual",)
-    for refine, found in content["refinements"].items():
-        masks = [cell(found["segm"][name]) for name in ("AP", "AP50", "AP75")]
-        masks.insert(1, interval(content["gains"][refine]["segm"]) if refine in content["gains"] else "-")
-        pace, residual = cell(found["seconds_per_iteration"], 1, ".3f"), cell(found.get("residual_median"), 1, ".1e")
-        rows.append((refine, f"{found['parameters']:,}", *masks, cell(found["bbox"]["AP"]), pace, residual))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
 def choose_examples(dataset: CocoFolder) -> list[dict[str, Any]]:
     """The largest object's annotation in each of some evenly spaced images. Raises DataError where there is none."""
     largest = [
@@ -248,7 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
             content = {**summarize(reports, process.device), "gains": gains(runs, val_set)}
             write_json(folder / "comparison.json", content)
             save_pictures([run for run in runs if run.seed == 0], val_set, examples, process.device)
-            print(f"\n{table(content)}\n\nwrote comparison.json, predictions.png and features.png in {folder}")
+            print(f"\n{results_page.comparison(content)}\n")
+            print(f"wrote comparison.json, predictions.png and features.png in {folder}")
 
 
 if __name__ == "__main__":

@@ -166,12 +166,7 @@ def train(
     parallel = DistributedDataParallel(model) if process.world > 1 else model
     parallel.train()
     bar = tqdm(
-        loader,
-        "training",
-        total=plan.iterations,
-        initial=start,
-        disable=not process.is_first,
-        dynamic_ncols=True,
+        loader, "training", total=plan.iterations, initial=start, disable=not process.is_first, dynamic_ncols=True
     )
     clock = time.perf_counter()
     for iteration, (images, targets) in enumerate(bar, start):

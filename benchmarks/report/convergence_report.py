@@ -1,4 +1,4 @@
-"""What convergence.py found, printed and drawn."""
+"""What convergence.py found: its figures in words, and its picture."""
 
 import math
 import statistics
@@ -51,62 +51,12 @@ def roi_name(report: dict[str, Any], roi: int) -> str:
     return f"object {report['chosen'][roi]}, radius {radius:.2f}" + ", not converged" * (not converged)
 
 
-def print_report(report: dict[str, Any]) -> None:
-    for row, population in report["population"].items():
-        radius = population["radius"]
-        print(f"\n{row}: not converged {moving(population)}")
-        print(f"spectral radius: median {median(radius):.3f}, largest {worst(radius):.3f}")
-        print("distance to H*, relative and absolute: median, worst (objects below e⁻⁸) [worst relative residual]:")
-        for entry in population["solves"]:
-            cells = (
-                f"{median(values):.1e}, {worst(values):.1e} ({near(values)})"
-                for values in (entry["relative_distance"], entry["distance"])
-            )
-            print(f"  {entry['solver']:16}{entry['steps']:>7}  {'   '.join(cells)} [{worst(entry['residual']):.1e}]")
-        warn_of(population["limit"])
-
-    names = [roi_name(report, roi) for roi in range(len(report["chosen"]))]
-    print(f"\n{report['row']}, {'; '.join(names)}")
-    print("plain iteration, relative step ‖Hⁱ⁺¹ - Hⁱ‖ / ‖Hⁱ⁺¹‖ of each:")
-    for name, plain in report["plain"].items():
-        reached = dict(zip(plain["steps"], plain["relative"], strict=True))
-        shown = [step for step in reached if math.log10(step).is_integer() or step == plain["steps"][-1]]
-        line = "; ".join(f"{step}: {each(reached[step])}" for step in shown)
-        print(f"  {name:9} {line} ({1e3 * plain['seconds_per_step']:.2f} ms a step)")
-    found = report["limit"]
-    print(f"limits H*: {', '.join(found['found_by'])}; relative residual {worst(found['residual']):.1e}")
-    warn_of(found)
-    print("spectral radius of each by power iteration (of the last also by Arnoldi's method):")
-    for point in report["spectrum"]:
-        largest = f"{math.hypot(*point['eigenvalues'][0]):.3f}" if point["eigenvalues"] else "none converged"
-        print(f"  {point['step']:>9}: {each(point['radius'], '.3f')} ({largest})")
-    print("relative distance of each to H* [worst relative residual]:")
-    width = 9 * len(names) + 13
-    print(f"  {'':16}{'steps':>7}  " + "".join(f"{name:{width}}" for name in report["plain"]))
-    for solver, steps in dict.fromkeys((e["solver"], e["steps"]) for e in report["solves"]):
-        row = [e for e in report["solves"] if (e["solver"], e["steps"]) == (solver, steps)]
-        cells = (f"{each(e['relative_distance'])} [{worst(e['residual']):.1e}]" for e in row)
-        print(f"  {solver:16}{steps:>7}  " + "".join(f"{cell:{width}}" for cell in cells))
-
-
-def each(values: list[float | None], form: str = ".1e") -> str:
-    return ", ".join(f"{value:{form}}" for value in numbers(values))
-
-
-def warn_of(found: dict[str, Any]) -> None:
-    if worst(found["residual"]) > CONVERGED:
-        print("  H* is no equilibrium: none was found, and distances to it say little")
-
-
 def save_picture(path: Path, report: dict[str, Any]) -> None:
-    """Seven panels: the populations' steps and distances; the RoIs' steps, radii, eigenvalues, residuals, distances."""
-    figure = Figure(figsize=(19, 8.5), layout="constrained", dpi=110)
-    axes = figure.subplot_mosaic(
-        [["population", "nearness", "steps", "radius"], ["plane", "residual", "residual", "distance"]]
-    )
+    """Six panels: the populations' steps and distances; the RoIs' steps, radii, residuals and distances."""
+    figure = Figure(figsize=(15, 8.5), layout="constrained", dpi=110)
+    axes = figure.subplot_mosaic([["population", "nearness", "radius"], ["steps", "residual", "distance"]])
     draw_populations(axes["population"], axes["nearness"], report["population"])
     draw_way(axes["steps"], axes["radius"], report)
-    draw_eigenvalues(axes["plane"], report["spectrum"])
     draw_solvers(axes["residual"], axes["distance"], report)
     for panel in ("population", "steps", "residual", "distance"):
         axes[panel].set_yscale("log", nonpositive="mask")
@@ -144,21 +94,6 @@ def draw_way(steps: Axes, radius: Axes, report: dict[str, Any]) -> None:
     radius.set(title="spectral radius along the way", xlabel="step")
     radius.margins(y=0.35)  # for the legend
     radius.legend(fontsize=8, loc="upper center")
-
-
-def draw_eigenvalues(plane: Axes, spectra: list[dict[str, Any]]) -> None:
-    turn, found = np.linspace(0, 2 * np.pi, 2000), [[1.0, 0.0]]
-    plane.plot(np.cos(turn), np.sin(turn), color="grey", linewidth=0.8)
-    shades = np.linspace(0.85, 0, len(spectra)).astype(str)
-    for point, shade in zip(spectra, shades, strict=True):
-        eigenvalues = np.reshape(point["eigenvalues"], (-1, 2))
-        plane.plot(*eigenvalues.T, "x" if point["step"] == "limit" else "o", color=shade, label=point["step"])
-        found.extend(eigenvalues)
-    left, right, top = np.min(found, 0)[0] - 0.05, np.max(found, 0)[0] + 0.05, np.max(found, 0)[1]
-    top = max(1.2 * top, (right - left) / 2)
-    plane.set(xlim=(left, right), ylim=(-top, top), aspect="equal", xlabel="real", ylabel="imaginary")
-    plane.set_title("leading eigenvalues of the last RoI and unit circle")
-    plane.legend(title="step", fontsize=8)
 
 
 def draw_solvers(residual: Axes, distance: Axes, report: dict[str, Any]) -> None:

@@ -26,12 +26,7 @@ CEILING_RUNS = 5  # of a ceiling's work, back to back
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would report as an error that there is no GPU
 
-DTYPES = {
-    "float": torch.float32,
-    "double": torch.float64,
-    "c10::BFloat16": torch.bfloat16,
-    "c10::Half": torch.float16,
-}
+DTYPES = {"float": torch.float32, "double": torch.float64, "c10::BFloat16": torch.bfloat16, "c10::Half": torch.float16}
 
 
 # On weights packed beforehand, which have no strides; alone it is timed as the convolution that it stands for.

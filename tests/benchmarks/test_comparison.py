@@ -164,13 +164,14 @@ def test_data_without_objects_are_refused(tmp_path):
 
 def test_the_table_shows_what_there_is():
     metrics = {"AP": {"mean": 0.25, "std": 0.0111}, "AP50": {"mean": 0.5}, "AP75": None}
-    row = {"parameters": 2360000, "segm": metrics, "bbox": metrics, "seconds_per_iteration": {"mean": 1.5}}
+    row = {"parameters": 2360000, "segm": metrics, "bbox": metrics, "seconds_per_iteration": {"mean": 1.5}, "seeds": 3}
     gain = {"mean": 0.021, "low": -0.005, "high": 0.04}
     content = {"refinements": {"stack": row, "ifr": {**row, "residual_median": {"mean": 0.002}}}}
-    content["gains"] = {"ifr": {"segm": gain}}
-    _, stack, ifr = (re.split(r" {2,}", line) for line in comparison.table(content).splitlines())
-    assert stack == ["stack", "2,360,000", "25.0 ± 1.1", "-", "50.0", "-", "25.0 ± 1.1", "1.500", "-"]
-    assert ifr == ["ifr", *stack[1:3], "+2.1 [-0.5, +4.0]", *stack[4:-1], "2.0e-03"]
+    content |= {"gains": {"ifr": {"segm": gain}}, "settings": {"data": "x"}, "environment": {"cpu": "y"}}
+    lines = results_page.comparison(content).splitlines()[-2:]
+    stack, ifr = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert stack == ["stack", "25.0 ± 1.1", "–", "50.0", "-", "25.0 ± 1.1", "2.36 M", "-", "1.50", "3"]
+    assert ifr == ["ifr", "25.0 ± 1.1", "+2.1 [-0.5, +4.0]", *stack[3:7], "0.0020", "1.50", "3"]
 
 
 def test_options_go_to_the_refinements_that_have_them(tmp_path):

