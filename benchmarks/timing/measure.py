@@ -79,7 +79,7 @@ def profile(call: Call, device: torch.device) -> Profile:
 
     peak_bytes counts what PyTorch's allocators hand out, results and oneDNN's scratch space included: on a GPU the
     caching allocator's own maximum; on a CPU the largest running sum of the profiler's allocations and releases. What
-    C++ containers and Python objects take besides is not in it. tests/benchmarks/test_speed.py compares it with the
+    C++ containers and Python objects take besides is not in it. tests/benchmarks/test_measure.py compares it with the
     process's own peak (VmHWM): the released solver takes 103 MiB by this count and 110 MiB by that one.
     """
     if device.type == "cuda":
