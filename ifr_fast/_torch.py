@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Classes of modules, those of which torch's are made where it still has them.
+BATCH_NORMS = getattr(
+    nn.modules.batchnorm, "_BatchNorm", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+)
+DROPOUTS = getattr(
+    nn.modules.dropout, "_DropoutNd",
+    (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+)  # fmt: skip
 
 
 def transforms_active() -> bool:
@@ -34,6 +44,53 @@ def reference_count(x: Tensor) -> int | None:
     """How many tensors share x's memory; None where torch does not say."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     return None if count is None else count(x.untyped_storage()._cdata)
+
+
+def version(x: Tensor) -> int | None:
+    """How often x's memory was written to in place; None where torch does not count (in inference mode)."""
+    return None if x.is_inference() else getattr(x, "_version", None)
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies each source to its target; in one launch with the name."""
+    fused = getattr(torch, "_foreach_copy_", None)
+    if fused is not None and targets:
+        fused(list(targets), list(sources))
+    else:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Do hooks run after the module's call or in its backward pass? Without the names: no."""
+    names = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in names)
+
+
+def pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks that run before the module's call. Without the name: none."""
+    return list(getattr(module, "_forward_pre_hooks", {}).values())
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    names = ((torch._C._nn, "mkldnn_reorder_conv2d_weight"), (torch.ops.mkldnn, "_convolution_pointwise"))
+    if not all(hasattr(*name) for name in names) or not torch.backends.mkldnn.is_available():
+        return False
+    narrow: Callable[[], bool] = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and narrow())
+
+
+def packed_conv2d(weight: Tensor, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """torch.conv2d with padding 1 for tensors of x's size on a CPU, by a weight packed for oneDNN, which else arranges
+    it anew in every call: at N = 1 for the price of the convolution. None without the names or the processor for it."""
+    if not _packs(weight.dtype):
+        return None
+    unit, shape = [1, 1], [x.shape[0], weight.shape[1], *x.shape[2:]]
+    pack: Callable[..., Tensor] = torch._C._nn.mkldnn_reorder_conv2d_weight
+    packed = pack(weight.to_mkldnn(), unit, unit, unit, 1, shape)
+    convolve = torch.ops.mkldnn._convolution_pointwise
+    return lambda x: convolve(x, packed, None, unit, unit, unit, 1, "none", [], "")
 
 
 def conv2d(x: Tensor, weight: Tensor) -> Tensor:

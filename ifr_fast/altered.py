@@ -11,11 +11,11 @@ import sys
 from functools import cache
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from ._torch import BATCH_NORMS, DROPOUTS, has_hooks, pre_hooks
 
 logger = logging.getLogger("ifr_fast")
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("ifr_fast")
 WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 # What a call runs, as torch made it. Tools such as torch.export exchange nn.Module's __call__ for a while.
 METHODS: dict[type[nn.Module], dict[str, object]] = {
-    nn.Conv2d: {"forward": nn.Conv2d.forward, "_conv_forward": nn.Conv2d._conv_forward},
+    nn.Conv2d: {"forward": nn.Conv2d.forward, "_conv_forward": getattr(nn.Conv2d, "_conv_forward", None)},
     nn.GroupNorm: {"forward": nn.GroupNorm.forward},
 }
 CONVOLUTION: dict[str, object] = {
@@ -55,9 +55,9 @@ def altered_module(module: nn.Module, made: type[nn.Module], options: dict[str, 
 
 def called_hooks(module: nn.Module) -> str:
     """The module's hooks that work through its call, in words; "" where it has none."""
-    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         return "has hooks"
-    if all(isinstance(hook, WEIGHT_HOOKS) for hook in module._forward_pre_hooks.values()):
+    if all(isinstance(hook, WEIGHT_HOOKS) for hook in pre_hooks(module)):
         return ""
     return "has forward pre-hooks"
 
@@ -65,7 +65,7 @@ def called_hooks(module: nn.Module) -> str:
 def update_weights(*modules: nn.Module) -> None:
     """Runs the hooks that make the parameters which these modules' calls would read."""
     for module in modules:
-        for hook in module._forward_pre_hooks.values():
+        for hook in pre_hooks(module):
             hook(module, ())
 
 
@@ -83,12 +83,12 @@ def check_map(block: nn.Module) -> None:
                 f"{name} is sharded by FSDP: its calls gather parameters from all processes, which evaluate F other "
                 "numbers of times. Shard the head as one unit: fully_shard(head), or ModuleWrapPolicy({IFRHead, …})"
             )
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+        if isinstance(module, DROPOUTS) and module.training and module.p > 0:
             raise ValueError(
                 f"{name} drops other entries at each evaluation, so that there is no equilibrium: set p to 0, "
                 "call .eval() on it, or drop out before or after the head"
             )
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        if isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"{name} normalises by the statistics of the batch, so that samples see each other: use a "
                 "GroupNorm, or .eval() it"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch import autocast, is_fake, reference_count
+from ._torch import autocast, is_fake, reference_count, version
 from .adjoints import Adjoint, Equation, Implicit, Memory
 from .checks import check_tensor, refuse_transforms
 from .config import build
@@ -131,7 +131,7 @@ class _CheckedMap:
 
     def __call__(self, z: Tensor) -> Tensor:
         given = z.to(self.dtype)
-        version = None if given.is_inference() else given._version
+        before = version(given)
         with self.autocast():
             out = self.f(given, *self.params)
         if not isinstance(out, Tensor) or out.shape != z.shape or out.device != z.device:
@@ -141,7 +141,7 @@ class _CheckedMap:
             raise ValueError(f"f returned layout {out.layout}: expected a dense tensor")
         if not out.is_floating_point():
             raise ValueError(f"f returned dtype {out.dtype} for z of dtype {self.dtype}: expected a floating dtype")
-        if version is not None and given._version != version:
+        if version(given) != before:
             raise ValueError(
                 "f changed its argument z in place (nn.ReLU(inplace=True), say): expected it to leave z alone"
             )

@@ -77,6 +77,7 @@ class IFRHead(nn.Module):
         self._solver = build(solver, (Solver, Unroll), "solver")
         self.adjoint = adjoint
         self.last_solution: Solution | None = None
+        self.register_load_state_dict_pre_hook(_forget_warmup_count)
 
     @property
     def solver(self) -> Solver | Unroll:
@@ -239,6 +240,7 @@ class IFRHead(nn.Module):
         head.block.load_state_dict(state)
         return head
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.pop(prefix + "warmup_count", None)  # of checkpoints from when heads counted their warm-up themselves
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _forget_warmup_count(head: IFRHead, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Checkpoints of release 0.1 have it: heads counted their warm-up themselves."""
+    state_dict.pop(prefix + "warmup_count", None)

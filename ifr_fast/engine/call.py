@@ -55,5 +55,5 @@ class Call:
         try:
             form, groups, dtype, solver, adjoint, *rest = json.loads(text)
             return Call(form, groups, getattr(torch, dtype), config.decode(solver), config.decode(adjoint), *rest)
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"call={text!r}: expected what Call.encode() gives") from error
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"call={text!r}: expected what Call.encode() gives ({error})") from error

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import copy_all
 from ..kernels.contract import memory_format
 
 LIMIT = 64  # recordings kept, of all shapes, devices and streams; the least recently used goes first
@@ -40,7 +41,7 @@ class Recording:
         for padded, given in zip(self.batch, batch, strict=True):
             padded[:n].copy_(given)
             padded[n:].zero_()
-        torch._foreach_copy_(self.shared, list(shared))
+        copy_all(self.shared, shared)
 
 
 class _Thread(local):

@@ -7,13 +7,13 @@ order, so results depend neither on the number of threads nor on batch mates.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
+from .._torch import packed_conv2d
 from . import eager
 from .contract import (
     DIVERGENCE,
@@ -49,28 +49,8 @@ STATE = (
 )  # fmt: skip
 
 
-@cache
-def _packs(dtype: torch.dtype) -> bool:
-    """Does this torch, on this processor, convolve `dtype` by weights packed for oneDNN?"""
-    found = hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight") and hasattr(
-        torch.ops.mkldnn, "_convolution_pointwise"
-    )
-    if not (found and torch.backends.mkldnn.is_available()):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def convolution(weight: Tensor, x: Tensor) -> Convolution:
-    # oneDNN rearranges the weights in every call, at the cost of a RoI's convolution; packed beforehand it need not.
-    if not _packs(weight.dtype):
-        return eager.convolution(weight, x)
-    unit, shape = [1, 1], [x.shape[0], weight.shape[1], *x.shape[2:]]
-    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), unit, unit, unit, 1, shape)
-
-    def convolve(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(x, packed, None, unit, unit, unit, 1, "none", [], "")
-
-    return convolve
+    return packed_conv2d(weight, x) or eager.convolution(weight, x)
 
 
 def norm_relu(

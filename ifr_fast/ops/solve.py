@@ -249,9 +249,10 @@ def _each(function: type[torch.autograd.Function], info: Any, dims: Sequence[Any
 # meta), each takes all steps.
 
 
-if torch.ops.aten.mkldnn_convolution not in flop_registry:  # an unroll's, on a CPU (_torch.conv2d)
+_onednn = getattr(torch.ops.aten, "mkldnn_convolution", None)  # an unroll's, on a CPU (_torch.conv2d)
+if _onednn is not None and _onednn not in flop_registry:
 
-    @register_flop_formula(torch.ops.aten.mkldnn_convolution)
+    @register_flop_formula(_onednn)
     def _convolution_flops(x_shape, weight_shape, *_, out_shape, **__):
         return 2 * math.prod(weight_shape) * x_shape[0] * math.prod(out_shape[2:])
 

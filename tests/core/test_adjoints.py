@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ifr_fast import (
+    Anderson,
     Broyden,
     Implicit,
     JacobianFree,
@@ -64,7 +65,16 @@ def assert_same(actual, expected, rtol=1e-9):
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("form", ["released", "plain"])
-@pytest.mark.parametrize("adjoint", [Implicit(60, rtol=1e-13), Unrolled()], ids=["implicit", "unrolled"])
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        Implicit(60, rtol=1e-13),
+        Implicit(solver=Anderson(80, rtol=1e-13)),
+        Implicit(solver={"type": "picard", "max_iter": 300, "rtol": 1e-13}),
+        Unrolled(),
+    ],
+    ids=["implicit", "by Anderson", "by Picard", "unrolled"],
+)
 def test_exact_adjoints_are_backpropagation_through_a_converged_unroll(adjoint, form, backend, problem):
     for _ in range(9):  # one random block in a hundred does not contract: it may have other equilibria, or none
         head, x, cotangent = problem(adjoint, form, backend)

@@ -48,6 +48,28 @@ def test_norm_tail(residual, norms, dtype, format, backend):
     torch.library.opcheck(torch.ops.ifr_fast.norm_tail_vjp, (grad, y, r, norms, statistics, 2, backend))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"form": "eq5"}, {"dtype": torch.int8}, {"solver": Broyden()}, {"backend": "tpu"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_call_is_checked(wrong):
+    fields = {"form": "released", "groups": 2, "dtype": torch.float32, "backend": "auto", "adjoint": Implicit(4)}
+    with pytest.raises(ValueError, match=r"expected (a form|one of)"):
+        Call(**{**fields, "solver": Broyden().resolve(torch.float32), **wrong})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '["released", 2, "float33", {"type": "Broyden"}, {"type": "Shine"}, "auto"]']
+)
+def test_a_call_that_is_none_is_refused(text, make_head):
+    x, params = torch.randn(2, 8, 3, 3), make_head(8, groups=2).block.tensors()
+    with pytest.raises(ValueError, match=r"expected what Call\.encode"):
+        torch.ops.ifr_fast.solve(x, params, text)
+
+
 @backends
 @pytest.mark.parametrize(
     "form", ["released", *(pytest.param(form, marks=pytest.mark.full) for form in ("plain", "paper"))]

@@ -26,7 +26,13 @@ def test_solver_specs(spec, expected):
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
-    [("phantom", Phantom()), (dict(type="Implicit", max_iter=3), Implicit(3)), ("JacobianFree", JacobianFree())],
+    [
+        ("phantom", Phantom()),
+        (dict(type="Implicit", max_iter=3), Implicit(3)),
+        (dict(type="Implicit", solver="anderson"), Implicit(solver=Anderson())),
+        (dict(type="Implicit", solver=dict(type="Picard", max_iter=3)), Implicit(solver=Picard(3))),
+        ("JacobianFree", JacobianFree()),
+    ],
 )
 def test_adjoint_specs(spec, expected):
     assert IFRHead(8, groups=2, adjoint=spec).adjoint == expected
@@ -39,6 +45,7 @@ def test_adjoint_specs(spec, expected):
         Anderson(m=2),
         Picard(),
         Implicit(rtol=0.0),
+        Implicit(solver=Anderson(9, history_dtype="bfloat16", m=3)),
         Phantom(2, 0.3),
         Shine(),
         Unrolled(),
@@ -61,6 +68,10 @@ def test_encoded_objects_come_back(value):
         (lambda: Broyden(history_dtype="float8"), "float8"),
         (lambda: Broyden(workspace=0), "workspace=0"),
         (lambda: Implicit(max_iter=0), r"Implicit\(max_iter=0"),
+        (lambda: Implicit(3, solver=Broyden()), r"Implicit\(solver=…, max_iter=…\)"),
+        (lambda: Implicit(solver="newton"), "solver='newton': expected one of Broyden, Anderson, Picard"),
+        (lambda: Implicit(solver=Unroll(3)), "solver=Unroll"),
+        (lambda: Broyden().chunk(3, 10, torch.device("cpu")), "is not resolved"),
         (lambda: Phantom(steps=0), "steps=0"),
         (lambda: Phantom(damping=0.0), "damping=0.0"),
         (lambda: Unroll(0), "steps=0"),
