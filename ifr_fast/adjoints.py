@@ -57,7 +57,7 @@ class Cotangent(NamedTuple):
     solved, and the steps taken (n,)."""
 
     w: Tensor
-    residual: Tensor
+    adjoint_residual: Tensor
     iterations: Tensor
 
 
@@ -72,11 +72,11 @@ class Problem:
 
 
 class Gradients(NamedTuple):
-    """In X and in each parameter; residual and iterations as Cotangent's."""
+    """In X and in each parameter; the others as Cotangent's."""
 
     x: Tensor
     params: list[Tensor]
-    residual: Tensor
+    adjoint_residual: Tensor
     iterations: Tensor
 
 
@@ -89,7 +89,7 @@ class Adjoint:
     solves: ClassVar[bool] = False  # does it solve Eq. 8?
 
     @property
-    def rule(self) -> Solver:
+    def backward_solver(self) -> Solver:
         """The solver of the adjoint's equation, and what bounds the workspace of the backward pass."""
         return Broyden()
 
@@ -117,8 +117,8 @@ class Adjoint:
         linearised = problem.block.linearise(problem.value)
         block, select = problem.block, linearised.select
         equation = Equation(linearised.affine, problem.grad, block.dtype, block.kernels, problem.memory, select)
-        w, residual, iterations = self.cotangent(equation)
-        return Gradients(*linearised.vjp_params(w), residual, iterations)
+        w, *report = self.cotangent(equation)
+        return Gradients(*linearised.vjp_params(w), *report)
 
 
 @choice
@@ -151,7 +151,7 @@ class Implicit(Adjoint):
             object.__setattr__(self, "solver", build(self.solver, Solver, "solver"))
 
     @property
-    def rule(self) -> Solver:
+    def backward_solver(self) -> Solver:
         if isinstance(self.solver, Solver):
             return self.solver
         steps = LEAST_STEPS if self.max_iter is None else self.max_iter
@@ -159,14 +159,14 @@ class Implicit(Adjoint):
 
     def fitted(self, solver: Solver, compute: torch.dtype) -> Implicit:
         """The same with max_iter and rtol of its own, after a forward solve of an F that computes in `compute`."""
-        rule = self.rule
+        own = self.backward_solver
         if self.solver is None and self.max_iter is None:
-            rule = replace(rule, max_iter=max(LEAST_STEPS, solver.max_iter))
-        if rule.rtol is None:
-            default, _ = rule.resolve(compute).resolved()
+            own = replace(own, max_iter=max(LEAST_STEPS, solver.max_iter))
+        if own.rtol is None:
+            default, _ = own.resolve(compute).resolved()
             asked, _ = solver.resolve(compute).resolved()
-            rule = replace(rule, rtol=min(default, asked or default))  # 0 is no tolerance: all steps were asked for
-        return Implicit(solver=rule)
+            own = replace(own, rtol=min(default, asked or default))  # 0 is no tolerance: all steps were asked for
+        return Implicit(solver=own)
 
     def cotangent(self, equation: Equation) -> Cotangent:
         # The equation is linear: with every sample's gradient scaled to 1, squares neither underflow nor overflow. One
@@ -184,7 +184,7 @@ class Implicit(Adjoint):
         state = solve(
             lambda w, state: equation.affine(w, scaled, state),
             torch.zeros_like(grad),
-            self.rule.resolve(equation.compute),
+            self.backward_solver.resolve(equation.compute),
             equation.kernels,
             from_zero=True,
             first=scaled,
@@ -194,8 +194,8 @@ class Implicit(Adjoint):
         # w = 0 leaves all of the right-hand side, and would teach the block nothing; w¹ is the right-hand side.
         solved = state.residual < 1
         w = torch.where(solved.view(scale.shape), state.value, scaled)
-        residual = torch.where(solved, state.residual, state.trace[1])
-        return Cotangent(torch.where(solvable, w * scale, grad), residual, state.iterations)
+        adjoint_residual = torch.where(solved, state.residual, state.trace[1])
+        return Cotangent(torch.where(solvable, w * scale, grad), adjoint_residual, state.iterations)
 
 
 @choice

@@ -19,7 +19,7 @@ from .config import build
 from .engine.loop import solution, solve
 from .engine.through import differentiable_solve, unit_scale
 from .kernels import choose
-from .kernels.contract import State, memory_format, wide
+from .kernels.contract import Kernels, State, memory_format, wide
 from .solution import Solution
 from .solvers import Broyden, Solver, Unroll
 
@@ -70,18 +70,18 @@ def fixed_point(
         for _ in range(method.steps):
             z = f(z).to(z0.dtype)
         return z.contiguous(memory_format=memory_format(z0)), None
-    rule, iterate = method.resolve(z0.dtype), wide(z0.dtype)
+    resolved, iterate = method.resolve(z0.dtype), wide(z0.dtype)
     gradient = gradient.fitted(method, z0.dtype)
     start = z0.to(iterate).contiguous(memory_format=memory_format(z0))
     if gradient.through:
-        solved = differentiable_solve(f, start, rule)
+        solved = differentiable_solve(f, start, resolved)
         return solved.value.to(z0.dtype).contiguous(memory_format=memory_format(z0)), solved.detach()
     refuse_transforms("fixed_point")
     if is_fake(z0):
         raise NotImplementedError("fixed_point cannot be traced: its solve is no operator (meta tensors give shapes)")
     kernels = choose.kernels(backend, z0.device.type, iterate)
     with torch.no_grad(), torch.cuda.device_of(z0):
-        state, value = _solve(f, start.clone(), rule, kernels)
+        state, value = _solve(f, start.clone(), resolved, kernels)
     adjoint_residual = torch.full_like(state.residual, torch.nan)
     solved = replace(solution(state), value=value, adjoint=adjoint_residual)
     if not torch.is_grad_enabled():
@@ -110,7 +110,7 @@ def fixed_point(
         w, residual, _ = gradient.cotangent(Equation(affine, grad, z0.dtype, kernels, memory))
         adjoint_residual.copy_(residual)
         if gradient.solves:
-            _warn_unsolved(residual, gradient.rule.resolve(z0.dtype).resolved()[0])
+            _warn_unsolved(residual, gradient.backward_solver.resolve(z0.dtype).resolved()[0])
         return w
 
     return _Attach.apply(end, value, cotangent).to(z0.dtype), solved
@@ -158,7 +158,7 @@ class _CheckedMap:
         return out
 
 
-def _solve(f: _CheckedMap, z: Tensor, rule: Solver, kernels: Any) -> tuple[State, Tensor]:
+def _solve(f: _CheckedMap, z: Tensor, solver: Solver, kernels: Kernels) -> tuple[State, Tensor]:
     """The solver's state and the best iterate, like z, which is overwritten."""
     scale: Tensor | None = None
     first: Tensor | None = None
@@ -170,10 +170,10 @@ def _solve(f: _CheckedMap, z: Tensor, rule: Solver, kernels: Any) -> tuple[State
         scale = None if ordinary else scale
     with f.no_autocast():
         if scale is None or first is None:
-            state = solve(lambda z, _: f.on_buffer(z), z, rule, kernels, first=first)
+            state = solve(lambda z, _: f.on_buffer(z), z, solver, kernels, first=first)
             return state, state.value
         s = scale
-        state = solve(lambda z, _: s * f(z / s), s * z, rule, kernels, first=s * first)
+        state = solve(lambda z, _: s * f(z / s), s * z, solver, kernels, first=s * first)
         return state, state.value / s
 
 

@@ -38,7 +38,7 @@ torch.library.define(
 torch.library.define(
     "ifr_fast::solve_backward",
     "(Tensor grad, Tensor value, Tensor x, Tensor[] params, Tensor[] memory, str call)"
-    " -> (Tensor grad_x, Tensor[] grad_params, Tensor residual, Tensor iterations)",
+    " -> (Tensor grad_x, Tensor[] grad_params, Tensor adjoint_residual, Tensor iterations)",
 )
 
 # For each result of `solve` the dimension that counts samples.
@@ -137,7 +137,7 @@ def _backward_batch(batch: Sequence[Tensor], params: Sequence[Tensor], call: Cal
     iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     grad_params = [torch.zeros_like(p, dtype=wide(dtype)) for p in params]
     block = None
-    for chunk in _chunks(adjoint.rule.resolve(dtype), x, params, adjoint.linearisations):
+    for chunk in _chunks(adjoint.backward_solver.resolve(dtype), x, params, adjoint.linearisations):
         injection, z, g = (staged(t[chunk], wide(dtype), kernels, like=x[chunk]) for t in (x, value, grad))
         block = block.at(injection) if block else BlockMap(injection, params, call.form, call.groups, kernels, dtype)
         kept = Memory(*(t[chunk] for t in memory))
@@ -268,7 +268,7 @@ def _backward_flops(grad, value, x, params, memory, call, out_val):
     # F, its gradients in the input, and in the parameters; the first product of a solve is with zero.
     passes = 3 * x.shape[0] * adjoint.linearisations
     if adjoint.solves:
-        passes += _steps(out_val[3], adjoint.rule.max_iter)
+        passes += _steps(out_val[3], adjoint.backward_solver.max_iter)
     return _block_flops(x, params) * passes
 
 
