@@ -1,6 +1,8 @@
 """The rooms of the package: what may import what, how long a file and how wide a function may be, how deep a call."""
 
 import ast
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -68,6 +70,13 @@ def test_nothing_imports_upward(path):
     assert own in LEVEL, "a new room: give it its layer here and in CONTRIBUTING.md"
     above = [name for name in imported(path) if LEVEL[name] > LEVEL[own]]
     assert not above
+
+
+def test_types():
+    """mypy, strict: pyproject.toml says what it leaves out, and why."""
+    pytest.importorskip("mypy", reason="mypy is not installed: the [test] extra has it")
+    run = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_integrations_use_the_public_api_only():
