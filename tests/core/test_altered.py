@@ -173,7 +173,7 @@ def test_the_equilibrium_and_its_gradients_are_those_of_the_modules(alter, make_
     "options",
     [
         dict(solver=Anderson(rtol=1e-8)), dict(adjoint=Phantom()), dict(adjoint=JacobianFree()), dict(adjoint=Shine()),
-        dict(adjoint=Unrolled()), dict(solver=Unroll(3)), dict(form="plain"), dict(backend="reference"),
+        dict(adjoint=Unrolled()), dict(solver=Unroll(3)), dict(form="plain"), dict(backend="eager"),
     ],
     ids=str,
 )  # fmt: skip

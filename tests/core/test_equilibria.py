@@ -26,7 +26,7 @@ SOLVERS = [Broyden(25, rtol=1e-3), Anderson(25, rtol=1e-3), Picard(60, rtol=1e-3
 ADJOINTS = [Implicit(), JacobianFree(), Phantom(), Shine(), Unrolled()]
 solvers = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 adjoints = pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
-backends = pytest.mark.parametrize("backend", ["native", "reference"])
+backends = pytest.mark.parametrize("backend", ["cpu", "eager"])
 FLOAT32, FLOAT64 = (1e-30, 1e-20, 1.0, 1e20, 1e30), (1e-200, 1e-35, 1.0, 1e35, 1e200)
 
 
@@ -140,7 +140,7 @@ def test_f_runs_under_the_callers_autocast():
 
 @pytest.mark.parametrize(
     "options",
-    [dict(solver=Unroll(2)), dict(adjoint=Unrolled()), {}, dict(backend="reference")],
+    [dict(solver=Unroll(2)), dict(adjoint=Unrolled()), {}, dict(backend="eager")],
     ids=str,
 )
 @pytest.mark.parametrize("of_x", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])

@@ -14,7 +14,7 @@ import torch
 from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Status, Unroll, Unrolled, WarmupUnroll, reference
 from ifr_fast.diagnostics import spectral_radius
 
-BACKENDS = ["native", "reference"]
+BACKENDS = ["cpu", "eager"]
 
 
 def equilibrium(head, x):

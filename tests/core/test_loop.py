@@ -11,7 +11,7 @@ from ifr_fast.engine.loop import solve
 from ifr_fast.kernels import cpu, eager
 
 FORMS = ["released", "plain", "paper"]
-backends = pytest.mark.parametrize("kernels", [cpu, eager], ids=["native", "reference"])
+backends = pytest.mark.parametrize("kernels", [cpu, eager], ids=["cpu", "eager"])
 
 
 def reference_iterates(rule, f, z0):

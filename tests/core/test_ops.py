@@ -6,7 +6,7 @@ import torch
 from ifr_fast import Broyden, Implicit, Phantom, Shine
 from ifr_fast.engine.call import Call
 
-backends = pytest.mark.parametrize("backend", ["native", "reference"])
+backends = pytest.mark.parametrize("backend", ["cpu", "eager"])
 layouts = pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 

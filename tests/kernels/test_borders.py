@@ -125,7 +125,7 @@ def check_norms(kernels, function, name, wrong):
 
 @wrongs
 @cases
-def test_native_norms(function, name, wrong):
+def test_cpu_norms(function, name, wrong):
     check_norms(cpu, function, name, wrong)
 
 
@@ -176,7 +176,7 @@ def step(evaluation):
     return Step("broyden", 4, evaluation, last=False, rtol=0.0)
 
 
-def native_state(z):
+def cpu_state(z):
     return cpu.new_state(z, rows=4, evaluations=5, history_dtype=torch.float32, from_zero=False)
 
 
@@ -200,8 +200,8 @@ def check_step(kernels, new_state, name, wrong, evaluation):
 @wrongs
 @pytest.mark.parametrize("evaluation", [0, 1])
 @pytest.mark.parametrize("name", ["f", "z", *cpu.STATE])
-def test_native_step(name, wrong, evaluation):
-    check_step(cpu, native_state, name, wrong, evaluation)
+def test_cpu_step(name, wrong, evaluation):
+    check_step(cpu, cpu_state, name, wrong, evaluation)
 
 
 @needs_no_gpu
@@ -227,10 +227,10 @@ def test_triton_step(name, wrong):
 def test_an_evaluation_has_its_place_in_the_trace(evaluation):
     z = activation()
     with pytest.raises(ValueError, match=f"evaluation={evaluation}"):
-        cpu.step(native_state(z), z.clone(), z, step(evaluation))
+        cpu.step(cpu_state(z), z.clone(), z, step(evaluation))
 
 
 def test_f_is_laid_out_as_z():
     z = activation()
     with pytest.raises(ValueError, match="f has strides"):
-        cpu.step(native_state(z), z.contiguous(), z, step(0))
+        cpu.step(cpu_state(z), z.contiguous(), z, step(0))

@@ -1,4 +1,4 @@
-"""The compiled kernels against the plain ones, and the plain ones against autograd."""
+"""The compiled kernels against the eager ones, and the eager ones against autograd."""
 
 import os
 import subprocess
@@ -57,7 +57,7 @@ def test_norm_relu(dtype, shape, channels_last):
     actual, expected = (k.norm_relu(y, norm) for k in (cpu, eager))
     rstds = [expected[1][1]]
     assert_close(*([out, *statistics] for out, statistics in (actual, expected)), dtype, rstds)
-    # The statistics are plain's in both, so that a value on ReLU's edge falls to the same side.
+    # The statistics are eager's in both, so that a value on ReLU's edge falls to the same side.
     vjps = [k.norm_relu_vjp(grad, y, norm, expected[1], params=True) for k in (cpu, eager)]
     assert_close(*([grad_y, *grads] for grad_y, grads in vjps), dtype, rstds)
 
@@ -78,7 +78,7 @@ def test_norm_tail(dtype, residual, post, shape, channels_last):
 
 
 @pytest.mark.parametrize(("residual", "post"), [(True, True), (True, False), (False, True)])
-def test_plain_vjps_are_autograds(residual, post):
+def test_eager_vjps_are_autograds(residual, post):
     (y, r, grad), (first, second, _) = draw((2, 4, 3, 5, 4), torch.float64, False, 3)
     inputs = [t.requires_grad_() for t in (y, r, *first[:2], *second[:2])]
     u = F.group_norm(y, first.groups, *first[:2], EPS) + (r if residual else 0)
@@ -177,14 +177,14 @@ def test_solver_kernels(rule, dtype, history, n, channels, size, last):
     z0 = z0.contiguous(memory_format=torch.channels_last) if last else z0
     rate = torch.linspace(0.1, 0.8, n, dtype=dtype).view(-1, 1, 1, 1)
     shift = torch.randn_like(z0)
-    native_state, plain_state = (solve(lambda z, _: rate * z.sin() + shift, z0.clone(), rule, k) for k in (cpu, eager))
+    cpu_state, eager_state = (solve(lambda z, _: rate * z.sin() + shift, z0.clone(), rule, k) for k in (cpu, eager))
     # Residuals fall to rounding, where nothing agrees: compare down to a floor.
     scale, floor = (1e-3, 2e-3) if history else (1e-4, 1e-5) if dtype == torch.float32 else (1e-7, 1e-12)
-    torch.testing.assert_close(native_state.trace, plain_state.trace, rtol=10 * scale, atol=floor)
-    torch.testing.assert_close(native_state.value, plain_state.value, rtol=scale, atol=floor)
+    torch.testing.assert_close(cpu_state.trace, eager_state.trace, rtol=10 * scale, atol=floor)
+    torch.testing.assert_close(cpu_state.value, eager_state.value, rtol=scale, atol=floor)
 
 
-@pytest.mark.parametrize("kernels", [cpu, eager], ids=["native", "reference"])
+@pytest.mark.parametrize("kernels", [cpu, eager], ids=["cpu", "eager"])
 @pytest.mark.parametrize("growth", [0.5, 3.0])
 def test_residuals_of_an_affine_map_are_relative_to_its_constant(kernels, growth):
     """Where plain steps grow without bound too, and ‖f(z)‖ with them."""
@@ -203,7 +203,7 @@ def test_residuals_of_an_affine_map_are_relative_to_its_constant(kernels, growth
     torch.testing.assert_close(state.residual, state.trace.amin(0), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kernels", [cpu, eager], ids=["native", "reference"])
+@pytest.mark.parametrize("kernels", [cpu, eager], ids=["cpu", "eager"])
 @pytest.mark.parametrize("n", [1, 5])  # fewer samples than threads take another path
 def test_a_step_touches_running_samples_only(kernels, n):
     z, f = torch.randn(2, n, 9001)
@@ -231,7 +231,7 @@ def judged(kernels, f, z, *, rtol=1e-3):
     return state
 
 
-@pytest.mark.parametrize("kernels", [cpu, eager], ids=["native", "reference"])
+@pytest.mark.parametrize("kernels", [cpu, eager], ids=["cpu", "eager"])
 @pytest.mark.parametrize("exponent", [-140, -100, -60, 60, 100, 120])
 def test_residuals_do_not_depend_on_the_scale(kernels, exponent):
     """Where squares of float32 are zero or infinite; samples of another scale beside them."""
@@ -244,7 +244,7 @@ def test_residuals_do_not_depend_on_the_scale(kernels, exponent):
     assert torch.equal(actual.status, expected.status)
 
 
-@pytest.mark.parametrize("kernels", [cpu, eager], ids=["native", "reference"])
+@pytest.mark.parametrize("kernels", [cpu, eager], ids=["cpu", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_residuals_of_zero_and_of_no_scale(kernels, dtype):
     """A sample solved exactly, one that is zero and solved, one whose f is zero though z is not, and two failures."""

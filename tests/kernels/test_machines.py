@@ -21,7 +21,7 @@ def toys(monkeypatch, tmp_path):
     monkeypatch.setenv("IFR_FAST_SEED", "5")
     monkeypatch.setattr(machines, "TESTS", tmp_path)
     monkeypatch.setattr(machines, "FOLDERS", ["."])
-    monkeypatch.setitem(machines.EFFECTS, ("IFR_FAST_ISA", "generic"), "native avx1024")
+    monkeypatch.setitem(machines.EFFECTS, ("IFR_FAST_ISA", "generic"), "cpu avx1024")
     toys = {"good": {"OMP_NUM_THREADS": "1"}, "bad": {"OMP_NUM_THREADS": "2", "IFR_FAST_ISA": "generic"}}
     monkeypatch.setattr(machines, "MACHINES", toys)
     return toys

@@ -1,4 +1,4 @@
-"""The Triton norms against plain in double precision; the whole path against the split one."""
+"""The Triton norms against eager in double precision; the whole path against the split one."""
 
 import pytest
 import torch

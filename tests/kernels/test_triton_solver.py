@@ -1,4 +1,4 @@
-"""The Triton solver's kernels against the plain ones: whole solves, and each promise of a step."""
+"""The Triton solver's kernels against the eager ones: whole solves, and each promise of a step."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -63,7 +63,7 @@ def test_solves_agree(device, rule, n, channels, side, last):
     z0 = z0 if last else z0.contiguous()
     actual, expected = both(sines(z0), z0, resolved(rule))
     # Anderson's normal equations square the condition of few unknowns; they are regularised for float32 here, for
-    # float64 in plain.
+    # float64 in eager.
     factor = 50 if isinstance(rule, Anderson) else 1
     torch.testing.assert_close(actual.trace, expected.trace, rtol=1e-3 * factor, atol=1e-5 * factor)
     torch.testing.assert_close(actual.value, expected.value, rtol=1e-4 * factor, atol=1e-4 * factor)

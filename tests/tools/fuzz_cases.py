@@ -41,7 +41,7 @@ class Case:
         self.dtype = torch.float64 if self.precise else draw.choice(FLOATS)
         self.autocast = None if self.precise else draw.choice((None, None, torch.bfloat16, torch.float16))
         self.mode = "grad" if self.precise else draw.choice(("grad", "grad", "no_grad", "inference"))
-        self.backend = draw.choice(("auto", "native", "reference"))
+        self.backend = draw.choice(("auto", "cpu", "eager"))
         self.solver = Broyden(60, rtol=1e-11) if self.precise else random_solver(draw)
         self.adjoint = Implicit(60, rtol=1e-11) if self.precise else random_adjoint(draw, self.solver)
         self.needs_x, self.needs_params = draw.choice(((True, True), (True, False), (False, True)))

@@ -32,8 +32,8 @@ class Checked:
 
     @cached_property
     def other(self) -> Result:
-        """The run by the other backend; "auto" is native here."""
-        return self.case.run(backend="native" if self.case.backend == "reference" else "reference", backward=False)
+        """The run by the other backend; "auto" is cpu here."""
+        return self.case.run(backend="cpu" if self.case.backend == "eager" else "eager", backward=False)
 
     @cached_property
     def ordinary(self) -> Tensor:

@@ -38,8 +38,8 @@ EFFECTS = {
     ("ATEN_CPU_CAPABILITY", "avx2"): "ATen AVX2",
     ("ONEDNN_MAX_CPU_ISA", "SSE41"): "isa:Intel SSE4.1\n",
     ("ONEDNN_MAX_CPU_ISA", "AVX2"): "isa:Intel AVX2\n",
-    ("IFR_FAST_ISA", "generic"): "native generic",
-    ("IFR_FAST_ISA", "avx2"): "native avx2",
+    ("IFR_FAST_ISA", "generic"): "cpu generic",
+    ("IFR_FAST_ISA", "avx2"): "cpu avx2",
     ("OMP_NUM_THREADS", "1"): "1 threads",
     ("OMP_NUM_THREADS", "2"): "2 threads",
     ("OMP_NUM_THREADS", "4"): "4 threads",
@@ -49,7 +49,7 @@ import torch
 from ifr_fast import _native
 torch.conv2d(torch.ones(8, 64, 28, 28), torch.ones(64, 64, 3, 3))  # makes oneDNN say which instructions it uses
 print("ATen", torch.backends.cpu.get_cpu_capability())
-print("native", _native.isa())
+print("cpu", _native.isa())
 print(torch.get_num_threads(), "threads")
 """
 
