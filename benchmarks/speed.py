@@ -119,7 +119,7 @@ class Inputs:
 
 
 def planned(options: argparse.Namespace, everything: list[Contender]) -> Iterator[Row]:
-    """The rows: all contenders at one batch size, a few at the sweep's others."""
+    """The rows: all contenders at the table's batch size, a few at the others."""
     backward_sizes = [n for n in options.n if n <= options.n_backward]
     for mode, sizes, table in (
         (FORWARD, options.n, options.table),
@@ -133,9 +133,8 @@ def planned(options: argparse.Namespace, everything: list[Contender]) -> Iterato
 
 
 def warm_up(row: Row, inputs: Inputs, device: torch.device) -> None:
-    """Run the row's call once (and before, where first runs do more than compute): memory, convolutions, residual.
-
-    A row that fails is reported so, and the others go on.
+    """Run the row's call under the profiler: its memory, convolutions and residual. First runs that compile or record
+    come before. A row that fails is reported so, and the others go on.
     """
     x, cotangent = inputs.of(row.contender, row.n)
     forward = row.mode == FORWARD

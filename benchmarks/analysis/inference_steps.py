@@ -1,4 +1,4 @@
-"""What a trained head's masks are worth when its equilibrium is solved for in fewer or more steps than in training.
+"""What a trained head's masks are worth when it solves in fewer or more steps than in training.
 
     python benchmarks/analysis/inference_steps.py DATA --sweep runs/ablation --output runs/inference_steps
 

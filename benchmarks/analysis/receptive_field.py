@@ -2,10 +2,10 @@
 
     python benchmarks/analysis/receptive_field.py DATA --sweep runs/ablation --output runs/receptive_field
 
-Takes the branches that ablation.py trained, and DATA's unseen objects. Four stacked 3×3 convolutions see 9×9 positions;
-what lies outside of them is the share that only a larger field can give. GroupNorm alone has one, as its mean and
-variance are of all positions; the second figure is of the gradient with these held constant, at the equilibrium where
-there is one: what convolutions and the equilibrium alone reach. Writes receptive_field.json and .png.
+Takes the branches that ablation.py trained, and DATA's unseen objects. Four stacked 3×3 convolutions see 9×9 positions:
+what lies outside of them takes a larger field. GroupNorm alone has one, as its mean and variance are of all positions.
+So a second figure is taken with these held constant: what convolutions and the equilibrium reach without them. Writes
+receptive_field.json and .png.
 """
 
 import argparse

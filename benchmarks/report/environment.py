@@ -28,6 +28,8 @@ def environment(device: torch.device) -> dict[str, str]:
             found[package] = "not installed"
     found["python"] = platform.python_version()
     found["kernels"] = "; ".join(f"{name}: {b.reason}" for name, b in backends().items() if b.available)
+    if not backends()["cpu"].available:
+        found["no compiled kernels for CPUs"] = backends()["cpu"].reason
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"], found["cudnn"] = torch.version.cuda, str(torch.backends.cudnn.version())

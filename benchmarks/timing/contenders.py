@@ -1,7 +1,6 @@
-"""What benchmarks/speed.py compares: the convolution stack, IFR by every solver, the released solver, torchdeq.
+"""What speed.py compares: the convolution stack, IFR by every solver, the released solver, torchdeq.
 
-All of IFR's rows but those with fewer channels inside, the unroll, the released solver and torchdeq evaluate the same
-block, of the same initial weights.
+All but the stacks and the rows with fewer channels inside evaluate the same block, of the same initial weights.
 `contenders` are compared on every device, `gpu_contenders` on GPUs too.
 """
 
@@ -45,10 +44,10 @@ REPLAYED = "replays a CUDA graph, whose memory pool is not in extra MiB"
 class Contender:
     """A row: what it is called, how its calls are made, what it takes in.
 
-    forward(x) gives a call that returns y; backward(x, cotangent) one that returns y and the gradients in x and the
+    forward(x) gives a call that returns y; backward(x, cotangent) one that returns y and the gradients of x and the
     parameters. x: (N, C, H, W) of this dtype and layout. residual(x, y): each sample's relative residual at y, (N,),
-    where something is solved; by the specification in float32, whatever the row itself computes in and says.
-    in_sweep: among the few rows for every N. compiled: the first call compiles. graph: on a GPU the first call runs
+    where something is solved; by the specification in float32, whatever dtype the row computes in. in_sweep: the row is
+    timed for every N, not only in the table. compiled: the first call compiles. graph: on a GPU the first call runs
     eagerly, the second is recorded, later ones replay. note: what a reader of the row must know. unavailable: why there
     are no calls.
     """

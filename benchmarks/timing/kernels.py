@@ -3,11 +3,11 @@
     python benchmarks/timing/kernels.py
     python benchmarks/timing/kernels.py --backends cuda --budget 60
 
-A kernel is launched many times from a CUDA graph, on as many sets of random tensors as exceed the L2 cache several
-times over; its time is the median replay's over its launches. GB/s counts every input once and every output once; "of
-copy" and "of product" are the shares of the measured ceilings. "share": the time of all its launches in a forward solve
-over that solve's own. Writes kernels.json after every measurement. --dry runs everything once at toy sizes, under
-Triton's interpreter where there is no GPU.
+A kernel is launched many times from a CUDA graph, on so many sets of random tensors that they exceed the L2 cache
+several times over. Its time is the median replay's, divided by the launches. GB/s counts every input once and every
+output once; "of copy" and "of product" are shares of what the device reaches on a large copy and product. "share": the
+time of all its launches in a forward solve over that solve's. Writes kernels.json after every measurement. --dry runs
+everything once at toy sizes, under Triton's interpreter where there is no GPU.
 """
 
 import argparse
