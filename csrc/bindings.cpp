@@ -1,5 +1,5 @@
-// Python hands over addresses, sizes and flags by name. torch stays on Python's side (ifr_fast/kernels/cpu.py), so
-// one build serves every torch version.
+// Python hands over dictionaries of addresses, sizes and flags. torch stays on Python's side (ifr_fast/kernels/cpu.py),
+// so one build serves every torch version.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -57,11 +57,11 @@ const Table &kernels() {
   return table;
 }
 
-// A norm's kernel: its data type is positional, everything else is given by name. The kernel runs without the GIL.
+// A norm's kernel: takes a data type, and a dictionary of fields. It runs without the GIL.
 template <typename Arguments>
 void bind_norm(py::module_ &m, const char *name,
                void (*Table::*kernel)(ifr::DType, const ifr::NormShape &, const Arguments &)) {
-  m.def(name, [kernel](ifr::DType type, const py::kwargs &given) {
+  m.def(name, [kernel](ifr::DType type, const py::dict &given) {
     const auto [shape, arguments] = ifr::read<ifr::NormShape, Arguments>(given);
     const py::gil_scoped_release unlocked;
     (kernels().*kernel)(type, shape, arguments);
@@ -95,7 +95,7 @@ PYBIND11_MODULE(_native, m) {
   bind_norm(m, "norm_relu_vjp", &Table::norm_relu_vjp);
   bind_norm(m, "norm_tail", &Table::norm_tail);
   bind_norm(m, "norm_tail_vjp", &Table::norm_tail_vjp);
-  m.def("step", [](const py::kwargs &given) {
+  m.def("step", [](const py::dict &given) {
     const auto [step] = ifr::read<ifr::Step>(given);
     const py::gil_scoped_release unlocked;
     return kernels().step(step);

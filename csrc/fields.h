@@ -1,4 +1,4 @@
-// Fills structs made by IFR_STRUCT from Python's keyword arguments: one for each field, an address for a pointer.
+// Fills structs made by IFR_STRUCT from a Python dictionary: a value for each field, an address for a pointer.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -23,26 +23,26 @@ const std::vector<PyObject *> &names() {
 }
 
 template <typename Struct>
-void fill(const py::kwargs &given, Struct &out) {
+void fill(const py::dict &given, Struct &out) {
   auto next = names<Struct>().begin();
   out.each_field([&](const char *name, auto &field) {
     using Field = std::remove_reference_t<decltype(field)>;
     const py::handle value = PyDict_GetItemWithError(given.ptr(), *next++);
-    if (!value) throw py::type_error(std::string("missing argument '") + name + "'");
+    if (!value) throw py::type_error(std::string("missing field '") + name + "'");
     try {
       if constexpr (std::is_pointer_v<Field>)
         field = reinterpret_cast<Field>(value.cast<uintptr_t>());
       else
         field = value.cast<Field>();
     } catch (const py::cast_error &) {
-      throw py::type_error(std::string("argument '") + name + "' cannot be " + std::string(py::str(value)));
+      throw py::type_error(std::string("field '") + name + "' cannot be " + std::string(py::str(value)));
     }
   });
 }
 
-// Structs from the arguments given. TypeError names one that is missing, of the wrong type, or no struct's field.
+// Structs from what is given. TypeError names one that is missing, of the wrong type, or no struct's field.
 template <typename... Structs>
-std::tuple<Structs...> read(const py::kwargs &given) {
+std::tuple<Structs...> read(const py::dict &given) {
   std::tuple<Structs...> out{};
   (fill(given, std::get<Structs>(out)), ...);
   if (given.size() == (names<Structs>().size() + ...)) return out;
@@ -51,7 +51,7 @@ std::tuple<Structs...> read(const py::kwargs &given) {
     for (PyObject *name : known) PyDict_DelItem(unknown.ptr(), name);
   };
   (drop(names<Structs>()), ...);
-  throw py::type_error("unknown argument '" + std::string(py::str(unknown.begin()->first)) + "'");
+  throw py::type_error("unknown field '" + std::string(py::str(unknown.begin()->first)) + "'");
 }
 
 }  // namespace ifr

@@ -1,4 +1,4 @@
-// The CUDA kernels for Python (ifr_fast/kernels/cuda): addresses, sizes and flags by name, streams by address.
+// The CUDA kernels for Python (ifr_fast/kernels/cuda): dictionaries of addresses, sizes and flags; streams by address.
 #pragma once
 #include <pybind11/stl.h>
 
@@ -18,7 +18,7 @@ inline Stream stream_at(Address address) { return reinterpret_cast<Stream>(addre
 template <typename Arguments>
 void bind_norm(py::module_ &m, const char *name,
                void (*kernel)(DType, const NormPlan &, const Arguments &, Stream)) {
-  m.def(name, [kernel](DType type, const NormPlan &plan, Address stream, const py::kwargs &given) {
+  m.def(name, [kernel](DType type, const NormPlan &plan, Address stream, const py::dict &given) {
     const auto [arguments] = read<Arguments>(given);
     kernel(type, plan, arguments, stream_at(stream));
   });
@@ -27,7 +27,7 @@ void bind_norm(py::module_ &m, const char *name,
 // The types are module_local: tests load a second build of the same kernels. DType and Method are ifr_fast._native's.
 inline void bind(py::module_ &m) {
   py::class_<NormPlan>(m, "NormPlan", py::module_local())
-      .def(py::init([](const py::kwargs &given) { return NormPlan(std::get<0>(read<NormCut>(given))); }))
+      .def(py::init([](const py::dict &given) { return NormPlan(std::get<0>(read<NormCut>(given))); }))
       .def_property_readonly("blocks", [](const NormPlan &plan) { return plan.slices * plan.strips; })
       .def_property_readonly("workspace", &NormPlan::workspace);
   bind_norm(m, "norm_relu", norm_relu);
@@ -35,7 +35,7 @@ inline void bind(py::module_ &m) {
   bind_norm(m, "norm_tail", norm_tail);
   bind_norm(m, "norm_tail_vjp", norm_tail_vjp);
 
-  py::class_<Solver>(m, "Solver", py::module_local()).def(py::init([](const py::kwargs &given) {
+  py::class_<Solver>(m, "Solver", py::module_local()).def(py::init([](const py::dict &given) {
     return std::get<0>(read<Solver>(given));
   }));
   m.def("splits", splits);

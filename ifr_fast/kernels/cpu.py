@@ -58,10 +58,10 @@ def norm_relu(
 ) -> tuple[Tensor, list[Tensor]]:
     y = _activation(y, norm.groups)
     out, statistics = y if consume else torch.empty_like(y), new_statistics(y, norm, None)
-    _native.norm_relu(
-        DTYPES[y.dtype], **_shape(y, norm.groups), y=y.data_ptr(), shortcut=0, out=out.data_ptr(),
-        **parameters(y, norm, None), **made(STATISTICS, statistics),
-    )  # fmt: skip
+    _native.norm_relu(DTYPES[y.dtype], {
+        **_shape(y, norm.groups), "y": y.data_ptr(), "shortcut": 0, **parameters(y, norm, None),
+        **made(STATISTICS, statistics), "out": out.data_ptr(),
+    })  # fmt: skip
     return out, statistics
 
 
@@ -87,11 +87,10 @@ def norm_tail(
     shortcut = None if shortcut is None else _like(shortcut, "shortcut", y, y.dtype)
     out = y if consume and y.dtype == wide(y.dtype) else torch.empty_like(y, dtype=wide(y.dtype))
     statistics = new_statistics(y, first, second)
-    _native.norm_tail(
-        DTYPES[y.dtype], **_shape(y, first.groups), y=y.data_ptr(),
-        shortcut=0 if shortcut is None else shortcut.data_ptr(), out=out.data_ptr(), **parameters(y, first, second),
-        **made(STATISTICS, statistics),
-    )  # fmt: skip
+    _native.norm_tail(DTYPES[y.dtype], {
+        **_shape(y, first.groups), "y": y.data_ptr(), "shortcut": 0 if shortcut is None else shortcut.data_ptr(),
+        **parameters(y, first, second), **made(STATISTICS, statistics), "out": out.data_ptr(),
+    })  # fmt: skip
     return out, statistics
 
 
@@ -125,12 +124,12 @@ def _vjp(
     grad_y, grad_shortcut = torch.empty_like(y), torch.empty_like(grad) if second else grad
     count = (4 if second else 2) if params else 0
     grads = [torch.empty(y.shape[:2], dtype=torch.float64, device=CPU) for _ in range(count)]  # of every sample apart
-    kernel(
-        DTYPES[y.dtype], **_shape(y, first.groups), grad=grad.data_ptr(), y=y.data_ptr(),
-        shortcut=0 if shortcut is None else shortcut.data_ptr(), **parameters(y, first, second),
-        **given(y, first, second, statistics), grad_y=grad_y.data_ptr(),
-        grad_shortcut=grad_shortcut.data_ptr() if second else 0, **made(GRADS, grads),
-    )  # fmt: skip
+    kernel(DTYPES[y.dtype], {
+        **_shape(y, first.groups), "grad": grad.data_ptr(), "y": y.data_ptr(),
+        "shortcut": 0 if shortcut is None else shortcut.data_ptr(), **parameters(y, first, second),
+        **given(y, first, second, statistics), "grad_y": grad_y.data_ptr(),
+        "grad_shortcut": grad_shortcut.data_ptr() if second else 0, **made(GRADS, grads),
+    })  # fmt: skip
     return grad_y, None if shortcut is None else grad_shortcut, [g.sum(0).to(statistics[0].dtype) for g in grads]
 
 
@@ -144,18 +143,19 @@ def step(state: State, f: Tensor, z: Tensor, step: Step) -> int:
     dtype, count = state.value.dtype, state.n * state.size
     if dtype not in (torch.float32, torch.float64) or state.history.dtype not in (dtype, torch.bfloat16):
         raise ValueError(f"iterates in {dtype}, state.history in {state.history.dtype}: float32 or float64 expected")
-    places["f"], places["z"] = address(f, "f", dtype, count, CPU), address(z, "z", dtype, count, CPU)
+    f_place, z_place = address(f, "f", dtype, count, CPU), address(z, "z", dtype, count, CPU)
     if f.stride() != z.stride():
         raise ValueError(f"f has strides {f.stride()}: expected those of z, {z.stride()}")
     evaluation = state.n * dtype.itemsize  # bytes of the trace
     places["trace"] += step.evaluation * evaluation
-    return _native.step(
-        type=DTYPES[dtype], history_type=DTYPES[state.history.dtype], method=getattr(_native.Method, step.method),
-        **places, previous=places["trace"] - evaluation if step.evaluation else 0,
-        n=state.n, size=state.size, rows=state.rows, row=step.row(state), evaluation=step.evaluation,
-        window=step.window, rtol=step.rtol, divergence=DIVERGENCE, ridge=ridge(state.gram.dtype), affine=step.affine,
-        threads=torch.get_num_threads(),
-    )  # fmt: skip
+    return _native.step({
+        "type": DTYPES[dtype], "history_type": DTYPES[state.history.dtype],
+        "method": getattr(_native.Method, step.method), "f": f_place, "z": z_place, **places,
+        "previous": places["trace"] - evaluation if step.evaluation else 0, "n": state.n, "size": state.size,
+        "rows": state.rows, "row": step.row(state), "evaluation": step.evaluation, "window": step.window,
+        "rtol": step.rtol, "divergence": DIVERGENCE, "ridge": ridge(state.gram.dtype), "affine": step.affine,
+        "threads": torch.get_num_threads(),
+    })  # fmt: skip
 
 
 def _activation(y: Tensor, groups: int) -> Tensor:

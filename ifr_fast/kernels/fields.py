@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -32,15 +31,15 @@ def given(y: Tensor, first: Norm, second: Norm | None, statistics: Sequence[Tens
         raise ValueError(f"{len(statistics)} statistics: expected {', '.join(names)}")
     expected = wide(y.dtype), y.shape[0] * first.groups, y.device
     found = [address(t, name.replace("_", " "), *expected) for t, name in zip(statistics, names, strict=True)]
-    return dict(zip_longest(STATISTICS, found, fillvalue=0))
+    return {**dict.fromkeys(STATISTICS, 0), **dict(zip(names, found, strict=True))}
 
 
 def made(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, int]:
     """What the caller allocated; 0 for the names that are left over."""
-    return dict(zip_longest(names, [t.data_ptr() for t in tensors], fillvalue=0))
+    return {**dict.fromkeys(names, 0), **{name: t.data_ptr() for name, t in zip(names, tensors, strict=False)}}
 
 
 def new_statistics(y: Tensor, first: Norm, second: Norm | None) -> list[Tensor]:
     """Room for the means and rstds (n, groups), in the order of STATISTICS."""
-    shape, dtype = (y.shape[0], first.groups), wide(y.dtype)
-    return [torch.empty(shape, dtype=dtype, device=y.device) for _ in range(4 if second else 2)]
+    n, groups, dtype, device = y.shape[0], first.groups, wide(y.dtype), y.device
+    return [torch.empty(n, groups, dtype=dtype, device=device) for _ in range(4 if second else 2)]

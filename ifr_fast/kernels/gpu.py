@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .contract import RUNNING, Norm, SolverState, address, describe, optional
+from .fields import given, parameters
 
 MOST_ROWS = 64  # of a history: its K×K matrices are held on chip
 
@@ -79,10 +80,11 @@ class DeviceState(SolverState):
         self.gram_partials: Tensor | None = None
         self.seal()
 
-    def reserve_norms(self, parts: int) -> None:
-        """Makes room for the norms' sums in so many parts; a solve's kernels share it."""
+    def reserve_norms(self, parts: int) -> Tensor:
+        """norm_partials, with room for the norms' sums in so many parts; a solve's kernels share it."""
         if self.norm_partials is None or self.norm_partials.shape[1] != parts:
             self.norm_partials = torch.empty(self.n, parts, 2, dtype=torch.float32, device=self.norms.device)
+        return self.norm_partials
 
 
 def activation(y: Tensor, groups: int) -> Tensor:
@@ -102,23 +104,6 @@ def like(tensor: Tensor, name: str, y: Tensor, dtype: torch.dtype | None = None)
     return tensor
 
 
-def affine(y: Tensor, norm: Norm | None, prefix: str = "") -> list[int]:
-    """Addresses of the parameters of y's norm, checked; zeros where there is none."""
-    if norm is None:
-        return [0, 0]
-    named = (norm.weight, f"{prefix}weight"), (norm.bias, f"{prefix}bias")
-    return [address(tensor, name, torch.float32, y.shape[1], y.device) for tensor, name in named]
-
-
-def given(y: Tensor, groups: int, statistics: Sequence[Tensor], norms: int) -> list[int]:
-    """Addresses of the statistics that the forward pass left, checked: two a norm."""
-    names = ("mean", "rstd", "second mean", "second rstd")[: 2 * norms]
-    if len(statistics) != len(names):
-        raise ValueError(f"{len(statistics)} statistics: expected {', '.join(names)}")
-    size = y.shape[0] * groups
-    return [address(t, name, torch.float32, size, y.device) for t, name in zip(statistics, names, strict=True)]
-
-
 def checked(
     y: Tensor,
     first: Norm,
@@ -128,10 +113,9 @@ def checked(
 ) -> Tensor:
     """y as the kernels read it; ValueError where what belongs to it would not fit."""
     y = activation(y, first.groups)
-    affine(y, first, "first " if second else "")
-    affine(y, second, "second ")
+    parameters(y, first, second)
     if statistics is not None:
-        given(y, first.groups, statistics, 1 if second is None else 2)
+        given(y, first, second, statistics)
     optional(status_of(state), "state.status", torch.int64, y.shape[0], y.device)
     return y
 

@@ -37,7 +37,7 @@ from triton.runtime.jit import JITFunction
 
 from ifr_fast.engine.linearise import BlockMap
 from ifr_fast.engine.loop import solve
-from ifr_fast.kernels import contract, gpu
+from ifr_fast.kernels import contract, fields, gpu
 from ifr_fast.kernels import triton as kernels
 from ifr_fast.solvers import Anderson, Broyden, Picard, Solver
 
@@ -105,7 +105,7 @@ class Recorder:
         )
         driver.set_active(self)
         # Launches are recorded on meta tensors, which have no addresses.
-        for module in (contract, gpu, *package_modules()):
+        for module in (contract, fields, gpu, *package_modules()):
             if hasattr(module, "address"):
                 module.address = lambda *_: 0
         JITFunction._do_compile = keep

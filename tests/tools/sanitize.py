@@ -35,7 +35,7 @@ tensors = dict(y=y, out=out, first_weight=torch.randn(7), first_bias=torch.randn
 tensors |= dict(zip(("first_mean", "first_rstd"), torch.empty(2, 1, 2)))
 null = dict.fromkeys(("shortcut", "second_weight", "second_bias", "second_mean", "second_rstd"), 0)
 shape = dict(n=1, channels=8, positions=9, groups=2, eps=1e-5, channels_last=False, threads=1)
-_native.norm_relu(_native.DType.f32, **shape, **{name: t.data_ptr() for name, t in tensors.items()}, **null)
+_native.norm_relu(_native.DType.f32, {**shape, **null, **{name: t.data_ptr() for name, t in tensors.items()}})
 """
 
 

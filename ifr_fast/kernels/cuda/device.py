@@ -28,4 +28,4 @@ def capability(device: torch.device) -> tuple[int, int]:
 @cache
 def shared_memory(device: torch.device) -> int:
     """The bytes that a block of threads can have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]

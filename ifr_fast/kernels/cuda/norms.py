@@ -89,7 +89,7 @@ def residual_tail(state: DeviceState, tail: Tail, z: Tensor, *, row: int) -> Non
             f"z is {describe(z)}: expected y's shape {tuple(y.shape)} in channels_last, row={row} a history's"
         )
     blocks = _plan(y, tail.first.groups, staged=_tail_bytes(y, tail.shortcut)).blocks
-    state.reserve_norms(blocks)
+    norms = state.reserve_norms(blocks)
     (history,), dtype = state.addresses(("history",)), state.history.dtype
     ending = {
         "out": 0,
@@ -97,7 +97,7 @@ def residual_tail(state: DeviceState, tail: Tail, z: Tensor, *, row: int) -> Non
         "history": 0 if row < 0 else history + row * state.size * dtype.itemsize,
         "history_type": DTYPES[dtype],
         "history_stride": state.rows * state.size,
-        "norms": address(state.norm_partials, "state.norm_partials", torch.float32, 2 * state.n * blocks, y.device),
+        "norms": address(norms, "state.norm_partials", torch.float32, 2 * state.n * blocks, y.device),
     }
     _forward(_native.cuda.norm_tail, tail._replace(y=y), state, ending)
 
@@ -111,12 +111,11 @@ def _forward(
     plan = _plan(y, first.groups, staged=_tail_bytes(y, shortcut))
     workspace = _workspace(plan, y)
     statistics = new_statistics(y, first, second)
-    kernel(
-        DTYPES[y.dtype], plan, device.stream(y.device), y=y.data_ptr(),
-        shortcut=0 if shortcut is None else shortcut.data_ptr(), **parameters(y, first, second),
-        **made(STATISTICS, statistics), **ending, workspace=0 if workspace is None else workspace.data_ptr(),
-        status=_status(y, state),
-    )  # fmt: skip
+    kernel(DTYPES[y.dtype], plan, device.stream(y.device), {
+        "y": y.data_ptr(), "shortcut": 0 if shortcut is None else shortcut.data_ptr(),
+        **parameters(y, first, second), **made(STATISTICS, statistics), **ending,
+        "workspace": 0 if workspace is None else workspace.data_ptr(), "status": _status(y, state),
+    })  # fmt: skip
     return statistics
 
 
@@ -130,13 +129,12 @@ def _vjp(
     grad_y, grad_shortcut = torch.empty_like(y), torch.empty_like(grad) if second else grad
     count = (4 if second else 2) if params else 0
     grads = list(torch.empty(count, *y.shape[:2], dtype=torch.float32, device=y.device))  # of every sample apart
-    kernel(
-        DTYPES[y.dtype], plan, device.stream(y.device), grad=grad.data_ptr(), y=y.data_ptr(),
-        shortcut=0 if shortcut is None else shortcut.data_ptr(), **parameters(y, first, second),
-        **given(y, first, second, statistics), grad_y=grad_y.data_ptr(),
-        grad_shortcut=grad_shortcut.data_ptr() if second else 0, **made(GRADS, grads),
-        workspace=0 if workspace is None else workspace.data_ptr(), status=status,
-    )  # fmt: skip
+    kernel(DTYPES[y.dtype], plan, device.stream(y.device), {
+        "grad": grad.data_ptr(), "y": y.data_ptr(), "shortcut": 0 if shortcut is None else shortcut.data_ptr(),
+        **parameters(y, first, second), **given(y, first, second, statistics), "grad_y": grad_y.data_ptr(),
+        "grad_shortcut": grad_shortcut.data_ptr() if second else 0, **made(GRADS, grads),
+        "workspace": 0 if workspace is None else workspace.data_ptr(), "status": status,
+    })  # fmt: skip
     return grad_y, None if shortcut is None else grad_shortcut, [g.sum(0) for g in grads]
 
 
@@ -179,7 +177,8 @@ def _cut(
     n: int, channels: int, positions: int, groups: int, itemsize: int, staged: int, shared: int
 ) -> _native.cuda.NormPlan:
     cut = tiling(channels, positions, groups, itemsize, staged, shared)
-    return _native.cuda.NormPlan(n=n, channels=channels, positions=positions, groups=groups, eps=EPS, **cut._asdict())
+    shape = {"n": n, "channels": channels, "positions": positions, "groups": groups}
+    return _native.cuda.NormPlan({**shape, "eps": EPS, **cut._asdict()})
 
 
 def _plan(y: Tensor, groups: int, *, staged: int) -> _native.cuda.NormPlan:

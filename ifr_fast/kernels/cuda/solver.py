@@ -90,13 +90,14 @@ def _solver(state: DeviceState, z: Tensor, step: Step) -> _native.cuda.Solver:
     places["trace"] += step.evaluation * evaluation
     for name, count in (("norm_partials", parts * 2), ("gram_partials", splits * rows)):
         places[name] = optional(getattr(state, name), f"state.{name}", torch.float32, n * count, state.device)
-    return _native.cuda.Solver(
-        method=getattr(_native.Method, step.method), n=n, size=size, rows=rows, row=step.row(state),
-        window=step.window, evaluation=step.evaluation, rtol=step.rtol, divergence=DIVERGENCE,
-        ridge=ridge(state.gram.dtype), affine=step.affine, z=address(z, "z", torch.float32, n * size, state.device),
-        **places, previous=places["trace"] - evaluation if step.evaluation else 0, injection=injection,
-        injection_type=injection_type, r=r, r_type=r_type, history_type=DTYPES[state.history.dtype], parts=parts,
-    )  # fmt: skip
+    return _native.cuda.Solver({
+        "method": getattr(_native.Method, step.method), "history_type": DTYPES[state.history.dtype],
+        "injection_type": injection_type, "r_type": r_type, "n": n, "size": size, "rows": rows,
+        "row": step.row(state), "window": step.window, "evaluation": step.evaluation, "rtol": step.rtol,
+        "divergence": DIVERGENCE, "ridge": ridge(state.gram.dtype), "affine": step.affine,
+        "z": address(z, "z", torch.float32, n * size, state.device), "injection": injection, "r": r, **places,
+        "previous": places["trace"] - evaluation if step.evaluation else 0, "parts": parts,
+    })  # fmt: skip
 
 
 def _typed(tensor: Tensor | None, name: str, z: Tensor) -> tuple[int, _native.DType]:
