@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
+    "kernels/test_fields",
     "kernels/test_kernels",
     "kernels/test_borders",
     "core/test_loop",
