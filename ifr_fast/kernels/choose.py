@@ -1,6 +1,6 @@
-"""Which kernels serve which call, and why, in words that a user can read.
+"""Chooses the kernels that serve a call, and gives the reason in words.
 
-eager: PyTorch's own operators, any device. cpu: the compiled CPU kernels. triton: NVIDIA GPUs (and, for tests, any
+eager: PyTorch's own operators, on any device. cpu: the compiled CPU kernels. triton: NVIDIA GPUs (and, for tests, any
 machine under Triton's interpreter). cuda: the extension's CUDA kernels in place of Triton's.
 """
 
@@ -19,16 +19,16 @@ import torch
 PACKAGE = __package__.split(".")[0]
 logger = logging.getLogger(PACKAGE)
 
-# What "auto" takes of those that can serve, first to last.
+# "auto" takes the first of these that can serve, by the type of device.
 AUTO = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
 NAMES = ("auto", "eager", "cpu", "triton", "cuda")
 ALIASES = {"reference": "eager", "native": "cpu"}  # the names of release 0.1
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST = (8, 0)  # compute capability
+OLDEST = (8, 0)  # the lowest compute capability served
 
 
 class Backend(NamedTuple):
-    """available: can it serve a call here? reason: what it serves, or why it cannot and how to get it."""
+    """available: whether it can serve a call here. reason: what it serves, or why it cannot and how to get it."""
 
     available: bool
     reason: str
@@ -38,7 +38,7 @@ class Backend(NamedTuple):
 
 
 class _Backends(dict[str, Backend]):
-    """Knows the aliases too."""
+    """Accepts the aliases as keys too."""
 
     def __missing__(self, name: str) -> Backend:
         return self[ALIASES[name]]
@@ -46,7 +46,7 @@ class _Backends(dict[str, Backend]):
 
 @lru_cache(maxsize=1)
 def _binary() -> tuple[ModuleType | None, str]:
-    """The compiled extension, or why there is none."""
+    """The compiled extension, or None and the reason."""
     try:
         return importlib.import_module(f"{PACKAGE}._native"), ""
     except ImportError as error:
@@ -68,7 +68,7 @@ def _interpreted() -> bool:
 
 @lru_cache(maxsize=1)
 def _gpu() -> Backend:
-    """The GPUs that this process sees."""
+    """Whether the kernels can serve the GPUs that this process sees."""
     if not torch.cuda.is_available():
         return Backend(False, "torch sees no NVIDIA GPU here")
     for index in range(torch.cuda.device_count()):
@@ -108,8 +108,11 @@ def _cuda() -> Backend:
 
 
 def built_for(capability: tuple[int, int], archs: str) -> bool:
-    """Does code for `archs`, as IFR_FAST_ARCHS names them, run on such a GPU? A number's does on those of the same
-    major version that are no older, and the largest number's portable code on all newer ones; 90a's on 9.0 alone."""
+    """Whether code for `archs`, in IFR_FAST_ARCHS's notation, runs on a GPU of this compute capability.
+
+    A plain number's code runs on GPUs of the same major version that are no older. The largest number's portable code
+    runs on all newer ones. 90a's code runs on 9.0 alone.
+    """
     numbers = [int(arch.rstrip("af")) for arch in archs.split()]
     here = 10 * capability[0] + capability[1]
     same = any(
@@ -120,7 +123,7 @@ def built_for(capability: tuple[int, int], archs: str) -> bool:
 
 
 def backends() -> dict[str, Backend]:
-    """The implementations of the kernels, and for each whether it can serve here and the reason.
+    """The implementations of the kernels, by name. `available`: whether it can serve here. `reason`: why, in words.
 
     >>> for name, backend in ifr_fast.backends().items():
     ...     print(name, backend)
@@ -134,7 +137,7 @@ def backends() -> dict[str, Backend]:
 
 
 def check(name: str) -> str:
-    """The backend's name, an alias resolved, if it can be asked for here; ValueError otherwise."""
+    """The backend's name, with an alias resolved. Raises ValueError if it is unknown or not available here."""
     name = ALIASES.get(name, name) if isinstance(name, str) else name
     if name not in NAMES:
         raise ValueError(f"backend={name!r}: expected one of {', '.join(NAMES)}")
@@ -144,7 +147,7 @@ def check(name: str) -> str:
 
 
 def _serves(name: str, device: str, dtype: torch.dtype) -> bool:
-    """Does an available backend serve tensors like these?"""
+    """Whether an available backend serves tensors of this dtype on this type of device."""
     if name == "eager":
         return True
     if name == "cpu":
@@ -155,7 +158,7 @@ def _serves(name: str, device: str, dtype: torch.dtype) -> bool:
 
 @lru_cache(maxsize=64)
 def kernels(name: str, device: str, dtype: torch.dtype) -> ModuleType:
-    """The module that serves tensors of `dtype` on devices of type `device`. ValueError where `name` cannot."""
+    """The module that serves tensors of `dtype` on devices of type `device`. Raises ValueError if `name` cannot."""
     name = check(name)
     found = backends()
     if name != "auto" and not _serves(name, device, dtype):

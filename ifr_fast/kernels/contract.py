@@ -1,7 +1,7 @@
-"""What a backend's kernels are, for those who write one and for those who call one. README.md here explains it.
+"""The contract between a backend's kernels and their callers. README.md in this folder explains it.
 
-A backend is a module with the functions of `Kernels`; eager.py is their specification. Kernels work on a solver's
-state, which they change in place. Whatever crosses into compiled code goes through `address`.
+A backend is a module with the functions of `Kernels`; eager.py is their specification. Kernels change a solver's state
+in place. Every address that compiled code receives comes from `address`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-EPS = 1e-5  # of every GroupNorm
+EPS = 1e-5  # the ε of every GroupNorm
 DIVERGENCE = 1e3  # a sample is given up when its residual norm has grown by this factor
 
 Method = Literal["broyden", "anderson", "picard"]
@@ -22,15 +22,16 @@ Convolution = Callable[[Tensor], Tensor]
 
 
 class Status(IntEnum):
-    """Why a sample stopped. The kernels' codes; in csrc they are those of types.h."""
+    """Why a sample stopped. The kernels use these codes; csrc/types.h has the same."""
 
     CONVERGED = 0  # ‖F(z) - z‖ ≤ rtol·‖F(z)‖
-    MAX_ITER = 1  # not within max_iter steps
+    MAX_ITER = 1  # not converged within max_iter steps
     DIVERGED = 2  # ‖F(z) - z‖ grew a thousandfold
     NONFINITE = 3  # F(z) or z overflowed or was NaN
 
 
-RUNNING = Status.MAX_ITER.value  # a sample that still runs has this status: what it stays with if no step is left
+# A sample that still runs has this status, which is the right one if no step is left.
+RUNNING = Status.MAX_ITER.value
 
 
 class Norm(NamedTuple):
@@ -42,11 +43,11 @@ class Norm(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a solver's step is told.
+    """The parameters of one step of a solver.
 
-    method chooses the step from the inner products of the last `window` residuals. evaluation: how many evaluations
-    came before. last: the samples are judged, and z stays. rtol: of the relative residual, ‖g‖ / ‖f‖; affine: ‖g‖ /
-    ‖g₀‖ instead, as ‖f‖ of an affine f grows with the error.
+    method: chooses the step from the inner products of the last `window` residuals. evaluation: how many evaluations
+    came before. last: judge the samples, but do not move z. rtol: of the relative residual ‖g‖ / ‖f‖. affine: use ‖g‖ /
+    ‖g₀‖ instead, because ‖f‖ of an affine f grows with the error.
     """
 
     method: Method
@@ -57,42 +58,42 @@ class Step(NamedTuple):
     affine: bool = False
 
     def row(self, state: SolverState) -> int:
-        """The history's row for this evaluation's residual; -1 for none."""
+        """The history's row for this evaluation's residual; -1 in the last step, which stores none."""
         return -1 if self.last else self.evaluation % state.rows
 
 
 def check_step(state: SolverState, step: Step) -> None:
-    """ValueError where the state has no room for this step."""
+    """Raises ValueError if the state has no room for this step."""
     if not 0 <= step.evaluation < len(state.trace) or step.window < 1:
         room = f"the state has room for {len(state.trace)} evaluations, a window holds at least 1"
         raise ValueError(f"evaluation={step.evaluation}, window={step.window}: {room}")
 
 
 class Kernels(Protocol):
-    """The functions of a backend. Activations are (n, C, H, W), in any layout where CHANNELS_LAST_ONLY is False.
+    """The functions of a backend. Activations are (n, C, H, W), in any layout unless CHANNELS_LAST_ONLY.
 
-    consume: the result may take y's memory. state: kernels may skip samples that have stopped. params: the gradients
-    of weights and biases are wanted too, of all samples; else the list of them is empty. first, second: the block's
-    last two GroupNorms, second None in form="paper". shortcut: R, None in form="plain".
+    consume: the result may take y's memory. state: kernels may skip samples that have stopped. params: return the
+    gradients of weights and biases too, summed over all samples; otherwise their list is empty. first, second: the
+    block's last two GroupNorms; second is None for form="paper". shortcut: R; None for form="plain".
     """
 
     CHANNELS_LAST_ONLY: bool
 
     def convolution(self, weight: Tensor, x: Tensor) -> Convolution:
-        """The 3×3 convolution of padding 1 by `weight`, ready for many tensors of x's size (n, ·, H, W)."""
+        """The 3×3 convolution with padding 1 by `weight`, prepared for many tensors of x's size (n, ·, H, W)."""
 
     def shift(self, z: Tensor, x: Tensor, dtype: torch.dtype, state: Any) -> Tensor:
-        """z + x in dtype: what F's first convolution reads."""
+        """z + x in dtype: the input of F's first convolution."""
 
     def norm_relu(
         self, y: Tensor, norm: Norm, *, consume: bool = False, state: Any = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """relu(gn(y)), of y's dtype, and the statistics mean, rstd (n, groups)."""
+        """relu(gn(y)) in y's dtype, and the statistics mean and rstd (n, groups)."""
 
     def norm_relu_vjp(
         self, grad: Tensor, y: Tensor, norm: Norm, statistics: list[Tensor], *, params: bool, state: Any = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The gradient of y, and with params those of weight and bias, given that of norm_relu's output."""
+        """From the gradient of norm_relu's output: that of y and, with params, those of weight and bias."""
 
     def norm_tail(
         self,
@@ -104,8 +105,8 @@ class Kernels(Protocol):
         consume: bool = False,
         state: Any = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The end of the block, in the wide dtype, and its norms' statistics: u = gn_first(y) + shortcut, then
-        gn_second(relu(u)) where there is a second norm."""
+        """The end of the block, in the wide dtype, and its norms' statistics. It is u = gn_first(y) + shortcut or, if
+        there is a second norm, gn_second(relu(u))."""
 
     def norm_tail_vjp(
         self,
@@ -119,42 +120,42 @@ class Kernels(Protocol):
         params: bool,
         state: Any = None,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Gradients of y (its dtype) and shortcut (wide dtype; None without), and with params those of the norms'
-        weights and biases, given that of norm_tail's output."""
+        """From the gradient of norm_tail's output: those of y (in y's dtype), of shortcut (in the wide dtype; None
+        without one) and, with params, of the norms' weights and biases."""
 
     def tail(self, y: Tensor, shortcut: Tensor | None, first: Norm, second: Norm | None, *, state: Any = None) -> Any:
-        """norm_tail's result, for `step` alone: a backend may leave its computation to the step."""
+        """norm_tail's result, for `step` alone: a backend may leave the computation to the step."""
 
     def total(self, *addends: Tensor) -> Any:
-        """The sum, for `step` alone: a backend may leave it to the step."""
+        """The sum, for `step` alone: a backend may leave the computation to the step."""
 
     def new_state(self, z: Tensor, *, rows: int, evaluations: int, history_dtype: torch.dtype, from_zero: bool) -> Any:
-        """A state for a solve from z (n, …); from_zero: z is zero everywhere."""
+        """The state of a solve that starts at z (n, …). from_zero: z is zero everywhere."""
 
     def step(self, state: Any, f: Any, z: Tensor, step: Step) -> int | None:
-        """What follows an evaluation f = F(z): the residual g = f - z joins the history, every running sample is
-        judged, the method chooses its step, and z moves, in place. Returns how many samples still run; None on a
-        device, where that would cost a synchronisation."""
+        """Processes an evaluation f = F(z): the residual g = f - z joins the history, every running sample is judged,
+        the method chooses its step, and z moves, in place. Returns how many samples still run; None on a GPU, where
+        counting would cost a synchronisation."""
 
     def finish(self, state: Any, z: Tensor) -> None:
-        """Sees to state.value, the best iterates, after the last step. z may be overwritten."""
+        """Sets state.value, the best iterates, after the last step. z may be overwritten."""
 
 
 def ridge(dtype: torch.dtype) -> float:
-    """Relative Tikhonov term of Anderson's normal equations: the accuracy of inner products of dtype."""
+    """The relative Tikhonov term of Anderson's normal equations: the accuracy of inner products in dtype."""
     return torch.finfo(dtype).eps
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Is x (N, C, H, W) dense in channels_last, and not in the contiguous layout too?"""
+    """Whether x (N, C, H, W) is dense in channels_last, and not contiguous as well."""
     try:
         return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    except RuntimeError:  # vmap does not say
+    except RuntimeError:  # vmap does not tell
         return False
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The layout that the kernels keep: channels_last where x has it, else contiguous."""
+    """The layout that the kernels keep: channels_last if x has it, else contiguous."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
@@ -164,32 +165,33 @@ def memory_order(x: Tensor) -> list[int]:
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
-    """Some of the samples, laid out as all are."""
+    """The samples of x at `index`, in x's memory layout."""
     order = memory_order(x)
     return x.permute(order).index_select(0, index).permute([order.index(d) for d in range(x.dim())])
 
 
 def address(tensor: Tensor, name: str, dtype: torch.dtype, count: int, device: torch.device) -> int:
-    """Where compiled code finds the tensor's `count` numbers of dtype, side by side in memory: the one way to get it.
+    """The address at which compiled code finds the tensor's `count` numbers of dtype, side by side in memory. No other
+    function gives addresses to compiled code.
 
-    ValueError, naming the tensor, what came and what was expected, where the dtype, the count or the device is another,
-    where there are gaps, and where nothing is in memory (meta, fake and wrapped tensors).
+    Raises ValueError if the dtype, the count or the device is another, if there are gaps, and if nothing is in memory
+    (meta, fake and wrapped tensors). It names the tensor, what was given and what was expected.
     """
     try:
         if tensor.dtype is dtype and tensor.numel() == count and tensor.device == device:
             found = tensor.data_ptr()
-            # Of a subclass the memory itself is asked for: a view's address is no zero even where there is none.
+            # A tensor subclass may have no memory. A view into it has a nonzero data_ptr() even then: ask its storage.
             plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
             there = not count or (found if plain else tensor.untyped_storage().data_ptr())
             if there and (tensor.is_contiguous() or is_channels_last(tensor)):
                 return found
-    except (AttributeError, RuntimeError):  # no tensor, or one that stands for others
+    except (AttributeError, RuntimeError):  # not a tensor, or one without a storage of its own
         pass
     raise ValueError(f"{name} is {describe(tensor)}: expected {count} contiguous numbers of {dtype} on {device}")
 
 
 def optional(tensor: Tensor | None, name: str, dtype: torch.dtype, count: int, device: torch.device) -> int:
-    """The address of what may be left out: then 0."""
+    """The address of a tensor that may be left out; 0 for None."""
     return 0 if tensor is None else address(tensor, name, dtype, count, device)
 
 
@@ -200,7 +202,7 @@ def describe(tensor: object) -> str:
 
 
 class SolverState:
-    """A solver's state: its tensors' addresses, checked by `address` against what the constructor made."""
+    """Base of a solver's states. Gives the addresses of its tensors, checked against what the constructor made."""
 
     n: int
     rows: int
@@ -210,17 +212,17 @@ class SolverState:
     known: dict[tuple[str, ...], list[int]]
 
     def seal(self) -> None:
-        """The end of the constructor."""
+        """Notes each tensor's dtype, size and device. The constructor calls it last."""
         made = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
         self.device = self.history.device
         self.made = {name: (t.dtype, t.numel(), t.device) for name, t in made.items()}
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
-        self.__dict__["known"] = {}  # addresses, no longer
+        self.__dict__["known"] = {}  # forgets the addresses, which may have changed
 
     def addresses(self, names: tuple[str, ...]) -> list[int]:
-        """Of these tensors, 0 where the constructor left one out; checked anew after any was replaced."""
+        """These tensors' addresses; 0 if the constructor left one out. Checked again after one was replaced."""
         found = self.known.get(names)
         if found is None:
             tensors = [getattr(self, name) for name in names]
@@ -232,15 +234,15 @@ class SolverState:
 
 
 class State(SolverState):
-    """Everything a solve keeps for a chunk of n samples of `size` unknowns each.
+    """Everything that a solve keeps for a chunk of n samples of `size` unknowns each.
 
     history (n, rows, size): the residuals g_j. gram (n, rows, rows): their inner products. p, q (n, rows, rows): the
-    rule's own coefficients. step (n, rows): coefficients of the next step. norms (n, 3): ‖g‖², ‖f‖² and ‖g₀‖.
-    value (like z): the best iterate; residual (n,): its relative residual. trace (evaluations, n). status, iterations
-    (n,) int64; improved (n,) bool: this evaluation is the best so far.
+    method's own coefficients. step (n, rows): coefficients of the next step. norms (n, 3): ‖g‖², ‖f‖² and ‖g₀‖. value
+    (like z): the best iterate. residual (n,): its relative residual. trace (evaluations, n): all relative residuals.
+    status, iterations (n,) int64. improved (n,) bool: whether this evaluation is the best so far.
 
-    The inner products are summed, and the K×K algebra done, in double precision on a CPU, where it costs little, and in
-    the iterate's own elsewhere.
+    On a CPU the inner products are summed, and the K×K algebra is done, in float64, which costs little there. Elsewhere
+    both are in the iterate's own dtype.
     """
 
     def __init__(self, z: Tensor, *, rows: int, evaluations: int, history_dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The specification of the kernels, by PyTorch's operators: any device, any floating dtype, any layout."""
+"""The specification of the kernels, in PyTorch's operators: any device, any floating dtype, any layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .._torch import conv2d
 from .contract import DIVERGENCE, EPS, RUNNING, Convolution, Norm, State, Status, Step, memory_order, wide
 from .gram import anderson_coefficients, broyden_coefficients
 
-CHANNELS_LAST_ONLY = False  # do the kernels read no other layout?
+CHANNELS_LAST_ONLY = False  # whether the kernels read no other layout
 
 
 def convolution(weight: Tensor, x: Tensor) -> Convolution:
@@ -106,13 +106,13 @@ def step(state: State, f: Tensor, z: Tensor, step: Step) -> int | None:
 
 
 def finish(state: State, z: Tensor) -> None:
-    """Every step has seen to it."""
+    """Does nothing: every step keeps state.value up to date."""
 
 
 def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> None:
-    """Stores g = f - z as the history's row `row`, with its inner products with the rows first … row; norms.
+    """Stores g = f - z as the history's row `row`, its inner products with rows first … row, and the norms of g and f.
 
-    row < 0 takes the norms only. The products are of the stored (rounded) residuals.
+    If row < 0, only the norms. The inner products are of the stored (rounded) residuals.
     """
     g = (f - z).permute(*memory_order(z)).reshape(state.n, state.size)
     state.norms[:, 0] = g.to(state.norms.dtype).square().sum(1)
@@ -126,9 +126,10 @@ def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> Non
 
 
 def assess(state: State, step: Step) -> int | None:
-    """The relative residual of every running sample, and what follows from it: best, status, iterations, trace.
+    """Computes every running sample's relative residual, and updates what follows from it: the state's improved,
+    residual, status, iterations and trace.
 
-    Returns how many samples still run, or None on a device, where that would cost a synchronisation.
+    Returns how many samples still run, or None on a GPU, where counting would cost a synchronisation.
     """
     running = state.status == RUNNING
     g, f = state.norms[:, 0].sqrt(), state.norms[:, 1].sqrt()
@@ -148,14 +149,14 @@ def assess(state: State, step: Step) -> int | None:
 
 
 def relative_residual(g: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """g / scale of norms (n,), in dtype: 0 where g is zero, dtype's largest number where the quotient is larger, NaN
-    where a norm is not finite."""
+    """g / scale of norms (n,), in dtype. 0 if g is zero; dtype's largest number if the quotient is larger; NaN if a
+    norm is not finite."""
     quotient = (g / scale).nan_to_num(0.0).clamp(max=torch.finfo(dtype).max).to(dtype)  # 0 / 0 is NaN
     return torch.where(g.isfinite() & scale.isfinite(), quotient, torch.nan)
 
 
 def broyden(state: State, k: int) -> None:
-    """The step after residual k, by Broyden's method; its pair (p, q) joins the state."""
+    """Broyden's step after residual k. Its pair (p, q) joins the state."""
     pair, step = broyden_coefficients(state.gram, state.p, state.q, state.step, k)
     if pair is not None:
         running = (state.status == RUNNING).unsqueeze(1)
@@ -164,20 +165,20 @@ def broyden(state: State, k: int) -> None:
 
 
 def anderson(state: State, k: int, m: int) -> None:
-    """The step after residual k, by Anderson acceleration over the last m residuals; past steps stay in state.p."""
+    """Anderson's step after residual k, over the last m residuals. state.p keeps the past steps."""
     if k > 0:
         state.p[:, k - 1] = state.step
     state.step.copy_(anderson_coefficients(state.gram, state.p, k, m))
 
 
 def picard(state: State, row: int) -> None:
-    """The plain step z + g."""
+    """The plain step: z moves by g."""
     state.step.zero_()
     state.step[:, row] = 1
 
 
 def combine(state: State, z: Tensor, *, count: int, advance: bool) -> None:
-    """Keeps z where it is the best so far, then (advance) moves running samples: z += Σ_j step_j g_j, j < count."""
+    """Keeps z where it is the best iterate. With advance, then moves running samples: z += Σ_{j < count} step_j g_j."""
     shape = (-1,) + (1,) * (z.dim() - 1)
     state.value.copy_(torch.where(state.improved.view(shape), z, state.value))
     if not advance:
@@ -203,7 +204,7 @@ def _affine(x: Tensor, norm: Norm, statistics: list[Tensor]) -> Tensor:
 
 
 def _group_norm(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    # Squares of float32 overflow above 1e19: double precision on a CPU, where it costs little.
+    # Squares of float32 overflow above 1e19. Double precision costs little on a CPU.
     summed = x.double() if x.device.type == "cpu" else x
     summed = summed.unflatten(1, (norm.groups, -1))
     mean = summed.mean((2, 3, 4), keepdim=True)

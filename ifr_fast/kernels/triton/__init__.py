@@ -1,6 +1,6 @@
-"""The Triton kernels, for float32, bfloat16 and float16 on NVIDIA GPUs, NHWC; `eager` is their specification.
+"""The Triton kernels, for float32, bfloat16 and float16 on NVIDIA GPUs, in NHWC; `eager` is their specification.
 
-Convolutions are cuDNN's.
+The convolutions are cuDNN's.
 """
 
 from ..eager import convolution

@@ -1,7 +1,8 @@
 """GroupNorm with ReLU, and the block's tail, on NHWC activations; `eager` is their specification.
 
-A map small enough for a program to hold all positions of some groups in registers is read once and written once (the
-whole path). Larger ones are split into runs of positions: partial moments, their combination, and a second reading.
+The whole path is for maps so small that a program can hold all positions of some groups in registers: it reads and
+writes them once. The split path divides larger maps into runs of positions. It computes partial moments, combines them,
+and reads the map a second time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .tiles import (
     whole_tile,
 )
 
-# Of the whole path's tiles; within them no register is spilled.
+# Budgets of the whole path's tiles. Within them no register is spilled.
 RELU = Budget(elements=32768, warps=32, registers=4)
 TAIL = Budget(elements=16384, warps=32, registers=4)
 
@@ -73,8 +74,8 @@ def norm_tail(
 
 
 def residual_tail(state: DeviceState, tail: Tail, z: Tensor, row: int) -> None:
-    """Finishes f = norm_tail(tail) and takes the residual g = f - z: g, rounded, is the history's row `row` (none if
-    row < 0); sums of g² and f² go to state.norm_partials. f itself is never in memory."""
+    """Computes f = norm_tail(tail) and its residual g = f - z. Stores g, rounded, as the history's row `row` (unless
+    row < 0), and sums of g² and f² in state.norm_partials. f itself is never in memory."""
     y = checked(tail.y, tail.first, tail.second, state)
     address(state.history, "state.history", state.history.dtype, state.rows * y.numel(), y.device)
     _tail(tail._replace(y=y), None, Sink(None, like(z, "z", y), state, state.status, row))
@@ -91,7 +92,7 @@ class Sink(NamedTuple):
 
 
 def _tail(tail: Tail, statistics: list[Tensor] | None, sink: Sink) -> None:
-    """statistics: filled where they are wanted."""
+    """Computes the tail into the sink. statistics: tensors to fill, or None."""
     y, shortcut, first, second = tail
     out, z, state, status, row = sink
     shortcut = None if shortcut is None else like(shortcut, "shortcut", y)
@@ -130,7 +131,7 @@ def _split_statistics(
     statistics: list[Tensor],
     status: Tensor | None,
 ) -> None:
-    """Fills statistics: y's mean and 1/σ, and with a second norm those of relu(gn_first(y) + shortcut)."""
+    """Fills statistics: mean and 1/σ of y and, if there is a second norm, of relu(gn_first(y) + shortcut)."""
     n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
     partials = torch.empty((n, tile.blocks, first.groups, 3), dtype=torch.float32, device=y.device)
     arguments = (partials, status, positions, tile.blocks)
@@ -177,7 +178,7 @@ def norm_tail_whole(
     positions, rows, row, eps,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Statistics are written where there is a place for them; the result as `_emit` says."""
+    """Stores those statistics that are not None. `_emit` stores the result."""
     BLOCKS: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
     n, group = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS * BLOCK_G
     if status is not None and tl.load(status + n) != RUNNING:
@@ -213,8 +214,9 @@ def partial_moments(
     y, r, weight, bias, mean, rstd, partials, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """(count, mean, M2) of every group over a run of positions: of y, or where y's statistics are given, of
-    relu(gn(y) + r). partials (n, splits, groups, 3)."""
+    """Stores the moments (count, mean, M2) of every group over a run of positions in partials (n, splits, groups, 3).
+    M2 is the sum of squares about the mean. If y's statistics are given, the moments are those of relu(gn(y) + r), else
+    of y."""
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
     if status is not None and tl.load(status + n) != RUNNING:
         return
@@ -309,7 +311,7 @@ def norm_tail_apply(
 
 @triton.jit
 def _emit(f, offset, mask, n, size, out, z, history, norm_partials, rows, row):
-    """Stores f to out; or where there is z, f - z to the history's row, and the sums of its squares and of f's."""
+    """Stores f to out. If z is given, stores f - z in the history's row instead, and sums of its and f's squares."""
     base = n * size
     if z is None:
         tl.store(out + base + offset, f, mask)

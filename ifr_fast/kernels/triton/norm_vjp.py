@@ -1,9 +1,9 @@
 """The vjps of norm.py's functions on NHWC activations; `eager` is their specification.
 
-With x̂ = (x - mean) / σ and g the gradient of a GroupNorm's output, that of x is (g·w - ⟨g·w⟩ - x̂ ⟨g·w·x̂⟩) / σ, means
-over the group. As in norm.py, small maps take the whole path (sums and result from registers), larger ones are split:
-partial sums, their addition, and a second reading. Affine gradients are summed over positions here, over samples by
-torch.
+Let x̂ = (x - mean) / σ, w the weight of a GroupNorm and g the gradient of its output. The gradient of x is (g·w - ⟨g·w⟩
+- x̂ ⟨g·w·x̂⟩) / σ, where ⟨·⟩ is the mean over the group. As in norm.py, small maps take the whole path (sums and result
+from registers) and larger ones the split path (partial sums, their addition, a second reading). The gradients of
+weights and biases are summed over positions here, and over samples by torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .tiles import (
     whole_tile,
 )
 
-# Of the whole path's tiles; within them no register is spilled.
+# Budgets of the whole path's tiles. Within them no register is spilled.
 NORM = Budget(elements=16384, warps=16, registers=4)
 TAIL = Budget(elements=8192, warps=16, registers=8)
 TAIL_PARAMS = TAIL._replace(registers=9)
@@ -38,7 +38,7 @@ TAIL_PARAMS = TAIL._replace(registers=9)
 def norm_relu_vjp(
     grad: Tensor, y: Tensor, norm: Norm, statistics: list[Tensor], *, params: bool, state: DeviceState | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """params asks for sums over all samples: none is skipped then."""
+    """With params no sample is skipped: the gradients of weight and bias are sums over all samples."""
     y = checked(y, norm, None, state, statistics)
     return _norm_vjp(like(grad, "grad", y), y, norm, statistics, params, _status(state, params), relu=True)
 
@@ -54,7 +54,7 @@ def norm_tail_vjp(
     params: bool,
     state: DeviceState | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """params: as norm_relu_vjp's."""
+    """With params no sample is skipped, as in norm_relu_vjp."""
     y, status = checked(y, first, second, state, statistics), _status(state, params)
     grad, shortcut = like(grad, "grad", y), None if shortcut is None else like(shortcut, "shortcut", y)
     if second is None:
@@ -148,7 +148,7 @@ def norm_vjp_whole(
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     RELU: tl.constexpr,
 ):  # fmt: skip
-    """Of gn(y), or with RELU relu(gn(y)). grads (n, 2, channels): the weight's and the bias's."""
+    """The vjp of gn(y) or, with RELU, of relu(gn(y)). grads (n, 2, channels): those of weight and bias."""
     BLOCKS: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
     n, group = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS * BLOCK_G
     if status is not None and tl.load(status + n) != RUNNING:
@@ -174,7 +174,7 @@ def norm_tail_vjp_whole(
     grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, grad_y, grad_r, grads, status, positions,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """grads (n, 4, channels): those of both weights and biases."""
+    """The vjp of the tail. grads (n, 4, channels): those of the first norm's weight and bias, then of the second's."""
     BLOCKS: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
     n, group = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS * BLOCK_G
     if status is not None and tl.load(status + n) != RUNNING:
@@ -254,7 +254,7 @@ def second_vjp_sums(
     grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, partials, grads, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """As norm_vjp_sums, for the tail's second norm. grads (n · splits, 4, channels): its last two."""
+    """As norm_vjp_sums, for the tail's second norm. grads (n · splits, 4, channels): fills the last two of the four."""
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
     if status is not None and tl.load(status + n) != RUNNING:
         return
@@ -278,8 +278,8 @@ def second_vjp_apply(
     positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of u = gn_first(y) + shortcut, and the sums of the first norm's vjp. grads: as second_vjp_sums's,
-    the first two of four."""
+    """The gradient of u = gn_first(y) + shortcut, and the sums of the first norm's vjp. grads (n · splits, 4,
+    channels): fills the first two of the four."""
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
     if status is not None and tl.load(status + n) != RUNNING:
         return
@@ -303,7 +303,7 @@ def second_vjp_apply(
 
 @triton.jit(do_not_specialize=["parts"])
 def add_sums(partials, sums, status, parts, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(n, parts, groups, 2) → (n, groups, 2)."""
+    """Sums over the parts: (n, parts, groups, 2) → (n, groups, 2)."""
     n, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
     if status is not None and tl.load(status + n) != RUNNING:
         return
@@ -322,7 +322,7 @@ def add_sums(partials, sums, status, parts, GROUPS: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def _before_second(y, r, weight, bias, mean, rstd, at, mask, channel, real):
-    """x̂ of the tail's first norm, and u = gn_first(y) + r, what ReLU and the second norm are applied to."""
+    """x̂ of the tail's first norm, and u = gn_first(y) + r, the input of ReLU and the second norm."""
     x_hat = normalised(tl.load(y + at, mask, other=0.0).to(tl.float32), mean, rstd)
     if r is not None:
         shortcut = tl.load(r + at, mask, other=0.0).to(tl.float32)
@@ -358,6 +358,6 @@ def _store_group_sums(g, x_hat, partials, slot, GROUPS: tl.constexpr, BLOCK_G: t
 
 @triton.jit
 def _store_channel_sums(g, x_hat, grads, channel, real, CHANNELS: tl.constexpr):
-    """A norm's affine gradients from these positions: the weight's [channels], then the bias's."""
+    """The gradients of a norm's weight and then bias, [channels] each, from these positions."""
     tl.store(grads + channel, tl.sum(g * x_hat, axis=1, keep_dims=True), real)
     tl.store(grads + CHANNELS + channel, tl.sum(g, axis=1, keep_dims=True), real)

@@ -1,7 +1,7 @@
-"""From the parts of a step's sums to every sample's verdict and the coefficients of its next step.
+"""The kernel `rule`: from partial sums of a step to every sample's status and the coefficients of its next step.
 
-A program a sample, its K×K matrices in registers. State is kept in float32; what happens between loading and storing it
-is float64, free of cost beside the latency of the loads.
+One program serves one sample, with its K×K matrices in registers. The state is stored in float32. The arithmetic is in
+float64, which costs nothing beside the latency of the loads.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import triton.language as tl
 from ..contract import Status
 from .tiles import RUNNING
 
-LARGEST = tl.constexpr(torch.finfo(torch.float32).max)  # what a relative residual is at most
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)  # the largest relative residual reported
 CONVERGED, DIVERGED, NONFINITE = (
     tl.constexpr(code.value) for code in (Status.CONVERGED, Status.DIVERGED, Status.NONFINITE)
 )
 
 
 class RuleTile(NamedTuple):
-    """Launch configuration: the padded number of rows, that of Anderson's differences, and how many parts are summed at
-    a time."""
+    """Launch configuration: K rows and M of Anderson's differences, both padded to powers of two, and how many parts
+    are summed at a time."""
 
     K: int
     M: int
@@ -38,7 +38,8 @@ def rule_tile(method: str, rows: int, window: int) -> RuleTile:
     return RuleTile(k, m, min(128, 4096 // k), warps)
 
 
-# No variants by an address's alignment or an integer's value: nothing here is wide, and all of them change.
+# Triton must not compile variants by an address's alignment or an integer's value: no access here is wide, and all
+# these values change between calls.
 TENSORS = [
     "norm_partials", "gram_partials", "gram", "p", "q", "step", "total", "best",
     "norms", "residual", "trace", "status", "iterations", "improved",
@@ -51,7 +52,7 @@ def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
                 norms, residual, trace, status, iterations, improved,
                 n, rows, parts, splits, evaluation, row, window, affine, rtol, divergence, ridge,
                 METHOD: tl.constexpr, K: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """eager.assess, then (row ≥ 0, and only for a sample that still runs) METHOD's step; DeviceState's fields."""
+    """eager.assess. Then, if row ≥ 0, METHOD's step for a sample that still runs. Takes DeviceState's fields."""
     sample = tl.program_id(0).to(tl.int64)
     if tl.load(status + sample) != RUNNING:
         previous = tl.load(trace + tl.maximum(evaluation - 1, 0).to(tl.int64) * n + sample)
@@ -73,7 +74,7 @@ def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
             first = tl.maximum(row - window + 1, 0)
             partials = gram_partials + sample * splits * rows
             newest = _finish_gram(partials, gram + square, rows, splits, row, first, K, PARTS)
-            # The step that led here; its coefficients of this row and later ones are zero.
+            # The step that led here. Its coefficients of this row and later ones are zero.
             led = tl.load(step + sample * rows + index, index < row, other=0.0)
             if METHOD == "broyden":
                 chosen = _broyden(gram + square, p + square, q + square, newest, led.to(tl.float64), rows, row, K)
@@ -86,14 +87,14 @@ def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
 @triton.jit
 def _judge(norm_partials, norms, residual, trace, iterations, sample, n, parts, evaluation, affine, rtol,
            divergence, PARTS: tl.constexpr):  # fmt: skip
-    """A running sample's status, and whether this evaluation is its best."""
-    # Before the sums, where warps wait for each other: later, a warp could read what another one has stored already.
+    """The status of a running sample, and whether this evaluation is its best."""
+    # Loaded before the sums, in which warps wait for each other. Later, another warp may have overwritten them.
     lowest = tl.load(residual + sample, evaluation > 0, other=float("inf"))
     first_g = tl.load(norms + sample * 3 + 2, evaluation > 0, other=0.0).to(tl.float64)
     g2 = tl.zeros([PARTS], tl.float64)
     f2 = tl.zeros([PARTS], tl.float64)
     start = 0
-    while start < parts:  # not for: the interpreter has no range of a kernel's argument under NumPy 2.4
+    while start < parts:  # not `for`: Triton's interpreter cannot range over a kernel's argument under NumPy 2.4
         part = start + tl.arange(0, PARTS)
         at = norm_partials + (sample * parts + part) * 2
         g2 += tl.load(at, part < parts, other=0.0).to(tl.float64)
@@ -122,7 +123,7 @@ def _judge(norm_partials, norms, residual, trace, iterations, sample, n, parts, 
 
 @triton.jit
 def _finish_gram(partials, gram, rows, splits, row, first, K: tl.constexpr, PARTS: tl.constexpr):
-    """The Gram matrix's row and column `row`, summed and stored; the row [K] as stored, zero outside first … row."""
+    """Sums and stores the Gram matrix's row and column `row`. Returns row [K] as stored, zero outside first … row."""
     j = tl.arange(0, K)
     known = (j >= first) & (j <= row)
     newest = tl.zeros([K], tl.float64)
@@ -135,13 +136,13 @@ def _finish_gram(partials, gram, rows, splits, row, first, K: tl.constexpr, PART
     stored = newest.to(tl.float32)
     tl.store(gram + row * rows + j, stored, known)
     tl.store(gram + j * rows + row, stored, known)
-    tl.debug_barrier()  # other threads read them back
+    tl.debug_barrier()  # other threads read these values back
     return stored.to(tl.float64)
 
 
 @triton.jit
 def _broyden(gram, p, q, newest, led, rows, k, K: tl.constexpr):
-    """gram.broyden_coefficients: the next step [K]; the new pair is stored."""
+    """gram.broyden_coefficients: returns the next step [K], and stores the new pair."""
     i = tl.arange(0, K)[:, None]
     j = tl.arange(0, K)[None, :]
     at = i * rows + j
@@ -150,7 +151,7 @@ def _broyden(gram, p, q, newest, led, rows, k, K: tl.constexpr):
     matrix = tl.load(gram + at, known, other=0.0).to(tl.float64)
     p_old = tl.load(p + at, pairs, other=0.0).to(tl.float64)
     q_old = tl.load(q + at, pairs, other=0.0).to(tl.float64)
-    # Sums alternate between rows and columns, for which the symmetric Gram matrix leaves the choice.
+    # Sums run over rows and columns in turn. The Gram matrix is symmetric, so it fits either.
     index = tl.arange(0, K)
     unit = (index == k).to(tl.float64)
     y = unit - (index == k - 1).to(tl.float64)
@@ -175,11 +176,11 @@ def _broyden(gram, p, q, newest, led, rows, k, K: tl.constexpr):
 
 @triton.jit
 def _anderson(gram, p, led, rows, k, first, ridge, K: tl.constexpr, M: tl.constexpr):
-    """gram.anderson_coefficients: the next step [K]; the one that led here is stored among the past ones, in p."""
+    """gram.anderson_coefficients: returns the next step [K]. Stores the step that led here among the past ones in p."""
     index = tl.arange(0, K)
     tl.store(p + (k - 1) * rows + index, led, (index < rows) & (k > 0))
     tl.debug_barrier()
-    # Equation i is that of the difference g_{first+i+1} - g_{first+i}; those past the window read 1·γ = 0.
+    # Equation i belongs to the difference g_{first+i+1} - g_{first+i}. Equations past the window are padding: 1·γ = 0.
     count = k - first
     i = tl.arange(0, M)[:, None]
     j = tl.arange(0, M)[None, :]
@@ -205,7 +206,7 @@ def _anderson(gram, p, led, rows, k, first, ridge, K: tl.constexpr, M: tl.conste
 
 @triton.jit
 def _solve(matrix, right, M: tl.constexpr):
-    """matrix⁻¹ right, by Gauss and Jordan's elimination without pivoting: matrix is positive definite. Zero where the
+    """matrix⁻¹ right by Gauss-Jordan elimination, without pivoting because matrix is positive definite. Zero if the
     result is not finite."""
     index = tl.arange(0, M)
     i = index[:, None]

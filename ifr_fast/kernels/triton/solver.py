@@ -1,8 +1,8 @@
-"""The solver's step: residual, gram_row (not for Picard), rule, combine, a launch each; and `finish`.
+"""The solver's step: residual, gram_row (not for Picard), rule, combine, one launch each; and `finish`.
 
-The step is bound by memory: gram_row and combine sweep the history once each, in blocks of a sample's elements (its
-unknowns in memory order). Launch configurations depend on a sample's size and on its rows, never on the number of
-samples, so that sums are formed in the same order whatever the batch mates.
+Memory traffic bounds the step. gram_row and combine sweep the history once each, in blocks of a sample's elements (its
+unknowns in memory order). Launch configurations depend on a sample's size and its rows, never on the number of samples,
+so a sample's sums are formed in the same order in every batch.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ from .rules import rule_kernel, rule_tile
 from .tiles import RUNNING
 
 BLOCK = 1024  # elements of a block
-MAX_PARTS = 256  # of a sample, in sums that the rule's kernel finishes
+MAX_PARTS = 256  # parts of a sample's sums, which the kernel `rule` adds up
 
 
 def blocks_per_part(size: int) -> int:
-    """How many blocks a program sums: one, unless a sample would have too many parts. A power of two."""
+    """How many blocks a program sums: one, unless a sample would have more than MAX_PARTS parts. A power of two."""
     return triton.next_power_of_2(triton.cdiv(size, BLOCK * MAX_PARTS))
 
 
 def alignment(size: int) -> int:
-    """What divides a row's first element: 8 allows loads of 16 bytes."""
+    """A divisor of the index of each row's first element: 8 allows loads of 16 bytes."""
     return 8 if size % 8 == 0 else 1
 
 
 class Sweep(NamedTuple):
-    """Launch configuration of a sweep over rows: elements of a block; rows that a thread loads together, a power of
-    two, so that a solve needs few variants of a kernel; and registers for all those loads to be in flight at once,
-    which ptxas, left to itself, trades for occupancy, or spills."""
+    """Launch configuration of a sweep over rows.
+
+    BLOCK: elements of a block. GROUP: rows that a thread loads together, a power of two, so that a solve needs few
+    variants of a kernel. maxnreg: registers for all those loads to be in flight at once. Left to itself, ptxas trades
+    them for occupancy, or spills.
+    """
 
     BLOCK: int
     GROUP: int
@@ -46,18 +49,18 @@ class Sweep(NamedTuple):
 
 
 def gram_sweep(count: int, itemsize: int, align: int, blocks: int) -> Sweep:
-    """32 bytes a row and thread where rows are aligned: half the shuffles and sums of 16."""
+    """A thread reads 32 bytes per row if rows are aligned: half the shuffles and sums of 16."""
     registers = 128 if align > 1 and blocks == 1 else 224  # a loop over blocks is unrolled
     return Sweep(BLOCK, min(triton.next_power_of_2(count), 8), itemsize if align > 1 else 4, registers)
 
 
 def combine_sweep(count: int, itemsize: int, align: int) -> Sweep:
-    """Half a block, so that one RoI's 50176 elements keep 98 programs busy, and 256 bytes a thread at a time."""
+    """Half a block, so that one RoI's 50176 elements keep 98 programs busy. A thread reads 256 bytes at a time."""
     return Sweep(BLOCK // 2, min(triton.next_power_of_2(count), 32 // itemsize), 2, 128 if align > 1 else 224)
 
 
 def step(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, step: Step) -> None:
-    """f: (n, …) float32 laid out as z, or a pending result."""
+    """contract.Kernels.step. f: (n, …) float32 laid out as z, or a Tail or Total that is still to be computed."""
     check(state, z)
     check_step(state, step)
     residual(state, f, z, step)
@@ -69,7 +72,7 @@ def step(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, step: Step) ->
 
 
 def check(state: DeviceState, z: Tensor) -> None:
-    """ValueError where a tensor of the solve is not of its size, in which the kernels would read past its end."""
+    """Raises ValueError if a tensor of the solve has a wrong size: the kernels would read past its end."""
     state.addresses(STATE)
     address(z, "z", torch.float32, state.n * state.size, state.device)
     for name in ("injection", "r"):
@@ -79,7 +82,7 @@ def check(state: DeviceState, z: Tensor) -> None:
 
 
 def residual(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, step: Step) -> None:
-    """g = f - z into the history, but not in the last step, and the parts of ‖g‖² and ‖f‖² into norm_partials."""
+    """Stores g = f - z in the history, except in the last step, and partial sums of ‖g‖² and ‖f‖² in norm_partials."""
     row = step.row(state)
     if isinstance(f, Tail):
         residual_tail(state, f, z, row)
@@ -96,7 +99,7 @@ def residual(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, step: Step
 
 
 def gram_row(state: DeviceState, z: Tensor, step: Step) -> None:
-    """The parts of the stored residual's inner products with the window's rows, into gram_partials."""
+    """Stores in gram_partials the partial inner products of the newest stored residual with the window's rows."""
     row, history = step.row(state), state.history
     first = max(0, row - step.window + 1)
     blocks, align = blocks_per_part(state.size), alignment(state.size)
@@ -124,7 +127,7 @@ def rule(state: DeviceState, z: Tensor, step: Step) -> None:
 
 
 def combine(state: DeviceState, z: Tensor, step: Step) -> None:
-    """z of the running samples by its coefficients over the rows so far, and z + X for the next evaluation."""
+    """Moves the running samples: z from its coefficients over the rows so far, and z + X for the next evaluation."""
     if state.value is not z:
         blocks = triton.cdiv(state.size, BLOCK)
         advance_kernel[(state.n * blocks,)](
@@ -136,7 +139,7 @@ def combine(state: DeviceState, z: Tensor, step: Step) -> None:
 
 
 def finish(state: DeviceState, z: Tensor) -> None:
-    """state.value, the best iterate; z takes it where the history's coefficients give it."""
+    """Sets state.value, the best iterate. It is in z's memory if the history's coefficients give it."""
     check(state, z)
     if state.value is not z:
         state.value = torch.where(state.improved.view(-1, *[1] * (z.dim() - 1)), z, state.value)
@@ -145,7 +148,7 @@ def finish(state: DeviceState, z: Tensor) -> None:
 
 
 def _combine(state: DeviceState, z: Tensor, count: int, *, best: bool) -> None:
-    """z from the first `count` rows: the best iterate's coefficients, or the current one's."""
+    """Computes z from the first `count` rows, with the best iterate's coefficients or the current one's."""
     coefficients, flags = (state.best, state.improved) if best else (state.total, state.status)
     injection, r = (None, None) if best else (state.injection, state.r)
     align = alignment(state.size)
@@ -158,7 +161,7 @@ def _combine(state: DeviceState, z: Tensor, count: int, *, best: bool) -> None:
 
 
 def _laid_out(tensor: Tensor, z: Tensor) -> Tensor:
-    """tensor with z's memory layout: a convolution or autograd may hand over another one."""
+    """tensor in z's memory layout. Convolutions and autograd may return another one."""
     if tensor.shape != z.shape or tensor.device != z.device:
         raise ValueError(f"f is {describe(tensor)}: expected z's shape {tuple(z.shape)} on {z.device}")
     if tensor.stride() != z.stride():
@@ -170,8 +173,8 @@ def _laid_out(tensor: Tensor, z: Tensor) -> Tensor:
 @triton.jit(do_not_specialize=["size", "rows", "row"])
 def residual_kernel(a, b, c, z, history, partials, status, size, rows, row,
                     ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
-    """A program a part of a sample. partials (n, parts, 2): its ‖g‖² and ‖f‖², of f = a + b + c before rounding."""
-    size = size // ALIGN * ALIGN  # says what divides it
+    """One program per part of a sample. partials (n, parts, 2): its ‖g‖² and ‖f‖², with f = a + b + c not rounded."""
+    size = size // ALIGN * ALIGN  # tells the compiler that ALIGN divides it
     parts = tl.cdiv(size, BLOCK * BLOCKS)
     sample = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
@@ -200,9 +203,9 @@ def residual_kernel(a, b, c, z, history, partials, status, size, rows, row,
 @triton.jit(do_not_specialize=["size", "rows", "row", "first"])
 def gram_row_kernel(history, partials, status, size, rows, row, first,
                     ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """A program a split of a sample and a group of rows. partials (n, splits, rows): columns first … row."""
+    """One program per split of a sample and group of rows. Fills columns first … row of partials (n, splits, rows)."""
     VECTOR: tl.constexpr = 8
-    size = size // ALIGN * ALIGN  # says what divides it
+    size = size // ALIGN * ALIGN  # tells the compiler that ALIGN divides it
     splits = tl.cdiv(size, BLOCK * BLOCKS)
     groups = tl.cdiv(row - first + 1, GROUP)
     program = tl.program_id(0) // groups
@@ -212,7 +215,8 @@ def gram_row_kernel(history, partials, status, size, rows, row, first,
         return
     j = first + tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
     history += sample * rows * size
-    # What a thread loads as one vector is added up at once: few registers, and threads meet only at the end.
+    # A thread adds up at once what it loads as one vector. This takes few registers, and threads exchange sums only at
+    # the end.
     total = tl.zeros([GROUP, BLOCK // VECTOR], tl.float32)
     for i in range(BLOCKS):
         at = (split * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
@@ -228,14 +232,14 @@ def gram_row_kernel(history, partials, status, size, rows, row, first,
 @triton.jit(do_not_specialize=["size", "rows", "count"])
 def combine_kernel(z, start, history, coefficients, flags, injection, r, size, rows, count, ALIGN: tl.constexpr,
                    BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BEST: tl.constexpr):  # fmt: skip
-    """z = start + Σ_{j < count} coefficient_j g_j for running samples (flags: status), a program a block; r = z + X.
+    """A program per block: z = start + Σ_{j < count} coefficient_j g_j for running samples (flags: status); r = z + X.
 
-    BEST: for samples whose last iterate was not their best (flags: improved), from rows of nonzero coefficients alone:
-    others may never have been written.
+    BEST: for samples whose last iterate was not their best (flags: improved). Reads only rows with nonzero
+    coefficients: others may never have been written.
     """
-    size = size // ALIGN * ALIGN  # says what divides it
+    size = size // ALIGN * ALIGN  # tells the compiler that ALIGN divides it
     blocks = tl.cdiv(size, BLOCK)
-    # Backwards: what gram_row read last is still in the cache.
+    # In reverse order, because what gram_row read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
     flag = tl.load(flags + sample)
@@ -264,8 +268,8 @@ def combine_kernel(z, start, history, coefficients, flags, injection, r, size, r
 @triton.jit(do_not_specialize=["size"])
 def advance_kernel(z, value, history, status, improved, injection, r, size,
                    ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """z += g for running samples, a program a block; a z that is its sample's best goes to value first; r = z + X."""
-    size = size // ALIGN * ALIGN  # says what divides it
+    """A program per block: z += g for running samples. If z is its sample's best, value keeps it. r = z + X."""
+    size = size // ALIGN * ALIGN  # tells the compiler that ALIGN divides it
     blocks = tl.cdiv(size, BLOCK)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
@@ -285,6 +289,6 @@ def advance_kernel(z, value, history, status, improved, injection, r, size,
 
 @triton.jit
 def _store_shifted(z, injection, r, here, inside):
-    """z + X, what F's first convolution reads."""
+    """Stores z + X in r, the input of F's first convolution."""
     x = tl.load(injection + here, inside, other=0.0).to(tl.float32)
     tl.store(r + here, (z + x).to(r.dtype.element_ty), inside)

@@ -1,7 +1,7 @@
 """Tiles of NHWC activations, [groups, positions, channels of a group], as the norm kernels hold them in registers.
 
-A group's channels are padded to a power of two; where they are one already, loads are contiguous vectors. Nothing here
-depends on the number of samples: a sample's sums are formed in the same order whatever its batch mates.
+A group's channels are padded to a power of two. If their number is one already, loads are contiguous vectors. Nothing
+here depends on the number of samples, so a sample's sums are formed in the same order in every batch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ..contract import RUNNING as _RUNNING
 
 RUNNING = tl.constexpr(_RUNNING)
 
-SPLIT = 8192  # elements of the split path's tiles
-REGISTERS = 65536  # of a multiprocessor
+SPLIT = 8192  # elements of a tile of the split path (norm.py)
+REGISTERS = 65536  # per multiprocessor
 
 
 class Budget(NamedTuple):
-    """What a kernel's tiles may take: elements, warps, and registers per element that a thread holds."""
+    """Limits of a kernel's tiles: elements, warps, and the registers that a thread holds per element."""
 
     elements: int
     warps: int
@@ -28,7 +28,7 @@ class Budget(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Launch configuration: the tile's sides (powers of two), how many of them make a sample, warps, and registers."""
+    """Launch configuration: the tile's sides (powers of two), tiles in a sample, warps, and registers per thread."""
 
     positions: int
     groups: int
@@ -43,9 +43,10 @@ class Tile(NamedTuple):
 
 
 def whole_tile(positions: int, channels: int, groups: int, itemsize: int, budget: Budget) -> Tile | None:
-    """All positions of a block of whole groups: at least 64 bytes a position and 4096 elements where there are as many.
+    """A tile of all positions and some whole groups. It has at least 64 bytes a position and 4096 elements, if the map
+    has as many.
 
-    None where not even one group is within the budget.
+    None if even one group exceeds the budget.
     """
     size, count = triton.next_power_of_2(channels // groups), triton.next_power_of_2(groups)
     side = triton.next_power_of_2(positions)
@@ -60,7 +61,7 @@ def whole_tile(positions: int, channels: int, groups: int, itemsize: int, budget
 
 
 def split_tile(positions: int, channels: int, groups: int, registers: int = 4) -> Tile:
-    """A run of positions with all their channels. registers: as Budget's."""
+    """A tile of consecutive positions with all their channels. registers: as in Budget."""
     size, count = triton.next_power_of_2(channels // groups), triton.next_power_of_2(groups)
     side = min(max(1, SPLIT // (count * size)), triton.next_power_of_2(positions))
     threads = _threads(side * count * size, Budget(SPLIT, 16, registers))
@@ -68,8 +69,8 @@ def split_tile(positions: int, channels: int, groups: int, registers: int = 4) -
 
 
 def _threads(elements: int, budget: Budget) -> tuple[int, int]:
-    """Warps, and the limit of a thread's registers. 16 elements a thread: with more, too few warps fit a multiprocessor
-    to hide its memory's latency. Without a limit ptxas spills registers so that more warps fit."""
+    """The number of warps, and the limit of registers per thread. A thread takes 16 elements: with more, too few warps
+    fit a multiprocessor to hide the latency of its memory. Without a limit ptxas spills registers to fit more warps."""
     warps = min(max(elements // 512, 1), budget.warps)
     threads = 32 * warps
     return warps, min(REGISTERS // threads, max(64, budget.registers * elements // threads), 255)
@@ -78,7 +79,7 @@ def _threads(elements: int, budget: Budget) -> tuple[int, int]:
 @triton.jit
 def tile_at(position, group, positions, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
             BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
-    """The tile that begins at (position, group): offsets in its sample and mask; channels [G, 1, S] and their mask."""
+    """The tile that begins at (position, group): offsets in its sample, with mask; channels [G, 1, S], with mask."""
     SIZE: tl.constexpr = CHANNELS // GROUPS
     p = position + tl.arange(0, BLOCK_P)[None, :, None]
     g = group + tl.arange(0, BLOCK_G)[:, None, None]
@@ -97,13 +98,13 @@ def groups_at(n, group, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
 
 @triton.jit
 def spread(x):
-    """Values of groups [G] beside a tile."""
+    """Values of groups, [G] → [G, 1, 1], to combine with a tile."""
     return x[:, None, None]
 
 
 @triton.jit
 def group_sums(x):
-    """[G, P, S] → [G]. One reduction: what a thread holds is added before threads meet."""
+    """[G, P, S] → [G], in one reduction: each thread adds up what it holds before threads exchange sums."""
     G: tl.constexpr = x.shape[0]
     REST: tl.constexpr = x.shape[1] * x.shape[2]
     return tl.sum(tl.reshape(x, (G, REST)), axis=1)
@@ -111,7 +112,7 @@ def group_sums(x):
 
 @triton.jit
 def group_moments(x, mask, count):
-    """Mean [G] and sum of squares about it: two passes, for a difference of large sums would cancel."""
+    """Mean [G] and sum of squares about it, in two passes: a difference of large sums would cancel."""
     mean = group_sums(tl.where(mask, x, 0.0)) / count
     centred = tl.where(mask, x - spread(mean), 0.0)
     return mean, group_sums(centred * centred)
@@ -119,13 +120,13 @@ def group_moments(x, mask, count):
 
 @triton.jit
 def normalised(x, mean, rstd):
-    """(x - mean) / σ, statistics [G]."""
+    """(x - mean) / σ, with mean and rstd = 1/σ [G]."""
     return (x - spread(mean)) * spread(rstd)
 
 
 @triton.jit
 def affine(x_hat, weight, bias, channel, real):
-    """The end of a norm. Its parameters are loaded here, late, for they would cost registers all the while."""
+    """The end of a norm. weight and bias are loaded here, late, because they would occupy registers until now."""
     return x_hat * tl.load(weight + channel, real, other=0.0) + tl.load(bias + channel, real, other=0.0)
 
 
