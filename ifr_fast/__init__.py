@@ -1,6 +1,6 @@
 """Implicit Feature Refinement: the equilibrium of one residual block in place of a tower of convolutions.
 
-See IFRHead, fixed_point and backends. `python -m ifr_fast` prints versions and backends, and tests them.
+Start with IFRHead, fixed_point and backends. `python -m ifr_fast` prints versions and backends, and tests them.
 """
 
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> str:
-        """__version__, read when asked for: from the installed package's metadata, which alone knows it."""
+        """Reads __version__, on demand, from the installed package's metadata: the version stands nowhere else."""
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import PackageNotFoundError, version

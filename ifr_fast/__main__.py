@@ -1,7 +1,7 @@
 """`python -m ifr_fast`: versions, backends, processor, threads and GPUs, then a self-test. Made for bug reports.
 
-The self-test solves a small block on every backend that is available, forward and backward, and compares with the
-specification (reference.py). Exit status 1 where a backend fails.
+The self-test solves a small block on every available backend, forward and backward, and compares the results with the
+specification (reference.py). The exit status is 1 if a backend fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 import ifr_fast
 from ifr_fast import Broyden, IFRHead, Implicit, backends, reference
 
-# Of a result's largest number. A GPU may convolve float32 in TF32; a wrong kernel is wrong by far more.
+# Largest error, relative to the largest entry of a result. A GPU may convolve float32 in TF32; a wrong kernel is wrong
+# by far more.
 TOLERANCE = 1e-2
 
 
@@ -43,13 +44,14 @@ def main() -> int:
 
 
 def _passes(name: str) -> bool:
-    """One line of the self-test. Is this backend's equilibrium, and its gradient, the specification's?"""
+    """Prints one line of the self-test. Returns whether this backend's equilibrium and gradient are the
+    specification's."""
     start = time.perf_counter()
     try:
         errors = _errors(name)
         good = max(errors) <= TOLERANCE
         words = f"errors {errors[0]:.0e} forward, {errors[1]:.0e} backward"
-    except Exception as error:  # whatever it is, the report goes on to the next backend
+    except Exception as error:  # of any kind: the report goes on to the next backend
         good, words = False, f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
     print(f"{f'test {name}':14}  {'ok' if good else 'FAILED'}, {seconds:.2f} s, {words}")
@@ -74,7 +76,7 @@ def _errors(backend: str) -> tuple[float, float]:
 
 
 def _specified(x: Tensor, grad: Tensor, params: list[Tensor], groups: int) -> tuple[Tensor, Tensor]:
-    """The equilibrium and its gradient in X by the specification."""
+    """The equilibrium and its gradient in X, computed by the specification."""
     x = x.requires_grad_()
 
     def block(z: Tensor) -> Tensor:

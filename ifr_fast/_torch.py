@@ -1,4 +1,4 @@
-"""What torch has no public name for, each with what happens in a torch that lacks the private one."""
+"""Uses of torch's private names. "Without the name: …" says what happens in a version of torch that lacks it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Classes of modules, those of which torch's are made where it still has them.
+# torch's base classes of modules where torch has them, else the public classes.
 BATCH_NORMS = getattr(
     nn.modules.batchnorm, "_BatchNorm", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 )
@@ -25,18 +25,18 @@ DROPOUTS = getattr(
 
 
 def transforms_active() -> bool:
-    """Are we inside of one of torch.func's transforms (grad, vjp, vmap, jvp, …)? Without the name: no."""
+    """Whether this code runs inside one of torch.func's transforms (grad, vjp, vmap, jvp, …). Without the name: no."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active is not None and active()
 
 
 def forward_mode_active() -> bool:
-    """Are we inside of forward_ad.dual_level or torch.func.jvp? Without the name: no."""
+    """Whether this code runs inside forward_ad.dual_level or torch.func.jvp. Without the name: no."""
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def tracing() -> bool:
-    """Does torch.jit.trace run this code?"""
+    """Whether torch.jit.trace runs this code."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]  # torch does not list it
 
 
@@ -47,12 +47,12 @@ def reference_count(x: Tensor) -> int | None:
 
 
 def version(x: Tensor) -> int | None:
-    """How often x's memory was written to in place; None where torch does not count (in inference mode)."""
+    """How often x's memory was changed in place; None where torch does not count (in inference mode)."""
     return None if x.is_inference() else getattr(x, "_version", None)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copies each source to its target; in one launch with the name."""
+    """Copies each source to its target. With the name: in one launch."""
     fused = getattr(torch, "_foreach_copy_", None)
     if fused is not None and targets:
         fused(list(targets), list(sources))
@@ -62,7 +62,7 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Do hooks run after the module's call or in its backward pass? Without the names: no."""
+    """Whether hooks run after the module's call or in its backward pass. Without the names: no."""
     names = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name, None) for name in names)
 
@@ -82,8 +82,11 @@ def _packs(dtype: torch.dtype) -> bool:
 
 
 def packed_conv2d(weight: Tensor, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """torch.conv2d with padding 1 for tensors of x's size on a CPU, by a weight packed for oneDNN, which else arranges
-    it anew in every call: at N = 1 for the price of the convolution. None without the names or the processor for it."""
+    """torch.conv2d with padding 1 for CPU tensors of x's size, with the weight packed once for oneDNN.
+
+    oneDNN repacks an unpacked weight in every call; at N = 1 that takes as long as the convolution. Returns None if
+    torch lacks the names, or if oneDNN does not serve the dtype on this processor.
+    """
     if not _packs(weight.dtype):
         return None
     unit, shape = [1, 1], [x.shape[0], weight.shape[1], *x.shape[2:]]
@@ -94,8 +97,8 @@ def packed_conv2d(weight: Tensor, x: Tensor) -> Callable[[Tensor], Tensor] | Non
 
 
 def conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """torch.conv2d with padding 1, differentiable. On a CPU in float32 the algorithm that torch chooses depends on the
-    number of samples, and with it the last bits of each; oneDNN's does not. Without the name: torch's choice."""
+    """torch.conv2d with padding 1, differentiable. For float32 on a CPU torch chooses its algorithm by the number of
+    samples, which changes the last bits of each; oneDNN's convolution does not. Without the name: torch's choice."""
     direct = getattr(torch, "mkldnn_convolution", None)
     served = x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
     traced = torch.compiler.is_compiling() or tracing()
@@ -105,7 +108,7 @@ def conv2d(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_norm(gain: Tensor, direction: Tensor) -> Tensor:
-    """gain · direction / ‖direction‖, with the norm over all dimensions but the first; in one kernel with the name."""
+    """gain · direction / ‖direction‖, the norm over all dimensions but the first. With the name: in one kernel."""
     fused = getattr(torch, "_weight_norm", None)
     if fused is not None:
         return fused(direction, gain, 0)
@@ -113,8 +116,8 @@ def weight_norm(gain: Tensor, direction: Tensor) -> Tensor:
 
 
 def in_traced_subgraph() -> bool:
-    """For code that torch.compile traces: does it stand in a region such as torch.utils.checkpoint's, in which nothing
-    outside may be assigned to? Without the names: no, and the compiler refuses the assignment itself."""
+    """While torch.compile traces: whether this code is in a region such as torch.utils.checkpoint's, where nothing
+    outside may be assigned to. Without the names: no, and the compiler refuses the assignment itself."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -124,23 +127,23 @@ def in_traced_subgraph() -> bool:
 
 
 def is_fake(x: Tensor) -> bool:
-    """Is x a FakeTensor, which has a shape and no elements? Without the name: no."""
+    """Whether x is a FakeTensor, which has a shape but no elements. Without the name: no."""
     kind = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", None)
     return kind is not None and isinstance(x, kind)
 
 
 def autocast(device: str, enabled: bool, dtype: torch.dtype | None = None) -> AbstractContextManager[Any]:
-    """torch.autocast, which knows no meta device."""
+    """torch.autocast, except on the meta device, which it does not support."""
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=enabled, dtype=dtype)
 
 
-# As torch.compiler.assume_constant_result and torch.compiler.disable mark functions; calling them would import the
-# compiler, which takes a second.
+# These are the marks that torch.compiler.assume_constant_result and torch.compiler.disable set. Calling those would
+# import the compiler, which takes a second.
 vars(in_traced_subgraph)["_dynamo_marked_constant"] = True
 
 
 def not_traced(reason: str) -> Callable[[Function], Function]:
-    """Marks a function that torch.compile is not to look into."""
+    """Marks a function that torch.compile must not trace."""
 
     def mark(function: Function) -> Function:
         vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)

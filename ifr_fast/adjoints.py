@@ -1,7 +1,8 @@
 """How gradients pass through an equilibrium H* = F(H*; X).
 
-The loss's gradient in parameters and X is wᵀ ∂F/∂(θ, X) with wᵀ = wᵀ ∂F/∂H + ∂L/∂H (Eq. 8). The adjoints differ in w:
-Implicit solves for it, JacobianFree and Shine guess it, Phantom and Unrolled backpropagate through steps instead.
+The loss's gradient in the parameters θ and in X is wᵀ ∂F/∂(θ, X), where w solves wᵀ = wᵀ ∂F/∂H + ∂L/∂H (Eq. 8).
+Implicit solves this equation for w. JacobianFree and Shine approximate w. Phantom and Unrolled backpropagate through
+steps instead.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from .kernels.contract import Kernels, is_channels_last, pick
 from .kernels.gram import matvec
 from .solvers import Broyden, Solver, Unroll, check_options
 
-LEAST_STEPS = 15  # that Implicit may take
+LEAST_STEPS = 15  # the smallest max_iter that Implicit takes by default
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What Shine needs of the forward solve: residuals (n, rows, size) and the pairs' coefficients (n, rows, rows)."""
+    """What Shine needs of the forward solve.
+
+    history (n, rows, size): the stored residuals. p, q (n, rows, rows): the coefficients of Broyden's pairs
+    (kernels/gram.py).
+    """
 
     history: Tensor
     p: Tensor
@@ -38,10 +43,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Equation:
-    """Eq. 8 for samples whose ∂L/∂H is grad (n, …).
+    """Eq. 8 for n samples.
 
-    affine: maps (w, constant, the solve's state) to wᵀ ∂F/∂H + constant. compute: the dtype of F's convolutions.
-    select: what has the map of some of the samples, given their indices, as `affine`.
+    affine: maps (w, constant, the solver's state) to wᵀ ∂F/∂H + constant. grad: ∂L/∂H (n, …). compute: the dtype of F's
+    convolutions. memory: for Shine. select: maps indices of samples to F's linearisation at those samples alone.
     """
 
     affine: Callable[[Tensor, Tensor, Any], Any]
@@ -53,8 +58,8 @@ class Equation:
 
 
 class Cotangent(NamedTuple):
-    """w (n, …), and for each sample the adjoint residual ‖wᵀ ∂F/∂H + ∂L/∂H - wᵀ‖ / ‖∂L/∂H‖ (n,), inf where nothing is
-    solved, and the steps taken (n,)."""
+    """The vector w of Eq. 8 (n, …). For each sample (n,): the adjoint residual ‖wᵀ ∂F/∂H + ∂L/∂H - wᵀ‖ / ‖∂L/∂H‖, inf
+    where no equation was solved, and the steps taken."""
 
     w: Tensor
     adjoint_residual: Tensor
@@ -63,7 +68,7 @@ class Cotangent(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What a backward pass has to do: ∂L/∂H = grad, at the equilibrium `value` of a block, for a chunk of samples."""
+    """One backward pass for a chunk of samples: a block, its equilibrium `value` (n, …) and grad = ∂L/∂H (n, …)."""
 
     block: BlockMap
     value: Tensor
@@ -72,7 +77,7 @@ class Problem:
 
 
 class Gradients(NamedTuple):
-    """In X and in each parameter; the others as Cotangent's."""
+    """The gradients in X and in each parameter; adjoint_residual and iterations as in Cotangent."""
 
     x: Tensor
     params: list[Tensor]
@@ -82,35 +87,35 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Adjoint:
-    """Base of the adjoints."""
+    """Base class of the adjoints."""
 
-    through: ClassVar[bool] = False  # does autograd see every step of the forward solve?
-    reuses: ClassVar[bool] = False  # does it need the forward solve's Memory?
-    solves: ClassVar[bool] = False  # does it solve Eq. 8?
+    through: ClassVar[bool] = False  # whether autograd records the forward solve
+    reuses: ClassVar[bool] = False  # whether the adjoint needs the forward solve's Memory
+    solves: ClassVar[bool] = False  # whether the adjoint solves Eq. 8
 
     @property
     def backward_solver(self) -> Solver:
-        """The solver of the adjoint's equation, and what bounds the workspace of the backward pass."""
+        """The solver of Eq. 8. Its workspace also bounds the memory of the backward pass."""
         return Broyden()
 
     @property
     def linearisations(self) -> int:
-        """Linearisations of F that a backward pass holds at a time."""
+        """How many linearisations of F a backward pass holds at the same time."""
         return 1
 
     def check(self, solver: Solver | Unroll) -> None:
-        """ValueError where the forward solver leaves nothing that the adjoint can work on."""
+        """Raises ValueError if this forward solver leaves nothing that the adjoint can work on."""
 
     def fitted(self, solver: Solver, compute: torch.dtype) -> Adjoint:
-        """The adjoint with what it takes from the forward solver filled in."""
+        """This adjoint with its unset options taken from the forward solver of an F that computes in `compute`."""
         return self
 
     def end(self, f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        """What autograd is to see of f at its equilibrium z."""
+        """The value that autograd differentiates, computed from f and its equilibrium z."""
         return f(z)
 
     def cotangent(self, equation: Equation) -> Cotangent:
-        """The w that `end` is multiplied by."""
+        """The vector w with which to backpropagate through the result of `end`."""
         return _unsolved(equation.grad)
 
     def backward(self, problem: Problem) -> Gradients:
@@ -124,14 +129,16 @@ class Adjoint:
 @choice
 @dataclass(frozen=True)
 class Implicit(Adjoint):
-    """Solves Eq. 8, from w⁰ = 0, by Broyden's method or by another `solver`.
+    """Solves Eq. 8 from w⁰ = 0, by Broyden's method or by another `solver`.
 
     Args:
-        max_iter, rtol, history_dtype, workspace: of Broyden's method, as solvers.Solver's. What is None follows the
-            forward solve: max_iter is its, and at least 15; rtol is its where that is tighter than the default.
-        solver: instead of these four a solver of its own, as IFRHead's; an rtol of None follows the forward solve.
+        max_iter, rtol, history_dtype, workspace: options of Broyden's method, as for solvers.Solver. max_iter=None
+            means the forward solver's max_iter, but at least 15. rtol=None means the forward solver's rtol if it is
+            positive and tighter than the default, else the default.
+        solver: a solver in place of these four options, given as for IFRHead. rtol=None has the same meaning there.
 
-    Where F does not contract, no w may be better than w = 0. Such a sample takes JacobianFree's w instead.
+    Where F does not contract, the solver may find no w better than w = 0. Such a sample takes JacobianFree's w instead.
+    Raises ValueError for options that do not fit, or that are given beside `solver`.
     """
 
     solves: ClassVar[bool] = True
@@ -158,19 +165,20 @@ class Implicit(Adjoint):
         return Broyden(steps, self.rtol, self.history_dtype, self.workspace)
 
     def fitted(self, solver: Solver, compute: torch.dtype) -> Implicit:
-        """The same with max_iter and rtol of its own, after a forward solve of an F that computes in `compute`."""
+        """The same adjoint with max_iter and rtol set, for a forward solve of an F that computes in `compute`."""
         own = self.backward_solver
         if self.solver is None and self.max_iter is None:
             own = replace(own, max_iter=max(LEAST_STEPS, solver.max_iter))
         if own.rtol is None:
             default, _ = own.resolve(compute).resolved()
             asked, _ = solver.resolve(compute).resolved()
-            own = replace(own, rtol=min(default, asked or default))  # 0 is no tolerance: all steps were asked for
+            own = replace(own, rtol=min(default, asked or default))  # rtol=0 asks for all steps: no tolerance
         return Implicit(solver=own)
 
     def cotangent(self, equation: Equation) -> Cotangent:
-        # The equation is linear: with every sample's gradient scaled to 1, squares neither underflow nor overflow. One
-        # that is not finite passes unsolved, for loss scaling to see; of zero the solution is zero.
+        # The equation is linear, so each sample's gradient is scaled to a largest entry of 1: squares then neither
+        # underflow nor overflow. A gradient that is not finite is returned unsolved, for loss scaling to see. For a
+        # zero gradient the solution is zero.
         grad = equation.grad
         scale = largest(grad).view(-1, *[1] * (grad.dim() - 1))
         solvable = scale.isfinite() & (scale > 0)
@@ -180,7 +188,7 @@ class Implicit(Adjoint):
             linearised, constant = select(index), pick(scaled, index)
             return lambda w, state: linearised.affine(w, constant, state)
 
-        # At w⁰ = 0 the map's value is the right-hand side itself: one product with the Jacobian saved.
+        # At w⁰ = 0 the map gives the right-hand side. Passing it as `first` saves one product with the Jacobian.
         state = solve(
             lambda w, state: equation.affine(w, scaled, state),
             torch.zeros_like(grad),
@@ -191,7 +199,8 @@ class Implicit(Adjoint):
             affine=True,
             select=equation.select and partial(selected, equation.select),
         )
-        # w = 0 leaves all of the right-hand side, and would teach the block nothing; w¹ is the right-hand side.
+        # At an adjoint residual of 1, w is no better than w = 0, from which the block would learn nothing. Such a
+        # sample takes w¹, which is the right-hand side.
         solved = state.residual < 1
         w = torch.where(solved.view(scale.shape), state.value, scaled)
         adjoint_residual = torch.where(solved, state.residual, state.trace[1])
@@ -201,15 +210,15 @@ class Implicit(Adjoint):
 @choice
 @dataclass(frozen=True)
 class JacobianFree(Adjoint):
-    """w = ∂L/∂H: one product with the Jacobian in all (Fung et al., 2022)."""
+    """Uses w = ∂L/∂H. This costs one product with the Jacobian in all (Fung et al., 2022)."""
 
 
 @choice
 @dataclass(frozen=True)
 class Shine(Adjoint):
-    """w by the forward solve's own inverse Jacobian (Ramzi et al., 2022): F is evaluated no extra time.
+    """Computes w by the forward solve's own inverse Jacobian (Ramzi et al., 2022), without further evaluations of F.
 
-    Needs a Broyden solver, and keeps its residuals for all samples until the backward pass.
+    Needs a Broyden solver (ValueError otherwise). Its residuals stay in memory for all samples until the backward pass.
     """
 
     reuses: ClassVar[bool] = True
@@ -219,9 +228,10 @@ class Shine(Adjoint):
             raise ValueError(f"adjoint=Shine() reuses Broyden's inverse Jacobian; solver={solver!r} has none")
 
     def cotangent(self, equation: Equation) -> Cotangent:
-        # (I - ∂F/∂H)ᵀ w = grad and J⁻¹ = -I + U Vᵀ of J = ∂F/∂H - I: w = grad - V Uᵀ grad, U = G Pᵀ, V = G Qᵀ.
-        # Coefficients of rows that were never filled are zero, but what stands there may not be finite.
-        # The pairs' coefficients grow with the inverse square of the residuals: products are of the algebra's dtype.
+        # With J = ∂F/∂H - I, Eq. 8 reads -Jᵀ w = grad. Broyden's J⁻¹ = -I + U Vᵀ gives w = grad - V Uᵀ grad, where U =
+        # G Pᵀ and V = G Qᵀ. Rows of the history that were never written have zero coefficients, but may hold values
+        # that are not finite. The pairs' coefficients grow with the inverse square of the residuals, so products are
+        # taken in the dtype of p and q.
         grad, memory = equation.grad, equation.memory
         if memory is None:
             raise ValueError("Shine needs the forward solve's memory: the solve kept none")
@@ -239,8 +249,8 @@ class Shine(Adjoint):
 @choice
 @dataclass(frozen=True)
 class Phantom(Adjoint):
-    """Backpropagation through `steps` damped iterations z ← (1 - damping) z + damping F(z) from the equilibrium (Geng
-    et al., 2021). The forward value stays the solver's."""
+    """Backpropagates through `steps` damped iterations z ← (1 - damping) z + damping F(z) from the equilibrium (Geng et
+    al., 2021). The forward value stays the solver's. Raises ValueError unless steps ≥ 1 and 0 < damping ≤ 1."""
 
     steps: int = 5
     damping: float = 0.5
@@ -278,21 +288,21 @@ class Phantom(Adjoint):
 @choice
 @dataclass(frozen=True)
 class Unrolled(Adjoint):
-    """Plain backpropagation through every step of the solve; memory grows with the steps.
+    """Backpropagates through every step of the solve; memory grows with the steps.
 
-    A sample that its z⁰ solves already takes no step, and so gets no gradient: start from elsewhere, or use Implicit.
+    A sample whose z⁰ is already a solution takes no step and gets no gradient: start elsewhere, or use Implicit.
     """
 
     through: ClassVar[bool] = True
 
 
 def _unsolved(w: Tensor) -> Cotangent:
-    """w, which solves no equation."""
+    """w as the result of an adjoint that solves no equation."""
     return Cotangent(w, w.new_full((len(w),), torch.inf), w.new_zeros(len(w), dtype=torch.int64))
 
 
 def _flatten(x: Tensor) -> Tensor:
-    """(n, …) as (n, size) in the order of its memory, as the history's rows are."""
+    """(n, …) → (n, size) in the order of its memory, like the history's rows."""
     return (x.permute(0, 2, 3, 1) if is_channels_last(x) else x).reshape(len(x), math.prod(x.shape[1:]))
 
 

@@ -1,7 +1,7 @@
-"""What people do to a block's modules, and whether its parameters still say all that F is.
+"""Finds out whether a block's modules were changed so that its parameters no longer describe all of F.
 
-The kernels read parameters and call no module. What works through a module's call (adapters, fake quantisation, hooks,
-another convolution) would be ignored: such a block is evaluated by calling its modules (ResidualBlock.forward).
+The kernels read parameters and call no module, so they would ignore what works through a module's call (adapters, fake
+quantisation, hooks, another convolution). Such a block is evaluated by calling its modules (ResidualBlock.forward).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from ._torch import BATCH_NORMS, DROPOUTS, has_hooks, pre_hooks
 
 logger = logging.getLogger("ifr_fast")
 
-# Hooks that do no more than make a parameter from others before a call: they can be run without one.
+# Hooks that only compute a parameter from others before a call. They can be run without the call.
 WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
-# What a call runs, as torch made it. Tools such as torch.export exchange nn.Module's __call__ for a while.
+# The methods that a call runs, as torch defines them. nn.Module.__call__ is not stored here: tools such as torch.export
+# replace it for a while.
 METHODS: dict[type[nn.Module], dict[str, object]] = {
     nn.Conv2d: {"forward": nn.Conv2d.forward, "_conv_forward": getattr(nn.Conv2d, "_conv_forward", None)},
     nn.GroupNorm: {"forward": nn.GroupNorm.forward},
@@ -33,8 +34,8 @@ CONVOLUTION: dict[str, object] = {
 
 
 def altered_module(module: nn.Module, made: type[nn.Module], options: dict[str, object]) -> str:
-    """Why this module must be called, in words; "" where it computes as a `made` with these attributes does, from its
-    (possibly parametrised) parameters."""
+    """Why this module must be called, in words; "" if its (possibly parametrised) parameters suffice: then it computes
+    what a module of class `made` with the attributes `options` computes."""
     kind = type(module)
     methods = METHODS[made]
     own = any(getattr(kind, name, None) is not method for name, method in methods.items())
@@ -54,7 +55,7 @@ def altered_module(module: nn.Module, made: type[nn.Module], options: dict[str, 
 
 
 def called_hooks(module: nn.Module) -> str:
-    """The module's hooks that work through its call, in words; "" where it has none."""
+    """Which hooks of the module work through its call, in words; "" if none does."""
     if has_hooks(module):
         return "has hooks"
     if all(isinstance(hook, WEIGHT_HOOKS) for hook in pre_hooks(module)):
@@ -63,18 +64,18 @@ def called_hooks(module: nn.Module) -> str:
 
 
 def update_weights(*modules: nn.Module) -> None:
-    """Runs the hooks that make the parameters which these modules' calls would read."""
+    """Runs the hooks that compute the parameters which these modules' calls would read."""
     for module in modules:
         for hook in pre_hooks(module):
             hook(module, ())
 
 
 def check_map(block: nn.Module) -> None:
-    """ValueError where F cannot be evaluated as often as each solve needs: dropout makes it another map every time,
-    batch statistics let samples see each other, and a sharded module waits for other processes.
+    """Raises ValueError if F cannot be evaluated as often as each solve needs. Dropout makes it another map every time,
+    batch statistics make samples depend on each other, and a sharded module waits for other processes.
 
-    A module that changes slowly from call to call (an observer's range, old spectral norm's power iteration) is let be:
-    the solve follows it.
+    A module that changes slowly from call to call is allowed (an observer's range, the power iteration of torch's old
+    spectral norm): the solve follows it.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for name, module in block.named_modules(prefix="block"):

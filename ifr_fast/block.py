@@ -23,22 +23,25 @@ from .weight_norm import adopted, is_torchs, normalised
 class ResidualBlock(nn.Module):
     """The weight-tied residual block F(z; X) of Implicit Feature Refinement.
 
-    With R = z + X and Y = GN2(conv2(ReLU(GN1(conv1(R))))), 3×3 convolutions without bias, C → mid_channels → C:
-    form="released" (the authors' code, the form that converges) is GN3(ReLU(Y + R)); "plain" (Table 8) GN3(ReLU(Y));
-    "paper" (Eq. 5) Y + R, which in general has no equilibrium: it is there for the ablation.
+    Let R = z + X and Y = GN2(conv2(ReLU(GN1(conv1(R))))). The 3×3 convolutions have no bias and map C → mid_channels →
+    C. form="released" is GN3(ReLU(Y + R)), the authors' code and the form that converges. form="plain" is GN3(ReLU(Y))
+    (Table 8). form="paper" is Y + R (Eq. 5). It has no equilibrium in general and serves the ablation only.
 
     Args:
-        channels: C. groups: of every GroupNorm; divides channels and mid_channels. mid_channels: None means channels.
+        channels: C. mid_channels: None means channels. groups: of every GroupNorm; must divide channels and
+            mid_channels.
         weight_norm: reparametrise both convolutions by torch's weight normalisation (dim 0).
         post_gain: initial weight of GN3. Below 1 the block contracts more strongly and the solver converges in fewer
             steps; 1 gave the better masks.
+        backend: as for IFRHead.
 
-    Convolutions start as in Mask R-CNN (He et al.'s normal, fan out). With weight_norm their `weight` is computed:
-    `init.normal_(conv.weight)` changes a copy, so assign (`conv.weight = tensor`), or initialise
-    `conv.parametrizations.weight.original1`, or build with weight_norm=False.
+    Convolutions are initialised as in Mask R-CNN (He et al.'s normal distribution, fan out). With weight_norm their
+    `weight` is computed from other parameters, so `init.normal_(conv.weight)` changes a copy. Assign instead
+    (`conv.weight = tensor`), initialise `conv.parametrizations.weight.original1`, or build with weight_norm=False.
 
-    The parameters are read and the modules not called, unless one was exchanged, adapted or hooked (`altered`): then F
-    calls them, several times slower. Raises ValueError for arguments that do not fit.
+    The kernels read the parameters and do not call the modules. If a module was exchanged, adapted or hooked
+    (`altered`), F calls the modules instead, which is several times slower. Raises ValueError for arguments that do not
+    fit.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class ResidualBlock(nn.Module):
                 normalised(conv)
 
     def altered(self) -> str:
-        """Why F must call the block's modules, in words; "" where their parameters are all that F depends on."""
+        """Why F must call the block's modules, in words; "" if F depends on nothing but their parameters."""
         if why := called_hooks(self):
             return f"the block {why}"
         if type(self).forward is not ResidualBlock.forward or "forward" in self.__dict__:
@@ -104,13 +107,13 @@ class ResidualBlock(nn.Module):
         return ""
 
     def tensors(self) -> list[Tensor]:
-        """What F is evaluated with, in reference.residual_block's order; the convolutions' effective weights."""
+        """F's parameters in reference.residual_block's order, with the convolutions' effective weights."""
         update_weights(*self.children())
         norms = [[n.weight, n.bias] for n in (self.gn1, self.gn2, *([self.gn3] if self.form != "paper" else []))]
         return [self.conv1.weight, *norms[0], self.conv2.weight, *(t for norm in norms[1:] for t in norm)]
 
     def tensors_for(self, x: Tensor) -> list[Tensor]:
-        """tensors(); ValueError that names one whose shape, dtype or device does not fit the block and x."""
+        """tensors(). Raises ValueError that names one whose shape, dtype or device does not fit the block and x."""
         tensors = self.tensors()
         inside, outside = (self.mid_channels,), (self.channels,)
         shapes = [(*inside, *outside, 3, 3), inside, inside, (*outside, *inside, 3, 3), *[outside] * 4]
@@ -124,12 +127,13 @@ class ResidualBlock(nn.Module):
         return tensors
 
     def forward(self, z: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """F(z; X) for z, x of shape (N, C, H, W); z's dtype. Differentiable in z, x and the parameters.
+        """F(z; X) for z and x of shape (N, C, H, W), in z's dtype. Differentiable in z, x and the parameters.
 
-        dtype: what the convolutions compute in, None for compute_dtype(x).
+        dtype: what the convolutions compute in; None means compute_dtype(x). Raises ValueError if a parameter does not
+        fit.
         """
         dtype = dtype or compute_dtype(x)
-        # torch.func's transforms and forward mode do not reach into ops; ONNX does not know them.
+        # torch.func's transforms and forward mode do not see inside our ops; ONNX does not know them.
         if self.altered() or transforms_active() or forward_mode_active() or torch.onnx.is_in_onnx_export():
             return self._by_calls(z, x, dtype)
         affine = wide(dtype)
@@ -145,12 +149,12 @@ class ResidualBlock(nn.Module):
         return out.to(z.dtype)
 
     def own_dtype(self, default: torch.dtype) -> torch.dtype:
-        """The parameters' dtype: of GN1's weight, else of the first that is floating; default where there is none."""
+        """The parameters' dtype: that of GN1's weight, else of the first floating tensor; default if there is none."""
         tensors = [getattr(self.gn1, "weight", None), *self.parameters(), *self.buffers()]
         return next((t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), default)
 
     def _by_calls(self, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """F by the modules' calls, under autocast where their parameters are not in a 16-bit `dtype` themselves."""
+        """F by the modules' calls, under autocast if `dtype` has 16 bits and their parameters another dtype."""
         own = self.own_dtype(dtype)
         narrow = dtype.itemsize == 2 and own != dtype
         with autocast(x.device.type, narrow, dtype if narrow else None):
@@ -164,7 +168,7 @@ class ResidualBlock(nn.Module):
             return (y if self.form == "paper" else self.gn3(F.relu(y))).to(z.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Torch pickles no module that its own weight_norm has parametrised.
+        # Torch cannot pickle a module that its own weight_norm has parametrised.
         modules = {name: adopted(m) if is_torchs(m) else m for name, m in self.named_children()}
         return {**self.__dict__, "_modules": modules}
 
@@ -173,7 +177,7 @@ class ResidualBlock(nn.Module):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What the convolutions compute in: autocast's dtype where it is on, else x's; float32 for float16 on a CPU."""
+    """The convolutions' dtype: autocast's if on (float64 ignores it), else x's; on a CPU float32 instead of float16."""
     device, dtype = x.device.type, x.dtype
     if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

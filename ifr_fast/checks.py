@@ -1,4 +1,4 @@
-"""What users may pass: errors that name the argument, what came and what was expected."""
+"""Checks of users' arguments. Each error names the argument, what was given and what was expected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._torch import forward_mode_active, transforms_active
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of inputs
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that inputs may have
 
 
 def check_int(owner: str, name: str, value: Any, minimum: int) -> None:
@@ -19,7 +19,7 @@ def check_int(owner: str, name: str, value: Any, minimum: int) -> None:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """ValueError unless value is a tensor of one of DTYPES."""
+    """Raises ValueError unless value is a dense tensor of one of DTYPES."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} is {value!r}: expected a tensor")
     if value.layout is not torch.strided:
@@ -41,7 +41,7 @@ def check_rtol(owner: str, value: Any) -> None:
 
 
 def refuse_forward_mode(who: str) -> None:
-    """NotImplementedError in forward mode, where an equilibrium would pass for a constant."""
+    """Raises NotImplementedError in forward mode, which would treat an equilibrium as a constant."""
     if forward_mode_active():
         raise NotImplementedError(
             f"{who} has no forward-mode derivatives (jvp, jacfwd, dual numbers): an unroll has (solver=Unroll(…))"
@@ -49,7 +49,7 @@ def refuse_forward_mode(who: str) -> None:
 
 
 def refuse_transforms(who: str) -> None:
-    """NotImplementedError inside of any of torch.func's transforms and in forward mode."""
+    """Raises NotImplementedError inside any of torch.func's transforms and in forward mode."""
     refuse_forward_mode(who)
     if transforms_active():
         raise NotImplementedError(
@@ -59,8 +59,8 @@ def refuse_transforms(who: str) -> None:
 
 
 def check_devices(x: Tensor, others: Sequence[Tensor]) -> None:
-    """ValueError where a tensor is not on x's device. An op with any argument on the meta device runs its fake, whose
-    results are uninitialised memory on the devices of the others."""
+    """Raises ValueError if a tensor is not on x's device. If any argument is on the meta device, torch runs the op's
+    fake implementation: results on the other devices would be uninitialised memory."""
     for tensor in others:
         if tensor.device != x.device:
             raise ValueError(f"got tensors on {tensor.device} and {x.device}: expected all on one device")

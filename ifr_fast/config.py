@@ -1,4 +1,4 @@
-"""Solvers and adjoints as objects, as names and dicts (of configuration files), and as JSON (for registered ops)."""
+"""Solvers and adjoints from names and dicts (as in configuration files), and to and from JSON (for registered ops)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _CHOICES: dict[str, type[Any]] = {}
 
 
 def choice(cls: type[T]) -> type[T]:
-    """Makes a frozen dataclass known by its name, in any case."""
+    """Registers a frozen dataclass under its name, which users may write in any case."""
     _CHOICES[cls.__name__.lower()] = cls
     return cls
 
 
 def build(spec: Any, base: type[T] | tuple[type[Any], ...], argument: str) -> Any:
-    """The object that `spec` means: itself, a name, or dict(type=name, …). ValueError where it means none."""
+    """The object that `spec` means: itself, a name, or dict(type=name, …). Raises ValueError for anything else."""
     if isinstance(spec, base):
         return spec
     names = [c.__name__ for c in _CHOICES.values() if issubclass(c, base)]
@@ -38,7 +38,7 @@ def build(spec: Any, base: type[T] | tuple[type[Any], ...], argument: str) -> An
 
 
 def encode(obj: Any) -> dict[str, Any]:
-    """The dict, of what JSON knows, that decode() turns back into an equal object."""
+    """The options of obj as a dict of values that JSON knows. decode() turns it back into an equal object."""
     fields = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj)}
     return {"type": type(obj).__name__, **{name: _plain(value) for name, value in fields.items()}}
 

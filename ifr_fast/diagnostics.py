@@ -1,4 +1,4 @@
-"""What a solve is worth: spectral radius, the adjoint's residual, the effective receptive field.
+"""Diagnostics of a head: spectral radius, adjoint residual, effective receptive field.
 
 The convergence trace is part of every Solution (head.last_solution.trace).
 """
@@ -20,11 +20,14 @@ from .solvers import Solver
 
 
 def spectral_radius(head: IFRHead, x: Tensor, *, iterations: int = 100) -> Tensor:
-    """The spectral radius of ∂F/∂z at head's equilibrium for x, per sample: below 1 the plain iteration contracts
-    there, and the smaller it is, the fewer steps a solver takes (Sec. 3.5 of the paper).
+    """The spectral radius of ∂F/∂z at head's equilibrium for x, per sample. Below 1 the plain iteration contracts
+    there. The smaller it is, the fewer steps a solver takes (Sec. 3.5 of the paper).
 
-    x: (N, C, H, W). Power iteration on products with the transposed Jacobian; the growth is averaged over the last half
-    of the iterations, because a complex leading pair makes single steps oscillate. Returns (N,), float32 or float64.
+    x: (N, C, H, W). iterations: of the power iteration on products with the transposed Jacobian. Growth is averaged
+    over their last half, because a complex leading pair of eigenvalues makes single steps oscillate.
+
+    Returns (N,), float64 if F computes in float64, else float32. Raises ValueError if iterations < 2, if head.solver is
+    an Unroll, or if x does not fit.
     """
     check_int("spectral_radius", "iterations", iterations, 2)
     with torch.no_grad(), torch.cuda.device_of(x):
@@ -42,7 +45,7 @@ def spectral_radius(head: IFRHead, x: Tensor, *, iterations: int = 100) -> Tenso
 
 
 def _vjp(head: IFRHead, x: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
-    """Products with the transpose of ∂F/∂z at z."""
+    """Products with the transpose of ∂F/∂z at z, by the kernels."""
     block, dtype = head.block, compute_dtype(x)
     kernels = choose.kernels(block.backend, x.device.type, dtype)
     x, z = (staged(t, wide(dtype), kernels) for t in (x, z))
@@ -57,10 +60,10 @@ def _vjp_by_calls(head: IFRHead, x: Tensor, z: Tensor) -> Callable[[Tensor], Ten
 
 
 def adjoint_residual(head: IFRHead, x: Tensor, grad: Tensor) -> Tensor:
-    """How well the gradient's own equation is solved for head at x, given ∂L/∂H = grad: Eq. 8's residual in proportion
-    to ‖grad‖, per sample (N,); inf for adjoints that solve no equation.
+    """How well Eq. 8 is solved for head at x, given ∂L/∂H = grad: ‖wᵀ ∂F/∂H + ∂L/∂H - wᵀ‖ / ‖∂L/∂H‖ of each sample.
 
-    Raises ValueError where the head does not solve (Unroll).
+    x, grad: (N, C, H, W). Returns (N,), float32 or float64; inf for adjoints that solve no equation. Raises ValueError
+    if head.solver is an Unroll.
     """
     if not isinstance(head.solver, Solver):
         raise ValueError(f"head.solver={head.solver}: an unroll has no adjoint equation")
@@ -83,10 +86,11 @@ def adjoint_residual(head: IFRHead, x: Tensor, grad: Tensor) -> Tensor:
 
 
 def effective_receptive_field(module: nn.Module, x: Tensor) -> Tensor:
-    """Where the centre of module's output looks: the magnitude of its gradient in the input, (H, W), summing to 1.
+    """The effective receptive field of the centre of module's output (Luo et al., 2016). (H, W), x's dtype; its sum is
+    1.
 
-    module: maps (N, C, H, W) to the same shape. The gradient of the centre's random channel mixture, |·| averaged over
-    samples and channels (Luo et al., 2016).
+    module: maps (N, C, H, W) to the same shape. x: (N, C, H, W). A random mixture of the centre's channels is
+    differentiated in x. The gradient's magnitude is averaged over samples and channels.
     """
     x = x.detach().requires_grad_()
     centre = module(x)[:, :, x.shape[2] // 2, x.shape[3] // 2]

@@ -33,22 +33,26 @@ def fixed_point(
     adjoint: Adjoint | str | Mapping[str, Any] = Implicit(),  # noqa: B008
     backend: str = "auto",
 ) -> tuple[Tensor, Solution | None]:
-    """z* = f(z*, *params), sample by sample, from z0.
+    """Solves z* = f(z*, *params) for each sample, starting from z0.
 
     Args:
-        f: maps (z, *params), z of z0's shape (N, …), dtype and layout, to the same shape. Samples (the first
-            dimension) must not see each other. It is called with the whole batch: the history takes max_iter·z0's size.
-            It may keep the z that it is given, but not change it.
-        params: tensors handed to f. Gradients reach them, and whatever else f closes over (a module's parameters,
-            say), whether named here or not. z0 gets none: the equilibrium does not depend on it.
-        solver, adjoint, backend: as IFRHead's. An Unroll applies f `steps` times under autograd; its Solution is None.
+        f: maps (z, *params) to a tensor of z's shape and device, of any floating dtype. z has z0's shape (N, …), dtype
+            and layout. Samples (the first dimension) must not depend on each other. f is called with the whole batch,
+            so the history takes max_iter times z0's size. f may keep the z that it is given, but must not change it.
+        z0: (N, …), float64, float32, bfloat16 or float16. It gets no gradient: the equilibrium does not depend on it.
+        params: tensors passed to f. Gradients reach them, and whatever else f closes over (a module's parameters, say),
+            whether named here or not.
+        solver, adjoint, backend: as for IFRHead. An Unroll applies f `steps` times under autograd; its Solution is
+            None.
 
-    Returns z* (the best iterate, of z0's dtype and layout, differentiable once: create_graph=True raises RuntimeError)
-    and the Solution, whose value may share memory with z*. A backward pass fills the Solution's `adjoint`, and on a CPU
-    warns where Implicit missed its tolerance. Under torch.utils.checkpoint the backward pass evaluates f as often as
-    the forward pass, and once more where adjoint is Implicit, beside that adjoint's own products. On a GPU f's argument
-    and result are scaled to the size of 1 and back, two sweeps an evaluation.
-    ValueError for arguments that do not fit; NotImplementedError under torch.func's transforms and forward mode.
+    Returns z*, the best iterate in z0's dtype and layout, and the Solution, whose value may share memory with z*. z* is
+    differentiable once. A backward pass fills the Solution's `adjoint`, and on a CPU warns if Implicit missed its
+    tolerance. Under torch.utils.checkpoint the backward pass evaluates f as often as the forward pass, once more if
+    adjoint is Implicit, and takes that adjoint's own products. On a GPU f's argument and result are scaled to about 1
+    and back, two sweeps per evaluation.
+
+    Raises ValueError for arguments that do not fit, NotImplementedError under torch.func's transforms and in forward
+    mode (except for Unroll and Unrolled), and RuntimeError if a backward pass uses create_graph=True.
     """
     method: Solver | Unroll = build(solver, (Solver, Unroll), "solver")
     gradient: Adjoint = build(adjoint, Adjoint, "adjoint")
@@ -63,7 +67,7 @@ def fixed_point(
     gradient.check(method)
     z0 = z0.detach()
     if z0.is_inference() and not torch.is_inference_mode_enabled():
-        z0 = z0.clone()  # autograd may save it
+        z0 = z0.clone()  # autograd cannot save inference tensors
     f = _CheckedMap(f, params, z0)
     if isinstance(method, Unroll):
         z = z0
@@ -86,13 +90,14 @@ def fixed_point(
     solved = replace(solution(state), value=value, adjoint=adjoint_residual)
     if not torch.is_grad_enabled():
         return value.to(z0.dtype), solved
-    # The one evaluation that the graph keeps: from it gradients go on to the parameters.
+    # The only evaluation that the graph keeps: through it gradients reach the parameters.
     leaf = value.detach().requires_grad_(gradient.solves)
     end = gradient.end(f, leaf)
     if not _depends_on_more(end, leaf):
         return value.to(z0.dtype), solved
     memory = Memory(state.history, state.p, state.q) if gradient.reuses else None
-    # Checkpointing's hooks would repeat the forward pass for every product: those are taken of an evaluation beside.
+    # Checkpointing's hooks would repeat the forward pass for every product with the Jacobian. So the products use a
+    # separate evaluation.
     beside = gradient.solves and _tensors_are_saved_by_hooks()
 
     def cotangent(grad: Tensor) -> Tensor:
@@ -117,8 +122,8 @@ def fixed_point(
 
 
 class _CheckedMap:
-    """f with its params, at z of any floating dtype: called in z0's dtype, under the caller's autocast, also from a
-    backward pass; its result is checked and in the dtype of the iterates."""
+    """f with its params, for z of any floating dtype. f is called in z0's dtype and under the caller's autocast, also
+    in a backward pass. Its result is checked and converted to the iterates' dtype."""
 
     def __init__(self, f: Callable[..., Tensor], params: Sequence[Tensor], z0: Tensor) -> None:
         self.f, self.params, self.dtype = f, params, z0.dtype
@@ -148,21 +153,21 @@ class _CheckedMap:
         return out.to(wide(self.dtype))
 
     def on_buffer(self, z: Tensor) -> Tensor:
-        """f(z) for a z that the solver will overwrite: where f keeps it, or a view of it, z moves to new memory."""
+        """f(z) for a z that the solver will overwrite. If f keeps z, or a view of it, z moves to new memory."""
         if z.dtype != self.dtype:
             return self(z)
         before = reference_count(z)
         out = self(z.detach())
         if before is None or reference_count(z) != before:
-            z.set_(z.clone())  # type: ignore[call-overload]  # of a tensor: not in torch's stubs
+            z.set_(z.clone())  # type: ignore[call-overload]  # torch's stubs lack set_(tensor)
         return out
 
 
 def _solve(f: _CheckedMap, z: Tensor, solver: Solver, kernels: Kernels) -> tuple[State, Tensor]:
-    """The solver's state and the best iterate, like z, which is overwritten."""
+    """The solver's state, and the best iterate in z's layout. z is overwritten."""
     scale: Tensor | None = None
     first: Tensor | None = None
-    # Squares may over- or underflow where they are summed in the dtype of the iterates.
+    # Squares may overflow or underflow if they are summed in the iterates' own dtype.
     if z.dtype == torch.float64 or z.device.type != "cpu":
         first = f.on_buffer(z)
         scale = unit_scale(first, z).view(-1, *[1] * (z.dim() - 1))
@@ -178,16 +183,16 @@ def _solve(f: _CheckedMap, z: Tensor, solver: Solver, kernels: Kernels) -> tuple
 
 
 def _tensors_are_saved_by_hooks() -> bool:
-    """Is checkpointing, or another hook on what autograd saves, on?"""
+    """Whether checkpointing, or another hook on the tensors that autograd saves, is active."""
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(""):  # raises where there are some
+        with torch.autograd.graph.disable_saved_tensors_hooks(""):  # raises if there are hooks
             return False
     except RuntimeError:
         return True
 
 
 def _warn_unsolved(residual: Tensor, rtol: float) -> None:
-    """The same words every time: Python shows them once."""
+    """Warns on a CPU if an adjoint residual exceeds rtol. The text never changes, so Python shows it once."""
     if residual.device.type == "cpu" and rtol > 0 and bool((residual > rtol).any()):
         warnings.warn(
             "fixed_point: a gradient's own equation (Eq. 8) was not solved to the adjoint's rtol, so the gradient is "
@@ -198,7 +203,8 @@ def _warn_unsolved(residual: Tensor, rtol: float) -> None:
 
 
 class _Attach(torch.autograd.Function):
-    """The equilibrium's value on the graph of f at the equilibrium; turns ∂L/∂z* into the w that f's graph takes."""
+    """Puts the equilibrium's value on the graph of f at the equilibrium. Its backward pass turns ∂L/∂z* into the w with
+    which f's graph is backpropagated."""
 
     @staticmethod
     def forward(ctx: Any, end: Tensor, value: Tensor, cotangent: Callable[[Tensor], Tensor]) -> Tensor:
@@ -207,14 +213,14 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled():  # f's graph would take w for a constant, and second derivatives be wrong
+        if torch.is_grad_enabled():  # f's graph would treat w as a constant: wrong second derivatives
             raise RuntimeError("fixed_point is differentiable once: create_graph=True has no meaning for it")
         with torch.cuda.device_of(grad):
             return ctx.cotangent(grad), None, None
 
 
 def _depends_on_more(end: Tensor, leaf: Tensor) -> bool:
-    """Does anything that requires a gradient, beside leaf, lead to end?"""
+    """Whether end depends on a tensor that requires a gradient, other than leaf."""
     if not leaf.requires_grad or (end.is_leaf and end is not leaf):
         return end.requires_grad
     own = torch.autograd.graph.get_gradient_edge(leaf).node

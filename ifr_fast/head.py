@@ -28,27 +28,31 @@ from .solvers import Broyden, Solver, Unroll
 class IFRHead(nn.Module):
     """Implicit Feature Refinement: H* = F(H*; X), the equilibrium of one weight-tied residual block (Ma et al., 2021).
 
-    Stands where a detector's head has its stack of 3×3 convolutions: (N, C, H, W) in, the same shape, dtype and memory
-    format out. float64, float32, bfloat16 or float16; N = 0 works. Under autocast the block computes in its dtype.
+    Replaces the stack of 3×3 convolutions in a detector's head. Takes (N, C, H, W) in float64, float32, bfloat16 or
+    float16 and gives the same shape, dtype and memory format. N = 0 works. Under autocast the block computes in
+    autocast's dtype.
 
     Args:
-        channels, form, groups, mid_channels, weight_norm, post_gain: as ResidualBlock's, whose docstring says how to
-            initialise the convolutions anew.
+        channels, form, groups, mid_channels, weight_norm, post_gain: as for ResidualBlock, whose docstring also says
+            how to initialise the convolutions.
         solver: Broyden, Anderson or Picard (max_iter, rtol, …: solvers.Solver), or Unroll(steps), the explicit unroll.
-        adjoint: how gradients pass: Implicit, Phantom, JacobianFree, Shine, Unrolled. An Unroll ignores it.
-            Both also by name or as dict(type=name, …), and may be assigned later.
-        backend: "auto", "eager", "cpu", "triton", "cuda"; see backends().
-        cuda_graphs: on a GPU, record the solve and its backward pass as CUDA graphs and replay them: for small batches,
-            where launching takes longer than computing. Batches are padded to one of eight sizes an octave; recordings
-            keep their workspace (solvers.Solver) until ifr_fast.graphs.clear().
+        adjoint: how gradients pass: Implicit, Phantom, JacobianFree, Shine or Unrolled. An Unroll ignores it. solver
+            and adjoint may also be a name or dict(type=name, …), and may be assigned later.
+        backend: "auto", "eager", "cpu", "triton" or "cuda"; see backends().
+        cuda_graphs: on a GPU, record the solve and its backward pass as CUDA graphs and replay them. This is for small
+            batches, where launching takes longer than computing. Batches are padded to one of eight sizes an octave.
+            Recordings keep their workspace (solvers.Solver) until ifr_fast.graphs.clear().
 
-    Attributes: block, the ResidualBlock. last_solution, the Solution of the last forward pass (None after an
-        Unroll and under torch.func's transforms; not set where torch.compile traces a checkpointed region); its value
-        may share memory with the output. training_unroll: where it is not 0, passes in training mode unroll the block
-        so many times in place of solving; WarmupUnroll sets it.
-    Where the block's modules were changed (`altered`), its solve is fixed_point's on their calls.
-    Raises ValueError for arguments, shapes, dtypes and devices that do not fit, and for a block without an equilibrium
-    of each sample; NotImplementedError in forward mode and under tools that cannot take a solve.
+    Attributes:
+        block: the ResidualBlock.
+        last_solution: the Solution of the last forward pass. Its value may share memory with the output. None after an
+            Unroll and under torch.func's transforms. Not set where torch.compile traces a checkpointed region.
+        training_unroll: if not 0, passes in training mode apply the block this many times instead of solving.
+            WarmupUnroll sets it.
+
+    If the block's modules were changed (`altered`), fixed_point solves by calling them. Raises ValueError for
+    arguments, shapes, dtypes and devices that do not fit, and for a block without an equilibrium of each sample. Raises
+    NotImplementedError in forward mode and under tools that cannot take a solve.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class IFRHead(nn.Module):
         self._encode_calls()
 
     def _encode_calls(self) -> None:
-        """Ops take a string; made here, so that a forward pass, compiled or not, makes none."""
+        """Encodes the ops' string argument in advance, so that a forward pass, compiled or not, encodes nothing."""
         self._calls: dict[tuple[Any, ...], str] = {}
         if isinstance(self._solver, Solver) and isinstance(self.block, ResidualBlock):
             for dtype in DTYPES:
@@ -110,7 +114,7 @@ class IFRHead(nn.Module):
                     self.call(dtype, keep)
 
     def call(self, dtype: torch.dtype, keep: bool = False) -> str:
-        """What the op `solve` is asked for (call.Call) where the block computes in `dtype`."""
+        """The string that the op `solve` takes (engine.call.Call) if the block computes in `dtype`."""
         block = self.block
         key = dtype, block.form, block.groups, block.backend, self.cuda_graphs, keep
         if key not in self._calls:
@@ -121,14 +125,15 @@ class IFRHead(nn.Module):
         return self._calls[key]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → the equilibrium, of the same shape, dtype and memory format. Differentiable once."""
+        """(N, C, H, W) → the equilibrium, of the same shape, dtype and memory format. Differentiable once: the gradient
+        of its gradient raises RuntimeError."""
         self._check_input(x)
         if self.training and self.training_unroll:
             return self._differentiable(x, self.training_unroll)
         return self._differentiable(x, self.solver.steps) if isinstance(self.solver, Unroll) else self._solve(x)
 
     def solve(self, x: Tensor) -> Tensor:
-        """The equilibrium as forward gives it, whatever the warm-up. ValueError where the solver is an Unroll."""
+        """The equilibrium as forward gives it, also during a warm-up. Raises ValueError if the solver is an Unroll."""
         self._check_input(x)
         self._iterative()
         return self._solve(x)
@@ -139,7 +144,7 @@ class IFRHead(nn.Module):
         return self._solver
 
     def altered(self) -> str:
-        """Why the block's modules are called rather than their parameters read, in words; "" where they are not."""
+        """Why the block's modules are called instead of their parameters read, in words; "" if they are not called."""
         return self.block.altered() if isinstance(self.block, ResidualBlock) else "the block was exchanged"
 
     def _solve(self, x: Tensor) -> Tensor:
@@ -155,13 +160,13 @@ class IFRHead(nn.Module):
         solve = transformed_solve if transforms_active() else torch.ops.ifr_fast.solve
         value, residual, iterations, trace, status, *_ = solve(x, params, call)
         self._report(Solution(value, residual, iterations, trace, status))
-        # The op's own result is kept for the backward pass; the caller may change this one, as nn.ReLU(inplace=True).
-        # A trace is of one graph, with gradients and without.
+        # The op's own result is saved for the backward pass. The caller gets a copy, which it may change
+        # (nn.ReLU(inplace=True)). A trace always copies: its one graph serves calls with and without gradients.
         return value.clone() if value.requires_grad or tracing() else value
 
     @not_traced("IFRHead's block was altered: its modules are called by a solver that is not traced")
     def _solve_by_calls(self, x: Tensor, why: str) -> Tensor:
-        """The solve of a block whose modules must be called: right for any F, slower than the op, not in chunks."""
+        """Solves by calling the block's modules: right for any F, but slower than the op and not in chunks."""
         if tracing() or is_fake(x):
             raise NotImplementedError(
                 f"IFRHead cannot be traced or exported as it is: {why}, so its solve is no operator"
@@ -170,7 +175,7 @@ class IFRHead(nn.Module):
         warn_once(why)
         solver, dtype, backend = self._iterative(), compute_dtype(x), getattr(self.block, "backend", "auto")
         own = self.block.own_dtype(dtype) if isinstance(self.block, ResidualBlock) else dtype
-        narrowest = own if own.itemsize < dtype.itemsize else dtype  # which the tolerance must leave room for
+        narrowest = own if own.itemsize < dtype.itemsize else dtype  # whose rounding the default rtol allows for
         value, solution = fixed_point(
             lambda z: self.block(z, x),
             torch.zeros_like(x, dtype=wide(dtype), memory_format=memory_format(x)),
@@ -184,11 +189,11 @@ class IFRHead(nn.Module):
     def _report(self, solution: Solution | None) -> None:
         if torch.compiler.is_compiling() and in_traced_subgraph():
             return
-        # What a transform's tensors stand for is gone when it ends.
+        # The tensors of a transform are not valid after it ends.
         self.last_solution = None if solution is None or transforms_active() else solution.detach()
 
     def _differentiable(self, x: Tensor, steps: int) -> Tensor:
-        """An unroll of `steps` blocks, or with 0 the solver's steps, in autograd's sight."""
+        """Applies the block `steps` times, or takes the solver's steps if `steps` is 0, recorded by autograd."""
         dtype = compute_dtype(x)
         why = self.altered()
         if why and not steps:
@@ -196,7 +201,7 @@ class IFRHead(nn.Module):
         if why and not torch.compiler.is_compiling():
             warn_once(why)
         z = torch.zeros_like(x, dtype=wide(dtype), memory_format=memory_format(x))
-        # Widened once: X's gradient is a sum over the steps, too long a one for 16 bits.
+        # Widened once: X's gradient is a sum over the steps, too long for 16 bits.
         injection = x.to(wide(dtype))
         takes_dtype = getattr(type(self.block), "forward", None) is ResidualBlock.forward
         options = {"dtype": dtype} if takes_dtype else {}
@@ -229,11 +234,11 @@ class IFRHead(nn.Module):
 
     @classmethod
     def from_released(cls, state_dict: Mapping[str, Tensor], prefix: str = "", **kwargs: Any) -> IFRHead:
-        """A head with the weights of the authors' checkpoints (github.com/lufanma/IFR).
+        """A head with the weights of one of the authors' checkpoints (github.com/lufanma/IFR).
 
-        state_dict: the checkpoint's, the block's tensors named prefix + conv1.weight_g, conv1.weight_v, gn1.weight, …
-        (in the released Mask R-CNN: prefix="roi_heads.mask_head.repeat_block."). groups are 4, as there; kwargs go to
-        IFRHead. Raises ValueError where a tensor is missing.
+        state_dict: the checkpoint's. It names the block's tensors prefix + conv1.weight_g, conv1.weight_v, gn1.weight,
+        … In the released Mask R-CNN prefix is "roi_heads.mask_head.repeat_block.". kwargs go to IFRHead; groups default
+        to 4, as there. Raises ValueError if a tensor is missing.
         """
         options, state = released_state(state_dict, prefix, kwargs)
         head = cls(**options)
@@ -242,5 +247,5 @@ class IFRHead(nn.Module):
 
 
 def _forget_warmup_count(head: IFRHead, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Checkpoints of release 0.1 have it: heads counted their warm-up themselves."""
+    """Drops a key of release 0.1's checkpoints: heads counted their warm-up themselves then."""
     state_dict.pop(prefix + "warmup_count", None)

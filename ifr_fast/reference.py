@@ -1,8 +1,8 @@
 """The paper in plain PyTorch: the specification that everything else is tested against.
 
-Ma et al., "Implicit Feature Refinement for Instance Segmentation", ACM Multimedia 2021, and the solver it takes from
-deep equilibrium models (Bai et al., 2019). Any floating dtype, any device. Nothing here is fast: `broyden` is the
-"as released" solver of the benchmarks.
+Ma et al., "Implicit Feature Refinement for Instance Segmentation", ACM Multimedia 2021, and the solver that it takes
+from deep equilibrium models (Bai et al., 2019). Any floating dtype, any device. Nothing here is optimised: `broyden` is
+the "as released" solver of the benchmarks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def relative_residual(z: Tensor, g: Tensor) -> Tensor:
 
 
 def picard_iterates(f: Map, z0: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (z_k, g_k = f(z_k) - z_k) of the plain iteration z_{k+1} = f(z_k), without end. Differentiable."""
+    """Yields (z_k, g_k = f(z_k) - z_k) of the plain iteration z_{k+1} = f(z_k), endlessly. Differentiable."""
     z = z0
     while True:
         g = f(z) - z
@@ -55,8 +55,9 @@ def picard_iterates(f: Map, z0: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def broyden_iterates(f: Map, z0: Tensor, *, steps: int, first_sign: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (z_k, g_k) for k = 0 … steps of "good Broyden" with explicit low-rank factors (Eq. 6 and 7).
 
-    J_k⁻¹ = -I + U Vᵀ gains one pair of vectors (u, v) of a sample's size in every step. J₀⁻¹ = -I makes the first step
-    z₁ = z₀ + g₀; the released code goes to z₀ - g₀, which first_sign=-1 reproduces. z0: (N, …); samples share nothing.
+    Every step adds one pair of vectors (u, v) of a sample's size to J_k⁻¹ = -I + U Vᵀ. J₀⁻¹ = -I makes the first step
+    z₁ = z₀ + g₀. The released code takes z₁ = z₀ - g₀, which first_sign=-1 reproduces. z0: (N, …); samples are
+    independent.
     """
     samples, size = z0.shape[0], z0[0].numel()
     u_factors, v_factors = z0.new_zeros(samples, size, steps), z0.new_zeros(samples, steps, size)
@@ -90,7 +91,7 @@ def broyden_iterates(f: Map, z0: Tensor, *, steps: int, first_sign: float = 1.0)
 def anderson_iterates(f: Map, z0: Tensor, *, steps: int, m: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (z_k, g_k) for k = 0 … steps of Anderson acceleration over the last m residuals (Walker & Ni, 2011).
 
-    z_{k+1} = z_k + g_k - (ΔZ + ΔG) γ with γ = argmin ‖g_k - ΔG γ‖, a least-squares problem of each sample.
+    z_{k+1} = z_k + g_k - (ΔZ + ΔG) γ with γ = argmin ‖g_k - ΔG γ‖, a least-squares problem for each sample.
     """
     history: list[tuple[Tensor, Tensor]] = []
     z = z0
@@ -111,7 +112,7 @@ def broyden(
     f: Map, z0: Tensor, *, steps: int, first_sign: float = 1.0
 ) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:
     """The solver as published: `steps` Broyden steps, then the iterate whose residual norm *over the whole batch* is
-    the smallest; the loop reads that norm on the host in every step, as the released code does.
+    the smallest. The loop reads that norm on the host in every step, as the released code does.
 
     Returns that iterate (N, …), its residual g (N, …), and for every evaluation ‖g‖ and ‖z_k - z_{k-1}‖ / ‖z_{k-1}‖.
     """
@@ -134,11 +135,11 @@ def picard(f: Map, z0: Tensor, *, steps: int) -> Tensor:
 def implicit_gradient(f: Map, z: Tensor, grad: Tensor) -> Tensor:
     """w with wᵀ = wᵀ ∂f/∂z + gradᵀ at the equilibrium z (Eq. 8), by a dense solve: small shapes only.
 
-    The loss's gradient in a parameter θ or in X is then wᵀ ∂f/∂θ, wᵀ ∂f/∂X. z, grad, result: (N, …); samples of f must
-    not see each other.
+    The loss's gradient in a parameter θ or in X is then wᵀ ∂f/∂θ or wᵀ ∂f/∂X. z, grad, result: (N, …). Samples of f
+    must be independent.
     """
     size = z[0].numel()
-    # f acts on every sample apart, so the Jacobian of the sum over samples holds each sample's own Jacobian.
+    # f treats samples separately, so the Jacobian of the sum over samples holds each sample's own Jacobian.
     jacobian = torch.autograd.functional.jacobian(lambda v: f(v).sum(0), z)
     jacobian = jacobian.reshape(size, z.shape[0], size).permute(1, 0, 2)
     identity = torch.eye(size, dtype=z.dtype, device=z.device)

@@ -1,4 +1,4 @@
-"""The authors' checkpoints (github.com/lufanma/IFR), in this package's names."""
+"""Reads the authors' checkpoints (github.com/lufanma/IFR) under this package's names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 def released_state(
     state_dict: Mapping[str, Tensor], prefix: str, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """IFRHead's arguments, given some of them as `options`, and its block's state dict. As IFRHead.from_released."""
+    """The arguments of a matching IFRHead, completed from `options`, and its block's state dict. Parameters and errors
+    are those of IFRHead.from_released."""
     if not isinstance(state_dict, Mapping) or not isinstance(prefix, str):
         found = f"{type(state_dict).__name__} and {prefix!r}"
         raise ValueError(f"state_dict and prefix are a {found}: expected a mapping of tensors and a string")
@@ -19,7 +20,7 @@ def released_state(
     options = {"groups": 4, "form": "released", **options}
     layers = (1, 2) if options["form"] == "paper" else (1, 2, 3)
     norms = [f"gn{i}.{name}" for i in layers for name in ("weight", "bias")]
-    names = {name: name for name in norms}  # ours to theirs
+    names = {name: name for name in norms}  # our names to theirs
     for conv in ("conv1", "conv2"):
         if options.setdefault("weight_norm", prefix + "conv1.weight_g" in state_dict):
             names[f"{conv}.parametrizations.weight.original0"] = f"{conv}.weight_g"

@@ -1,4 +1,4 @@
-"""What a solve reached."""
+"""Solution: what a solve reached."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from .kernels.contract import Status as Status
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solve reached, sample by sample; tensors on the solve's device, detached.
+    """What a solve reached, for each of N samples. Tensors are on the solve's device and detached.
 
-    value: (N, …) the best iterate of each sample: the one of the smallest relative residual, z⁰ where none is finite.
-    residual: (N,) ‖F(z) - z‖ / ‖F(z)‖ there (inf where none is finite). iterations: (N,) int64 steps taken.
-    trace: (max_iter + 1, N) the relative residual of every evaluation, NaN of one that was not finite; a stopped
-    sample's last one repeats. status: (N,) int64, codes of `Status`.
-    adjoint: of fixed_point, (N,) the relative residual of the gradient's own equation (Eq. 8) in the latest backward
-    pass; NaN before one, inf where the adjoint solves no equation. None elsewhere: diagnostics.adjoint_residual.
+    value: (N, …) the best iterate, the one with the smallest relative residual; z⁰ if none is finite.
+    residual: (N,) the best iterate's relative residual ‖F(z) - z‖ / ‖F(z)‖; inf if none is finite.
+    iterations: (N,) int64, the steps taken. status: (N,) int64, codes of `Status`.
+    trace: (max_iter + 1, N) the relative residual of every evaluation, NaN where it is not finite. The last value of a
+    sample that has stopped repeats.
+    adjoint: (N,) set by fixed_point: the adjoint residual, the error of Eq. 8 relative to ‖∂L/∂H‖, of the latest
+    backward pass. NaN before one; inf if the adjoint solves no equation. None otherwise: see
+    diagnostics.adjoint_residual.
+
+    residual, trace and adjoint are float32, or float64 if F computes in float64.
     """
 
     value: Tensor
@@ -37,7 +41,7 @@ class Solution:
         )
 
     def __str__(self) -> str:
-        """One line that a person reads; waits for the device."""
+        """One line for a person to read. Waits for the device."""
         counts = {s.name: int((self.status == s).sum()) for s in Status}
         states = ", ".join(f"{n} {name.lower()}" for name, n in counts.items() if n)
         worst = f"{float(self.residual.max()):.1e}" if len(self.residual) else "none"

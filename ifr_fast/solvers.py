@@ -1,6 +1,6 @@
 """The solvers that a user chooses from: Broyden, Anderson, Picard; and the explicit Unroll.
 
-They are options only. kernels/gram.py has their algebra, engine/loop.py the loop.
+These classes hold options only. kernels/gram.py has the algebra, engine/loop.py the loop.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from .checks import check_int, check_rtol
 from .config import choice
 from .kernels.contract import Method
 
-# Tensors of the iterate's size that one evaluation of the block and the step around it hold: the injection, z, the best
-# iterate, F, R and the convolutions' results.
+# How many tensors of the iterate's size an evaluation of the block and the step around it hold: the injection, z, the
+# best iterate, F, R and the convolutions' results.
 BUFFERS = 8
 
 
 def check_options(options: Any) -> None:
-    """Checks max_iter, rtol, history_dtype and workspace of a frozen dataclass; a dtype's name becomes the dtype."""
+    """Raises ValueError if max_iter, rtol, history_dtype or workspace do not fit. Makes a dtype's name the dtype."""
     name = type(options).__name__
     if options.max_iter is not None or isinstance(options, Solver):
         check_int(name, "max_iter", options.max_iter, 1)
@@ -36,19 +36,21 @@ def check_options(options: Any) -> None:
 
 @dataclass(frozen=True)
 class Solver:
-    """What every iterative solver takes.
+    """Options of every iterative solver.
 
-    max_iter: steps at most; F is evaluated max_iter + 1 times. rtol: a sample stops where ‖F(z) - z‖ ≤ rtol·‖F(z)‖;
-        None means 1e-3, or 1e-2 where F is computed in 16 bits; 0 means max_iter steps, unless F(z) = z exactly.
-    history_dtype: of the stored residuals: torch.bfloat16 or its name, any other dtype means the iterate's; None means
-        bfloat16 where F is computed in 16 bits, else the iterate's. bfloat16 halves memory and traffic and leaves
-        the residuals' trace alike. workspace: bytes that a solve may take beside its results, None for 32 MiB on a CPU
-        and 1 GiB elsewhere; samples are solved in chunks that fit, one sample at least.
+    max_iter: the largest number of steps; F is evaluated at most max_iter + 1 times.
+    rtol: a sample stops when ‖F(z) - z‖ ≤ rtol·‖F(z)‖. None means 1e-3, or 1e-2 where F is computed in 16 bits. 0 means
+    max_iter steps, unless F(z) = z exactly.
+    history_dtype: dtype of the stored residuals, a torch.dtype or its name. bfloat16 halves memory and traffic and
+    leaves the trace of the residuals alike; float32 and float64 both mean the iterate's dtype. None means bfloat16
+    where F is computed in 16 bits, else the iterate's dtype.
+    workspace: bytes that a solve may take beside its results. None means 32 MiB on a CPU and 1 GiB elsewhere. Samples
+    are solved in chunks that fit, of one sample at least.
 
-    Raises ValueError for values outside these.
+    Raises ValueError for other values.
     """
 
-    method: ClassVar[Method]  # the kernels' name for it
+    method: ClassVar[Method]  # its name in the kernels
 
     max_iter: int = 15
     rtol: float | None = None
@@ -59,7 +61,7 @@ class Solver:
         check_options(self)
 
     def resolve(self, compute: torch.dtype) -> Solver:
-        """The solver with its defaults filled in, for an F that computes in `compute`."""
+        """This solver with its defaults filled in, for an F that computes in `compute`."""
         narrow = compute.itemsize <= 2
         iterate = torch.float64 if compute == torch.float64 else torch.float32
         stored = self.history_dtype or (torch.bfloat16 if narrow else iterate)
@@ -70,15 +72,16 @@ class Solver:
         )
 
     def resolved(self) -> tuple[float, torch.dtype]:
-        """rtol and history_dtype; ValueError before resolve()."""
+        """rtol and history_dtype. Raises ValueError before resolve()."""
         if self.rtol is None or self.history_dtype is None:
             raise ValueError(f"{self} is not resolved: rtol and history_dtype depend on the dtype (resolve)")
         return self.rtol, self.history_dtype
 
     def chunk(self, samples: int, size: int, device: torch.device, buffers: int = BUFFERS) -> int:
-        """Samples of `size` unknowns to solve at a time: as even a split as the (resolved) solver's workspace allows.
+        """How many samples of `size` unknowns to solve at a time: an even split that fits the (resolved) solver's
+        workspace.
 
-        buffers: tensors of the iterate's size held beside the history.
+        buffers: how many tensors of the iterate's size are held beside the history.
         """
         budget = self.workspace or (32 << 20 if device.type == "cpu" else 1 << 30)
         _, stored = self.resolved()
@@ -89,19 +92,19 @@ class Solver:
 
     @property
     def rows(self) -> int:
-        """Residuals that the history holds."""
+        """How many residuals the history holds."""
         return self.max_iter
 
     @property
     def window(self) -> int:
-        """How many residuals back the method takes inner products."""
+        """The method takes inner products with this many of the latest residuals."""
         return self.max_iter
 
 
 @choice
 @dataclass(frozen=True)
 class Broyden(Solver):
-    """Broyden's "good" method (Eq. 6 and 7), J₀⁻¹ = -I, without line search."""
+    """Broyden's "good" method (Eq. 6 and 7) with J₀⁻¹ = -I, without line search. Options: see Solver."""
 
     method: ClassVar[Method] = "broyden"
 
@@ -109,7 +112,8 @@ class Broyden(Solver):
 @choice
 @dataclass(frozen=True)
 class Anderson(Solver):
-    """Anderson acceleration over the last m residuals (Walker & Ni, 2011), mixing 1."""
+    """Anderson acceleration over the last m residuals (Walker & Ni, 2011) with mixing 1. Other options: see Solver.
+    Raises ValueError unless m ≥ 1."""
 
     method: ClassVar[Method] = "anderson"
 
@@ -127,7 +131,7 @@ class Anderson(Solver):
 @choice
 @dataclass(frozen=True)
 class Picard(Solver):
-    """Plain iteration z ← F(z), with the stopping, the best iterate and the report of the others."""
+    """The plain iteration z ← F(z). Stopping, best iterate and report are as in the others. Options: see Solver."""
 
     method: ClassVar[Method] = "picard"
 
@@ -139,7 +143,8 @@ class Picard(Solver):
 @choice
 @dataclass(frozen=True)
 class Unroll:
-    """Not a solver: the explicit weight-tied unroll, F applied `steps` times (Table 6), with plain backpropagation."""
+    """The explicit weight-tied unroll: F applied `steps` times (Table 6), with ordinary backpropagation. It solves
+    nothing and gives no Solution. Raises ValueError unless steps ≥ 1."""
 
     steps: int = 4
 

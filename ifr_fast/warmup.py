@@ -1,4 +1,4 @@
-"""The warm-up of a training: a schedule that the training loop steps, as a learning rate's."""
+"""WarmupUnroll: a schedule for the start of a training, stepped by the training loop like a learning-rate scheduler."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .head import IFRHead
 
 
 class WarmupUnroll:
-    """Unrolls the blocks of a model's IFRHeads for the first training iterations, in place of solving.
+    """Unrolls the blocks of a model's IFRHeads in the first training iterations, instead of solving.
 
-    The authors' remedy for a new block that does not contract. Where blocks contract, training without it was better.
-    Evaluation always solves. Use it as a learning rate's scheduler:
+    This is the authors' remedy for a new block that does not contract. Where blocks contract, training without it was
+    better. Evaluation always solves. Use it like a learning-rate scheduler:
 
         warmup = WarmupUnroll(model, steps=2000)
         for images, targets in loader:
@@ -23,8 +23,8 @@ class WarmupUnroll:
             warmup.step()
 
     Args:
-        model: holds at least one IFRHead, anywhere. Their `training_unroll` is this schedule's from now on.
-        steps: training iterations that unroll. unroll: how often each applies its block (Table 6).
+        model: contains at least one IFRHead, at any depth. From now on this schedule sets their `training_unroll`.
+        steps: number of training iterations that unroll. unroll: how often each of them applies a block (Table 6).
 
     Raises ValueError for arguments that do not fit. torch.compile compiles a head anew when the warm-up ends.
     """
@@ -41,16 +41,16 @@ class WarmupUnroll:
         self._apply()
 
     def step(self) -> None:
-        """To be called after each training iteration."""
+        """Counts a training iteration. Call it after each one."""
         self.count += 1
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """The iterations so far."""
+        """The number of iterations so far."""
         return {"count": self.count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where state_dict() was taken. ValueError where it is none."""
+        """Continues from a state_dict(). Raises ValueError for anything else."""
         count = state_dict.get("count") if isinstance(state_dict, dict) else None
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"state_dict={state_dict!r}: expected what WarmupUnroll.state_dict() gave")

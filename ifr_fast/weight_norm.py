@@ -1,8 +1,8 @@
-"""Weight normalisation of a convolution, as torch.nn.utils.parametrizations.weight_norm(conv, dim=0) has it: the same
-values, the same keys in a state dict, removed by the same parametrize.remove_parametrizations.
+"""Weight normalisation of a convolution, equivalent to torch.nn.utils.parametrizations.weight_norm(conv, dim=0). It has
+the same values and the same keys in a state dict. parametrize.remove_parametrizations removes it.
 
-Torch gives every parametrised module a class of its own and a hook that is local to a function, so that torch.compile
-compiles each anew and none can be pickled. Here all share one class.
+Torch gives every parametrised module a class of its own, and a hook that is local to a function. So torch.compile
+compiles each module anew, and none can be pickled. Here all such modules share one class.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ._torch import weight_norm
 
 
 class WeightNorm(nn.Module):
-    """weight = gain · direction / ‖direction‖, the norm being that of an output channel."""
+    """weight = gain · direction / ‖direction‖, with one norm per output channel."""
 
     def forward(self, gain: Tensor, direction: Tensor) -> Tensor:
         return weight_norm(gain, direction)
@@ -27,8 +27,8 @@ class WeightNorm(nn.Module):
 
 
 class _Shared(type):
-    """The class of a class whose property outlives remove_parametrizations, which deletes it for the one convolution
-    that it then makes a plain nn.Conv2d."""
+    """Metaclass that protects the shared class's property `weight`. remove_parametrizations deletes this property when
+    it makes one convolution a plain nn.Conv2d again; the other convolutions still need it."""
 
     def __setattr__(cls, name: str, value: object) -> None:
         if isinstance(value, property) and name != "weight":
@@ -44,7 +44,7 @@ class _Shared(type):
 
 
 class WeightNormConv2d(nn.Conv2d, metaclass=_Shared):
-    """What normalised() makes of a convolution."""
+    """The class of the convolutions that normalised() returns."""
 
     parametrizations: Any  # torch's ModuleDict of ParametrizationLists
 
@@ -57,21 +57,21 @@ class WeightNormConv2d(nn.Conv2d, metaclass=_Shared):
         self.parametrizations.weight.right_inverse(value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for old, new in (("weight_g", "original0"), ("weight_v", "original1")):  # as torch once named them
+        for old, new in (("weight_g", "original0"), ("weight_v", "original1")):  # torch's older names
             if prefix + old in state_dict:
                 state_dict[f"{prefix}parametrizations.weight.{new}"] = state_dict.pop(prefix + old)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def normalised(conv: nn.Conv2d) -> nn.Conv2d:
-    """conv itself, its weight reparametrised by weight normalisation."""
+    """Reparametrises conv's weight by weight normalisation, in place. Returns conv."""
     parametrize.register_parametrization(conv, "weight", WeightNorm(), unsafe=True)
     conv.__class__ = WeightNormConv2d
     return conv
 
 
 def is_torchs(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Is module a convolution that torch's own weight_norm, and nothing else, parametrised (over dimension 0)?"""
+    """Whether module is a convolution parametrised by torch's own weight_norm over dimension 0, and by nothing else."""
     if not parametrize.is_parametrized(module, "weight") or type(module) is WeightNormConv2d:
         return False
     parametrizations: Any = module.parametrizations
@@ -81,7 +81,7 @@ def is_torchs(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def adopted(conv: nn.Conv2d) -> nn.Conv2d:
-    """The same convolution with torch's weight normalisation replaced by this one; the tensors are shared."""
+    """A copy of conv with torch's weight normalisation replaced by this one. They share the tensors."""
     other = WeightNormConv2d.__new__(WeightNormConv2d)
     other.__dict__ = {**conv.__dict__, "_load_state_dict_pre_hooks": {}, "_modules": dict(conv._modules)}
     theirs: Any = conv.parametrizations

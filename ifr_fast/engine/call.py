@@ -1,4 +1,4 @@
-"""What a solve of the residual block is asked for: one value, which the registered ops take as one string."""
+"""Call: the options of a solve of the residual block, as one value. The registered ops take it as one string."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """form, groups: the block's. dtype: what its convolutions compute in. solver: resolved. adjoint: fitted to it.
-    backend: as choose.kernels takes it. graphs: replay CUDA graphs. keep: return what Shine needs of the solve.
+    """form, groups: the block's. dtype: what its convolutions compute in. solver: resolved. adjoint: fitted to the
+    solver. backend: as for choose.kernels. graphs: replay CUDA graphs. keep: return what Shine needs of the solve.
 
-    Raises ValueError for a form, dtype, solver or backend that is none.
+    Raises ValueError for an unknown form, dtype or backend, and for a solver that is not resolved.
     """
 
     form: str
@@ -51,7 +51,7 @@ class Call:
     @staticmethod
     @lru_cache(maxsize=1024)
     def decode(text: str) -> Call:
-        """The Call that encode() gave; ValueError for another string."""
+        """The Call that encode() turned into `text`. Raises ValueError for any other string."""
         try:
             form, groups, dtype, solver, adjoint, *rest = json.loads(text)
             return Call(form, groups, getattr(torch, dtype), config.decode(solver), config.decode(adjoint), *rest)

@@ -1,6 +1,6 @@
-"""The residual block as a function: F at an injection X, and its linearisation, on a backend's kernels.
+"""The residual block as a function: F at an injection X, and its linearisation, by a backend's kernels.
 
-Used inside a solve, where autograd is off: the vjps are written out. `block.ResidualBlock` is the module around it.
+Solves use it while autograd is off, so the vjps are written out. `block.ResidualBlock` is the module around it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ FORMS = ("released", "paper", "plain")
 
 
 def staged(x: Tensor, dtype: torch.dtype, kernels: Kernels, like: Tensor | None = None) -> Tensor:
-    """A chunk, dense in the layout in which it is solved: where kernels take any, that of `like`, or x's own."""
+    """A chunk, dense in the layout in which it is solved: channels_last on a CPU and where the kernels read nothing
+    else, otherwise the layout of `like` (None: of x)."""
     channels_last = x.device.type == "cpu" or kernels.CHANNELS_LAST_ONLY
     format = torch.channels_last if channels_last else memory_format(x if like is None else like)
-    # .to() takes a strided slice of a channels_last tensor for one that is laid out so already.
+    # For .to() a strided slice of a channels_last tensor is in that layout already.
     return x.to(dtype, memory_format=format).contiguous(memory_format=format)
 
 
 class BlockMap:
-    """F(·; X) for one chunk of samples; calling it evaluates F.
+    """F(·; X) for one chunk of samples. Calling it evaluates F.
 
-    params as reference.residual_block's, in any floating dtype. dtype: what the convolutions compute in. The iterate, F
-    and gradients are in wide(dtype); the chunk's memory layout is x's.
+    x: the injection X; its memory layout is the chunk's. params: as in reference.residual_block, in any floating dtype.
+    dtype: what the convolutions compute in. The iterate, F and gradients are in wide(dtype).
     """
 
     def __init__(
@@ -60,22 +61,22 @@ class BlockMap:
 
     @cached_property
     def transposed(self) -> tuple[Convolution, Convolution]:
-        """The gradients of both convolutions in their inputs: convolutions by the turned, transposed kernels."""
+        """Both convolutions' gradients in their inputs: convolutions by the flipped, transposed kernels."""
         first, second = (w.transpose(0, 1).flip(2, 3) for w in (self.weight1, self.weight2))
         return self._convolution(first), self._convolution(second)
 
     def at(self, x: Tensor) -> BlockMap:
-        """The same block at another injection of the same layout."""
+        """The same block at another injection, of the same layout."""
         other = copy(self)
         other.x = x
         return other
 
     def select(self, index: Tensor) -> BlockMap:
-        """F of some of the samples."""
+        """F of the samples at `index`."""
         return self.at(pick(self.x, index))
 
     def __call__(self, z: Tensor, state: Any = None) -> Tensor:
-        """F(z) for the solver's step, whose state may hold z + X already."""
+        """F(z) for the solver's step. The step's state may hold z + X already."""
         y, shortcut, _ = self._until_tail(z, state, keep=False)
         return self.kernels.tail(y, shortcut, self.norm2, self.norm3, state=state)
 
@@ -83,7 +84,7 @@ class BlockMap:
         return Linearised(self, z)
 
     def _until_tail(self, z: Tensor, state: Any, *, keep: bool) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
-        """What F's tail takes, and with `keep` what the linearisation of the rest needs."""
+        """The input of F's tail (y, shortcut), and what the linearisation of the part before it needs (if `keep`)."""
         k = self.kernels
         r = k.shift(z, self.x, self.dtype, state)
         y1 = self.conv1(r)
@@ -92,7 +93,7 @@ class BlockMap:
 
 
 class Linearised:
-    """The block's linearisation at z: value F(z), and products with the Jacobian's transpose."""
+    """The block's linearisation at z: the value F(z), and products with the transposed Jacobian."""
 
     def __init__(self, block: BlockMap, z: Tensor) -> None:
         self.block = block
@@ -101,7 +102,7 @@ class Linearised:
         self.saved: tuple[tuple[Any, ...], tuple[Any, ...]] = head, (y, shortcut, statistics)
 
     def select(self, index: Tensor) -> Linearised:
-        """That of some of the samples, without what the parameters' gradients alone need."""
+        """The linearisation for the samples at `index`. It cannot give the parameters' gradients."""
 
         def some(*tensors: Tensor) -> list[Tensor]:
             return [pick(t, index) for t in tensors]
@@ -142,7 +143,7 @@ class Linearised:
 
 
 def _weight_grad(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    weight = weight.to(x.dtype)  # only its shape and layout count here
+    weight = weight.to(x.dtype)  # only its shape and layout are used
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
     )[1]

@@ -1,7 +1,7 @@
 """The engine: evaluate F, store the residual, judge every sample, let the method choose the step.
 
-No decision looks at more than one sample, and nothing waits for a device: on a CPU the loop ends when every sample has
-stopped, elsewhere finished samples keep their iterate until the last step.
+No decision looks at more than one sample. On a CPU the loop ends when every sample has stopped. On a GPU nothing waits
+for the device: finished samples keep their iterate until the last step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from ..kernels.contract import RUNNING, Kernels, State, Step, memory_order, pick
 from ..solution import Solution
 from ..solvers import Solver
 
-WORTHWHILE = 3 / 4  # of the samples still run: to gather them takes the time of a fraction of F
+# If at most this share of the evaluated samples still runs, only those are evaluated from now on. Gathering them costs
+# a fraction of one evaluation.
+WORTHWHILE = 3 / 4
 
 
 def solve(
@@ -30,18 +32,20 @@ def solve(
     affine: bool = False,
     select: Callable[[Tensor], Callable[[Tensor, Any], Any]] | None = None,
 ) -> State:
-    """The equilibrium of f from z (n, …), float32 or float64 and dense in kernels.memory_format(z); z is overwritten.
+    """Solves z = f(z) for n samples. Returns the solver's state, which has the fields of a Solution.
 
-    f maps an iterate and the solve's state to a tensor of the iterate's shape, or to what kernels.tail or kernels.total
-    give. solver must be resolved. from_zero: z is zero everywhere. first: f(z) where it is known. affine: residuals are
-    relative to that of z, as ‖f‖ of an affine f grows with the error and would make the wildest iterate the best.
-    select: f of some samples, given their indices; on a CPU those that have stopped are not evaluated any more.
-    Returns the solver's state; its value, residual, iterations, trace and status are a Solution's fields.
+    f: maps an iterate and the solver's state to a tensor of the iterate's shape, or to a result of kernels.tail or
+    kernels.total.
+    z: (n, …) the start, float32 or float64, dense in contract.memory_format(z). It is overwritten.
+    solver: resolved. from_zero: z is zero everywhere. first: f(z), if it is known.
+    affine: f is affine. Residuals are then relative to the first one, since ‖f‖ of an affine f grows with the error and
+    would make the wildest iterate the best.
+    select: maps indices of samples to f of these samples. On a CPU it saves evaluating samples that have stopped.
     """
     rtol, stored = solver.resolved()
     evaluations = solver.max_iter + 1
     state = kernels.new_state(z, rows=solver.rows, evaluations=evaluations, history_dtype=stored, from_zero=from_zero)
-    index = None  # of the samples that are evaluated, None for all
+    index = None  # the samples that are evaluated; None for all
     for k in range(evaluations):
         if k == 0 and first is not None:
             fz = first

@@ -1,4 +1,4 @@
-"""The loop in differentiable operators: autograd sees every step of a solve."""
+"""The loop in differentiable operators: autograd records every step of a solve."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..solvers import Solver
 
 
 def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solver) -> Solution:
-    """The same solve in differentiable operators: autograd sees every step; memory grows with them. solver: resolved.
+    """engine.loop.solve in differentiable operators, with a resolved solver. Memory grows with the number of steps.
 
-    Residuals are kept scaled, each sample to the size of 1, so that squares neither overflow nor underflow. The K×K
+    Each sample's residuals are stored scaled to about 1, so that squares neither overflow nor underflow. The K×K
     algebra is done in float64, which autocast leaves alone.
     """
     shape = (-1,) + (1,) * (z0.dim() - 1)
@@ -54,8 +54,8 @@ def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solv
             break
         history.append(g)
         running = status == Status.MAX_ITER
-        # A stopped sample's residuals no longer differ but in rounding. A Gram matrix of zeros makes the rules' algebra
-        # on it finite, and with it the gradient, of which the mask over z takes the value 0.
+        # The residuals of a stopped sample differ only by rounding. A Gram matrix of zeros keeps the algebra on it
+        # finite. So its gradient is finite too, and the mask over z sets it to 0.
         row = torch.stack([(g * other).sum(1, dtype=gram.dtype) for other in history], 1)
         row = torch.nn.functional.pad(row, (0, solver.max_iter - k - 1))
         gram = _with_row(gram, row, k)
@@ -67,7 +67,7 @@ def differentiable_solve(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solv
 
 
 class _Broyden:
-    """Called for k = 0, 1, … with the Gram matrix (n, K, K) of residuals 0 … k, gives the step (n, K)."""
+    """Called for k = 0, 1, … with the Gram matrix (n, K, K) of residuals 0 … k. Returns the step (n, K)."""
 
     def __init__(self, solver: Solver) -> None:
         pass
@@ -85,7 +85,7 @@ class _Broyden:
 
 
 class _Anderson:
-    """As _Broyden."""
+    """Called as _Broyden is."""
 
     def __init__(self, solver: Solver) -> None:
         self.m = solver.window
@@ -99,7 +99,7 @@ class _Anderson:
 
 
 class _Picard:
-    """As _Broyden."""
+    """Called as _Broyden is."""
 
     def __init__(self, solver: Solver) -> None:
         pass
@@ -118,7 +118,7 @@ METHODS: dict[str, type[_Broyden] | type[_Anderson] | type[_Picard]] = {
 
 
 def _with_row(gram: Tensor, row: Tensor, k: int) -> Tensor:
-    """gram (n, K, K) with row and column k, zero so far, set to row (n, K). Functional."""
+    """A copy of gram (n, K, K) in which row and column k, so far zero, are row (n, K). Differentiable."""
     unit = torch.zeros_like(row)
     unit[:, k] = 1
     cross = row.unsqueeze(2) * unit.unsqueeze(1)
@@ -126,8 +126,8 @@ def _with_row(gram: Tensor, row: Tensor, k: int) -> Tensor:
 
 
 def unit_scale(*tensors: Tensor) -> Tensor:
-    """(n,) per sample the power of two that brings the largest entry of the tensors (n, …) near 1; 1 where that is zero
-    or not finite."""
+    """(n,) for each sample the power of two that brings the largest entry of the tensors (n, …) near 1; 1 if that entry
+    is zero or not finite."""
     highest = torch.stack([largest(t) for t in tensors]).amax(0)
     limit = int(math.log2(torch.finfo(highest.dtype).max)) - 1
     exponent = torch.frexp(highest).exponent.clamp(-limit, limit)
@@ -142,7 +142,7 @@ def largest(x: Tensor) -> Tensor:
 
 
 def _norm(rows: Tensor) -> Tensor:
-    """(n,) of rows (n, size), summed in float64."""
+    """(n,) the norms of rows (n, size), summed in float64."""
     return rows.square().sum(1, dtype=torch.float64).sqrt()
 
 

@@ -1,6 +1,6 @@
-"""The ops of the block's GroupNorm chains, norm_relu and norm_tail, and their vjps: an unroll's, under autograd.
+"""The ops norm_relu and norm_tail, the block's GroupNorm chains, and their vjps. Unrolls use them under autograd.
 
-Each goes straight to a backend's kernels. Inside a solve, which is an op itself, the kernels are called without these.
+Each op calls one function of a backend. A solve is an op itself, and calls those functions directly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ torch.library.define(
 
 def _kernels(backend: str, y: Tensor) -> Kernels:
     kernels = choose.kernels(backend, y.device.type, y.dtype)
-    # A layout that the caller did not choose would be a copy that the caller did not ask for.
+    # Converting y to channels_last would be a copy that the caller did not ask for.
     return eager if kernels.CHANNELS_LAST_ONLY and not is_channels_last(y) else kernels
 
 

@@ -1,9 +1,9 @@
-"""The ops `solve` and `solve_backward`: a residual block's equilibrium, and its gradients, for a batch.
+"""The ops `solve` and `solve_backward`: the equilibria of a residual block for a batch, and their gradients.
 
-What is asked of them travels as one string (engine.call.Call): AOTInductor hands an op's dtype over as another number.
+Their options travel as one string (engine.call.Call), because AOTInductor passes an op's dtype on as another number.
 
-Samples go through in chunks that fit the solver's workspace, so memory does not grow with their number. A chunk is
-worked on in channels_last, which oneDNN and tensor cores convolve faster, and leaves in the caller's layout.
+Samples are solved in chunks that fit the solver's workspace, so memory does not grow with their number. `staged` puts a
+chunk into channels_last where oneDNN or tensor cores convolve faster in it. Results have the caller's layout.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ torch.library.define(
     " -> (Tensor grad_x, Tensor[] grad_params, Tensor adjoint_residual, Tensor iterations)",
 )
 
-# For each result of `solve` the dimension that counts samples.
+# The dimension that counts samples in each result of `solve`.
 SAMPLES = (0, 0, 0, 1, 0, 0, 0, 0)
 
 
 def solve_results(x: Tensor, call: Call) -> tuple[Tensor, ...]:
-    """Empty results of the op `solve`, in its schema's order; the last three have no elements unless call.keep."""
+    """Empty results of the op `solve`, in its schema's order. The last three have no elements unless call.keep."""
     n, state, steps = x.shape[0], wide(call.dtype), call.solver.max_iter
     rows, size = (steps, math.prod(x.shape[1:])) if call.keep else (0, 0)
     algebra = torch.float64 if x.device.type == "cpu" else state
@@ -95,7 +95,7 @@ def _solve_batch(x: Tensor, params: Sequence[Tensor], call: Call) -> tuple[Tenso
     value, residual, iterations, trace, status, history, p, q = results
     solver, dtype, block = call.solver, call.dtype, None
     for chunk in _chunks(solver, x, params):
-        # oneDNN and the C++ kernels want one dtype; a GPU reads X as it is, in half of the bytes.
+        # oneDNN and the C++ kernels need one dtype. A GPU reads X as it is: in 16 bits, half of the bytes.
         injection = staged(x[chunk], wide(dtype) if x.device.type == "cpu" else x.dtype, kernels)
         block = block.at(injection) if block else BlockMap(injection, params, call.form, call.groups, kernels, dtype)
         z = torch.zeros_like(injection, dtype=wide(dtype))
@@ -128,7 +128,7 @@ def _solve_backward(grad, value, x, params, memory, call):
 
 
 def _backward_batch(batch: Sequence[Tensor], params: Sequence[Tensor], call: Call) -> list[Tensor]:
-    """grad_x, residual, iterations and the parameters' gradients, given grad, value, x and the adjoint's memory."""
+    """grad_x, residual, iterations and the parameters' gradients. batch: grad, value, x and the adjoint's memory."""
     grad, value, x, *memory = batch
     adjoint, dtype = call.adjoint, call.dtype
     kernels = choose.kernels(call.backend, x.device.type, dtype)
@@ -149,7 +149,7 @@ def _backward_batch(batch: Sequence[Tensor], params: Sequence[Tensor], call: Cal
 
 
 def _chunks(solver: Solver, x: Tensor, params: Sequence[Tensor], linearised: int = 0) -> Iterator[slice]:
-    """linearised: how many linearisations of the block are held at a time."""
+    """Slices of x that fit the solver's workspace. linearised: linearisations of the block held at the same time."""
     wider = -(-params[0].shape[0] // x.shape[1])  # mid_channels / channels, rounded up
     buffers = 6 + 2 * wider + linearised * (4 + 3 * wider)
     step = solver.chunk(len(x), math.prod(x.shape[1:]), x.device, buffers) if len(x) else 1
@@ -162,7 +162,7 @@ def _save(ctx: Any, x: Tensor, params: Sequence[Tensor], call: str, output: tupl
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor], str]:
-    """What solve_backward takes beside the gradient."""
+    """The arguments of solve_backward after grad."""
     value, x, *rest = ctx.saved_tensors
     return value, x, rest[: ctx.count], rest[ctx.count :], ctx.call
 
@@ -185,12 +185,12 @@ torch.library.register_autograd("ifr_fast::solve_backward", differentiable_once)
 
 
 def transformed_solve(x: Tensor, params: Sequence[Tensor], call: str) -> tuple[Tensor, ...]:
-    """The op `solve` under torch.func's transforms: they reach into an autograd function, but not into an op."""
+    """The op `solve` under torch.func's transforms, which can see into an autograd function but not into an op."""
     return _Solve.apply(x, call, *params)
 
 
 class _Solve(torch.autograd.Function):
-    """The op `solve` under grad, vjp and vmap. Batches of batches are one batch: samples share nothing."""
+    """The op `solve` under grad, vjp and vmap. vmap makes a batch of batches one batch: samples are independent."""
 
     @staticmethod
     def forward(x: Tensor, call: str, *params: Tensor) -> tuple[Tensor, ...]:
@@ -218,7 +218,7 @@ class _Solve(torch.autograd.Function):
 
 
 class _SolveBackward(torch.autograd.Function):
-    """The op `solve_backward` under the same: (grad_x, *grad_params)."""
+    """The op `solve_backward` under the same transforms. Returns (grad_x, *grad_params)."""
 
     @staticmethod
     def forward(grad: Tensor, value: Tensor, x: Tensor, call: str, count: int, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -233,11 +233,11 @@ class _SolveBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, dims: Any, *args: Any) -> Any:
-        return _each(_SolveBackward, info, dims, args)  # every member has parameters' gradients of its own
+        return _each(_SolveBackward, info, dims, args)  # each member has parameter gradients of its own
 
 
 def _each(function: type[torch.autograd.Function], info: Any, dims: Sequence[Any], args: Sequence[Any]) -> Any:
-    """The vmap of a function, member by member."""
+    """The vmap of a function, by a loop over the members."""
     results = []
     for i in range(info.batch_size):
         members = [a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)]
@@ -245,11 +245,11 @@ def _each(function: type[torch.autograd.Function], info: Any, dims: Sequence[Any
     return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
-# What torch.utils.flop_counter counts. A sample that has stopped costs no more; where nothing was computed (FakeTensor,
-# meta), each takes all steps.
+# Formulas for torch.utils.flop_counter. A sample that has stopped costs no more. Where nothing is computed (FakeTensor,
+# meta), each sample is taken to need all steps.
 
 
-_onednn = getattr(torch.ops.aten, "mkldnn_convolution", None)  # an unroll's, on a CPU (_torch.conv2d)
+_onednn = getattr(torch.ops.aten, "mkldnn_convolution", None)  # unrolls on a CPU use it (_torch.conv2d)
 if _onednn is not None and _onednn not in flop_registry:
 
     @register_flop_formula(_onednn)
@@ -265,7 +265,7 @@ def _solve_flops(x, params, call, out_val):
 @register_flop_formula(torch.ops.ifr_fast.solve_backward, get_raw=True)
 def _backward_flops(grad, value, x, params, memory, call, out_val):
     adjoint = Call.decode(call).adjoint
-    # F, its gradients in the input, and in the parameters; the first product of a solve is with zero.
+    # F, its gradient in the input, and that in the parameters. The first product of a solve, with zero, is free.
     passes = 3 * x.shape[0] * adjoint.linearisations
     if adjoint.solves:
         passes += _steps(out_val[3], adjoint.backward_solver.max_iter)
@@ -273,11 +273,11 @@ def _backward_flops(grad, value, x, params, memory, call, out_val):
 
 
 def _block_flops(x: Tensor, params: Sequence[Tensor]) -> int:
-    """Of F's two convolutions for one sample, a multiplication and an addition counted as two."""
+    """The FLOPs of F's two convolutions for one sample. A multiplication with an addition counts as two."""
     return 2 * (params[0].numel() + params[3].numel()) * x.shape[2] * x.shape[3]
 
 
 def _steps(iterations: Tensor, most: int) -> int:
-    """Steps of all samples together."""
+    """The steps of all samples together; `most` for each if iterations holds no values."""
     unknown = is_fake(iterations) or iterations.is_meta
     return most * len(iterations) if unknown else int(iterations.sum())
