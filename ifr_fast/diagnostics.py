@@ -6,6 +6,7 @@ The convergence trace is part of every Solution (head.last_solution.trace).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from .engine.linearise import BlockMap, staged
 from .head import IFRHead
 from .kernels import choose
 from .kernels.contract import wide
+from .solution import Solution
 from .solvers import Solver
 
 
@@ -73,12 +75,7 @@ def adjoint_residual(head: IFRHead, x: Tensor, grad: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             torch.autograd.grad(head.solve(leaf), leaf, grad)
-        solved = head.last_solution
-        if solved is None or solved.adjoint is None:
-            raise RuntimeError(
-                "the solve left no Solution: adjoint_residual does not work under torch.func's transforms"
-            )
-        return solved.adjoint
+        return cast(Tensor, cast(Solution, head.last_solution).adjoint)
     with torch.no_grad():
         z, empty = head.solve(x), [x.new_empty(len(x), 0)] * 3
         call = head.call(compute_dtype(x))

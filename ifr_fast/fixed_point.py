@@ -196,8 +196,8 @@ def _warn_unsolved(residual: Tensor, rtol: float) -> None:
     if residual.device.type == "cpu" and rtol > 0 and bool((residual > rtol).any()):
         warnings.warn(
             "fixed_point: a gradient's own equation (Eq. 8) was not solved to the adjoint's rtol, so the gradient is "
-            "inexact; the Solution's `adjoint` has the residual of each sample. Give adjoint=Implicit(max_iter=…) more "
-            "steps, or make f contract.",
+            "inexact; the Solution's `adjoint` has the adjoint residual of each sample. Give "
+            "adjoint=Implicit(max_iter=…) more steps, or make f contract.",
             stacklevel=2,
         )
 
