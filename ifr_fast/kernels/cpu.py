@@ -123,7 +123,7 @@ def _vjp(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     grad_y, grad_shortcut = torch.empty_like(y), torch.empty_like(grad) if second else grad
     count = (4 if second else 2) if params else 0
-    grads = [torch.empty(y.shape[:2], dtype=torch.float64, device=CPU) for _ in range(count)]  # of every sample apart
+    grads = [torch.empty(*y.shape[:2], dtype=torch.float64, device=CPU) for _ in range(count)]  # of every sample apart
     kernel(DTYPES[y.dtype], {
         **_shape(y, first.groups), "grad": grad.data_ptr(), "y": y.data_ptr(),
         "shortcut": 0 if shortcut is None else shortcut.data_ptr(), **parameters(y, first, second),

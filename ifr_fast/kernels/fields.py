@@ -26,17 +26,24 @@ def parameters(y: Tensor, first: Norm, second: Norm | None) -> dict[str, int]:
 
 def given(y: Tensor, first: Norm, second: Norm | None, statistics: Sequence[Tensor]) -> dict[str, int]:
     """The statistics that the forward pass left, two a norm, checked; 0 where there is no second norm."""
-    names = STATISTICS if second else STATISTICS[:2]
-    if len(statistics) != len(names):
-        raise ValueError(f"{len(statistics)} statistics: expected {', '.join(names)}")
+    count = 2 if second is None else 4
+    if len(statistics) != count:
+        raise ValueError(f"{len(statistics)} statistics: expected {', '.join(STATISTICS[:count])}")
     expected = wide(y.dtype), y.shape[0] * first.groups, y.device
-    found = [address(t, name.replace("_", " "), *expected) for t, name in zip(statistics, names, strict=True)]
-    return {**dict.fromkeys(STATISTICS, 0), **dict(zip(names, found, strict=True))}
+    return {
+        "first_mean": address(statistics[0], "first mean", *expected),
+        "first_rstd": address(statistics[1], "first rstd", *expected),
+        "second_mean": 0 if second is None else address(statistics[2], "second mean", *expected),
+        "second_rstd": 0 if second is None else address(statistics[3], "second rstd", *expected),
+    }
 
 
 def made(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, int]:
     """What the caller allocated; 0 for the names that are left over."""
-    return {**dict.fromkeys(names, 0), **{name: t.data_ptr() for name, t in zip(names, tensors, strict=False)}}
+    found = dict.fromkeys(names, 0)
+    for name, tensor in zip(names, tensors, strict=False):
+        found[name] = tensor.data_ptr()
+    return found
 
 
 def new_statistics(y: Tensor, first: Norm, second: Norm | None) -> list[Tensor]:
