@@ -140,7 +140,8 @@ def test_a_mean_far_from_zero_costs_no_accuracy(dtype, channels_last):
     exact = y.double().unflatten(1, (norm.groups, -1)).flatten(2)
     torch.testing.assert_close(mean.double(), exact.mean(2), rtol=1e-6, atol=0)
     expected = (exact - exact.mean(2, keepdim=True)).square().mean(2).add(EPS).rsqrt()
-    torch.testing.assert_close(rstd.double(), expected, rtol=1e-6, atol=0)
+    # 216 squares are summed in float32 for 16 and 32 bits: a rounding of 6e-8 each.
+    torch.testing.assert_close(rstd.double(), expected, rtol=4e-6, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 14, 14), (1, 64, 50, 76)])
