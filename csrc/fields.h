@@ -32,6 +32,8 @@ void fill(const py::dict &given, Struct &out) {
     try {
       if constexpr (std::is_pointer_v<Field>)
         field = reinterpret_cast<Field>(value.cast<uintptr_t>());
+      else if (std::is_same_v<Field, bool> && !PyBool_Check(value.ptr()))
+        throw py::cast_error();
       else
         field = value.cast<Field>();
     } catch (const py::cast_error &) {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -166,14 +166,7 @@ class Implicit(Adjoint):
 
     def fitted(self, solver: Solver, compute: torch.dtype) -> Implicit:
         """The same adjoint with max_iter and rtol set, for a forward solve of an F that computes in `compute`."""
-        own = self.backward_solver
-        if self.solver is None and self.max_iter is None:
-            own = replace(own, max_iter=max(LEAST_STEPS, solver.max_iter))
-        if own.rtol is None:
-            default, _ = own.resolve(compute).resolved()
-            asked, _ = solver.resolve(compute).resolved()
-            own = replace(own, rtol=min(default, asked or default))  # rtol=0 asks for all steps: no tolerance
-        return Implicit(solver=own)
+        return _fitted(self, solver, compute)
 
     def cotangent(self, equation: Equation) -> Cotangent:
         # The equation is linear, so each sample's gradient is scaled to a largest entry of 1: squares then neither
@@ -294,6 +287,18 @@ class Unrolled(Adjoint):
     """
 
     through: ClassVar[bool] = True
+
+
+@lru_cache(maxsize=256)
+def _fitted(adjoint: Implicit, solver: Solver, compute: torch.dtype) -> Implicit:
+    own = adjoint.backward_solver
+    if adjoint.solver is None and adjoint.max_iter is None:
+        own = replace(own, max_iter=max(LEAST_STEPS, solver.max_iter))
+    if own.rtol is None:
+        default, _ = own.resolve(compute).resolved()
+        asked, _ = solver.resolve(compute).resolved()
+        own = replace(own, rtol=min(default, asked or default))  # rtol=0 asks for all steps: no tolerance
+    return Implicit(solver=own)
 
 
 def _unsolved(w: Tensor) -> Cotangent:

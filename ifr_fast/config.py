@@ -39,6 +39,10 @@ def build(spec: Any, base: type[T] | tuple[type[Any], ...], argument: str) -> An
 
 def encode(obj: Any) -> dict[str, Any]:
     """The options of obj as a dict of values that JSON knows. decode() turns it back into an equal object."""
+    if _CHOICES.get(type(obj).__name__.lower()) is not type(obj):
+        raise ValueError(
+            f"{obj!r} is a {type(obj).__name__}: expected one of {', '.join(c.__name__ for c in _CHOICES.values())}"
+        )
     fields = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj)}
     return {"type": type(obj).__name__, **{name: _plain(value) for name, value in fields.items()}}
 

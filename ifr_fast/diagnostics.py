@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import compute_dtype
-from .checks import check_int
+from .checks import check_int, check_tensor
 from .engine.linearise import BlockMap, staged
 from .head import IFRHead
 from .kernels import choose
@@ -32,6 +32,7 @@ def spectral_radius(head: IFRHead, x: Tensor, *, iterations: int = 100) -> Tenso
     an Unroll, or if x does not fit.
     """
     check_int("spectral_radius", "iterations", iterations, 2)
+    check_tensor("x", x)
     with torch.no_grad(), torch.cuda.device_of(x):
         z = head.solve(x)
         vjp = _vjp_by_calls(head, x, z) if head.altered() else _vjp(head, x, z)
@@ -89,6 +90,7 @@ def effective_receptive_field(module: nn.Module, x: Tensor) -> Tensor:
     module: maps (N, C, H, W) to the same shape. x: (N, C, H, W). A random mixture of the centre's channels is
     differentiated in x. The gradient's magnitude is averaged over samples and channels.
     """
+    check_tensor("x", x)
     x = x.detach().requires_grad_()
     centre = module(x)[:, :, x.shape[2] // 2, x.shape[3] // 2]
     field = torch.autograd.grad(centre, x, torch.randn_like(centre))[0].abs().mean((0, 1))

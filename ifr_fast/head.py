@@ -13,7 +13,7 @@ from ._torch import in_traced_subgraph, is_fake, not_traced, tracing, transforms
 from .adjoints import Adjoint, Implicit
 from .altered import check_map, warn_once
 from .block import ResidualBlock, compute_dtype
-from .checks import DTYPES, check_bool, check_tensor, refuse_forward_mode
+from .checks import DTYPES, check_bool, check_int, check_tensor, refuse_forward_mode
 from .config import build
 from .engine.call import Call
 from .engine.through import differentiable_solve
@@ -77,7 +77,7 @@ class IFRHead(nn.Module):
             backend=backend,
         )  # fmt: skip
         self.cuda_graphs = cuda_graphs
-        self.training_unroll = 0
+        self._training_unroll = 0
         self._solver = build(solver, (Solver, Unroll), "solver")
         self.adjoint = adjoint
         self.last_solution: Solution | None = None
@@ -105,6 +105,15 @@ class IFRHead(nn.Module):
         self._adjoint = adjoint
         self._encode_calls()
 
+    @property
+    def training_unroll(self) -> int:
+        return self._training_unroll
+
+    @training_unroll.setter
+    def training_unroll(self, value: int) -> None:
+        check_int("IFRHead", "training_unroll", value, 0)
+        self._training_unroll = value
+
     def _encode_calls(self) -> None:
         """Encodes the ops' string argument in advance, so that a forward pass, compiled or not, encodes nothing."""
         self._calls: dict[tuple[Any, ...], str] = {}
@@ -128,8 +137,8 @@ class IFRHead(nn.Module):
         """(N, C, H, W) → the equilibrium, of the same shape, dtype and memory format. Differentiable once: the gradient
         of its gradient raises RuntimeError."""
         self._check_input(x)
-        if self.training and self.training_unroll:
-            return self._differentiable(x, self.training_unroll)
+        if self.training and self._training_unroll:
+            return self._differentiable(x, self._training_unroll)
         return self._differentiable(x, self.solver.steps) if isinstance(self.solver, Unroll) else self._solve(x)
 
     def solve(self, x: Tensor) -> Tensor:
@@ -244,6 +253,13 @@ class IFRHead(nn.Module):
         head = cls(**options)
         head.block.load_state_dict(state)
         return head
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle holds no batch, and takes no part in the warm-up of the model that it is of."""
+        return {**self.__dict__, "last_solution": None, "_training_unroll": 0}
+
+    def extra_repr(self) -> str:
+        return f"solver={self.solver}, adjoint={self.adjoint}"
 
 
 def _forget_warmup_count(head: IFRHead, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

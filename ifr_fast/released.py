@@ -32,5 +32,9 @@ def released_state(
         found = [k for k in state_dict if k.endswith(("conv1.weight_g", "conv1.weight"))][:3]
         raise ValueError(f"prefix={prefix!r}: the state dict has no {', '.join(missing)}; it has e.g. {found}")
     mid_channels, channels = state_dict[prefix + names.get("conv1.weight", "conv1.weight_v")].shape[:2]
-    options = {"channels": channels, "mid_channels": mid_channels, **options}
+    sizes = {"channels": channels, "mid_channels": mid_channels}
+    for name, size in sizes.items():
+        if options.get(name, size) != size:
+            raise ValueError(f"{name}={options[name]!r}: the checkpoint has {size}")
+    options |= sizes
     return options, {ours: state_dict[prefix + theirs] for ours, theirs in names.items()}

@@ -24,6 +24,7 @@ class WarmupUnroll:
 
     Args:
         model: contains at least one IFRHead, at any depth. From now on this schedule sets their `training_unroll`.
+            Copies and pickles of the model take no part in it: they solve.
         steps: number of training iterations that unroll. unroll: how often each of them applies a block (Table 6).
 
     Raises ValueError for arguments that do not fit. torch.compile compiles a head anew when the warm-up ends.

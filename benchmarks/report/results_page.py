@@ -3,6 +3,7 @@
 python benchmarks/report/results_page.py
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -203,5 +204,6 @@ def page(results: Path) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     (RESULTS / "README.md").write_text(page(RESULTS))
     print(f"wrote {RESULTS / 'README.md'}")

@@ -56,7 +56,7 @@ IFR_STRUCT(NormBackward, IFR_NORM_BACKWARD)
   FIELD(int64_t *, status) FIELD(int64_t *, iterations) FIELD(bool *, improved) /* (n) */           \
   FIELD(void *, residual) /* (n): the best so far */                                                \
   FIELD(void *, trace) /* (n): this evaluation's */                                                 \
-  FIELD(const void *, previous) /* (n): the trace of the evaluation before; null at the first */    \
+  FIELD(const void *, previous) /* (n): the trace of the evaluation before; at the first: trace */  \
   FIELD(int64_t, n) FIELD(int64_t, size) FIELD(int64_t, rows)                                       \
   FIELD(int64_t, row) /* negative: the last evaluation, judged only */                              \
   FIELD(int64_t, evaluation) FIELD(int64_t, window)                                                 \

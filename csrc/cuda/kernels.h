@@ -34,7 +34,7 @@ using Stream = CUstream_st *;
   FIELD(float *, norms) /* (n, 3): |g|^2, |f|^2, |g_0| */                                                       \
   FIELD(float *, residual) /* (n): the best so far */                                                           \
   FIELD(float *, trace) /* (n): this evaluation's */                                                            \
-  FIELD(const float *, previous) /* (n): the trace of the evaluation before; null at the first */               \
+  FIELD(const float *, previous) /* (n): the trace of the evaluation before; at the first: trace */             \
   FIELD(int64_t *, status) FIELD(int64_t *, iterations) FIELD(bool *, improved) /* (n) */                       \
   FIELD(float *, norm_partials) /* (n, parts, 2): sums of g^2 and f^2 */                                        \
   FIELD(float *, gram_partials) /* (n, splits(size), rows) */                                                   \

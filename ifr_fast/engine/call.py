@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import config
-from ..checks import DTYPES
+from ..checks import DTYPES, check_bool, check_int
 from ..kernels import choose
 from ..solvers import Solver
 from .linearise import FORMS
@@ -24,7 +24,8 @@ class Call:
     """form, groups: the block's. dtype: what its convolutions compute in. solver: resolved. adjoint: fitted to the
     solver. backend: as for choose.kernels. graphs: replay CUDA graphs. keep: return what Shine needs of the solve.
 
-    Raises ValueError for an unknown form, dtype or backend, and for a solver that is not resolved.
+    Raises ValueError for an unknown form, dtype or backend, for groups, graphs and keep of another type, and for a
+    solver that is not resolved.
     """
 
     form: str
@@ -39,6 +40,9 @@ class Call:
     def __post_init__(self) -> None:
         if self.form not in FORMS or self.dtype not in DTYPES or self.solver != self.solver.resolve(self.dtype):
             raise ValueError(f"{self}: expected a form of {FORMS}, a dtype of {DTYPES} and a resolved solver")
+        check_int("Call", "groups", self.groups, 1)
+        check_bool("graphs", self.graphs)
+        check_bool("keep", self.keep)
         choose.check(self.backend)
 
     def encode(self) -> str:

@@ -12,7 +12,7 @@ import logging
 import os
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,6 +42,12 @@ class _Backends(dict[str, Backend]):
 
     def __missing__(self, name: str) -> Backend:
         return self[ALIASES[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(ALIASES.get(name, name) if isinstance(name, str) else name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401  (it is get itself)
 
 
 @lru_cache(maxsize=1)

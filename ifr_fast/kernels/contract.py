@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -64,6 +64,8 @@ class Step(NamedTuple):
 
 def check_step(state: SolverState, step: Step) -> None:
     """Raises ValueError if the state has no room for this step."""
+    if step.method not in get_args(Method):
+        raise ValueError(f"method={step.method!r}: expected one of {', '.join(get_args(Method))}")
     if not 0 <= step.evaluation < len(state.trace) or step.window < 1:
         room = f"the state has room for {len(state.trace)} evaluations, a window holds at least 1"
         raise ValueError(f"evaluation={step.evaluation}, window={step.window}: {room}")
@@ -202,7 +204,10 @@ def describe(tensor: object) -> str:
 
 
 class SolverState:
-    """Base of a solver's states. Gives the addresses of its tensors, checked against what the constructor made."""
+    """Base of a solver's states. Gives the addresses of its tensors, checked against what the constructor made.
+
+    A tensor may be replaced by assignment, but not resized or moved (`resize_`, `set_`): its address is remembered.
+    """
 
     n: int
     rows: int

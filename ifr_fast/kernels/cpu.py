@@ -151,7 +151,7 @@ def step(state: State, f: Tensor, z: Tensor, step: Step) -> int:
     return _native.step({
         "type": DTYPES[dtype], "history_type": DTYPES[state.history.dtype],
         "method": getattr(_native.Method, step.method), "f": f_place, "z": z_place, **places,
-        "previous": places["trace"] - evaluation if step.evaluation else 0, "n": state.n, "size": state.size,
+        "previous": places["trace"] - (evaluation if step.evaluation else 0), "n": state.n, "size": state.size,
         "rows": state.rows, "row": step.row(state), "evaluation": step.evaluation, "window": step.window,
         "rtol": step.rtol, "divergence": DIVERGENCE, "ridge": ridge(state.gram.dtype), "affine": step.affine,
         "threads": torch.get_num_threads(),

@@ -41,6 +41,8 @@ def _kernels(backend: str, y: Tensor) -> Kernels:
 
 
 def _pair(norms: list[Tensor], groups: int) -> tuple[Norm, Norm | None]:
+    if len(norms) not in (2, 4):
+        raise ValueError(f"norms has {len(norms)} tensors: expected weight and bias of one norm or of two")
     weight, bias, *second = norms
     return Norm(weight, bias, groups), Norm(second[0], second[1], groups) if second else None
 

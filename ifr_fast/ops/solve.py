@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .._torch import is_fake
-from ..adjoints import Memory, Problem
-from ..checks import check_devices
+from ..adjoints import Adjoint, Memory, Problem
+from ..checks import check_devices, check_tensor
 from ..engine import graphs
 from ..engine.call import Call
 from ..engine.linearise import BlockMap, staged
@@ -77,10 +77,22 @@ def _(grad, value, x, params, memory, call):
     return grad_x, [torch.empty_like(p) for p in params], residual, iterations
 
 
+def _checked(text: str, x: Tensor, params: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Call:
+    """What is asked for; ValueError where the tensors are no block's and its features'."""
+    call = Call.decode(text)
+    if not isinstance(call.adjoint, Adjoint):
+        raise ValueError(f"call's adjoint is {call.adjoint!r}: expected an adjoint")
+    check_tensor("x", x)
+    count = 6 if call.form == "paper" else 8
+    if len(params) != count:
+        raise ValueError(f"params has {len(params)} tensors: expected {count}, as form={call.form!r}")
+    check_devices(x, [*params, *others])
+    return call
+
+
 @torch.library.impl("ifr_fast::solve", "default")
 def _solve(x, params, call):
-    check_devices(x, params)
-    asked = Call.decode(call)
+    asked = _checked(call, x, params)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         if not (asked.graphs and graphs.usable(x)):
             return _solve_batch(x, params, asked)
@@ -113,8 +125,9 @@ def _solve_batch(x: Tensor, params: Sequence[Tensor], call: Call) -> tuple[Tenso
 
 @torch.library.impl("ifr_fast::solve_backward", "default")
 def _solve_backward(grad, value, x, params, memory, call):
-    check_devices(x, [grad, value, *params, *memory])
-    asked = Call.decode(call)
+    asked = _checked(call, x, params, [grad, value, *memory])
+    if len(memory) != 3 or (asked.adjoint.reuses and not asked.keep):
+        raise ValueError(f"memory has {len(memory)} tensors, keep={asked.keep}: expected history, p and q of `solve`")
     batch = [grad, value, x, *memory]
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         if asked.graphs and graphs.usable(x):

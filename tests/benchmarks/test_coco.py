@@ -1,4 +1,4 @@
-"""benchmarks/coco.py: a folder's splits, samples for training, the order in which they come, COCO's metrics."""
+"""benchmarks/quality/coco.py: a folder's splits, samples for training, the order in which they come, COCO's metrics."""
 
 import json
 from pathlib import Path

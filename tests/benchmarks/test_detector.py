@@ -1,4 +1,4 @@
-"""benchmarks/detector.py and efficientnet_lite.py: refinements, gradients through them, backbones, mixed precision."""
+"""benchmarks/quality/detector.py: refinements, gradients through them, backbones, mixed precision."""
 
 from collections import defaultdict
 from functools import partial

@@ -1,4 +1,4 @@
-"""benchmarks/pictures.py: masks are drawn where they are, in the colour of their object; no panel is lost."""
+"""benchmarks/report/pictures.py: masks are drawn where they are, in the colour of their object; no panel is lost."""
 
 import numpy as np
 import pytest

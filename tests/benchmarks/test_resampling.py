@@ -1,4 +1,4 @@
-"""benchmarks/resampling.py: the bootstrap's interval against what is known of it."""
+"""benchmarks/analysis/resampling.py: the bootstrap's interval against what is known of it."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""benchmarks/training.py: what is learnt and from what, interrupting and resuming, several processes."""
+"""benchmarks/quality/training.py: what is learnt and from what, interrupting and resuming, several processes."""
 
 import json
 import os

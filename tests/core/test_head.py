@@ -100,6 +100,8 @@ def test_empty_batch(solver, make_head):
         (lambda: IFRHead(64, adjoint="guess"), "adjoint='guess'"),
         (lambda: IFRHead(64, solver=Picard(), adjoint="shine"), "Shine"),
         (lambda: IFRHead(64, backend="tpu"), "backend='tpu'"),
+        (lambda: setattr(IFRHead(64), "training_unroll", -1), r"training_unroll=-1"),
+        (lambda: IFRHead(64, solver=type("Mine", (Broyden,), {})()), "is a Mine: expected one of"),
         (lambda: IFRHead(64, backend="metal"), "backend='metal': expected one of"),
         (lambda: IFRHead(64)(torch.randn(2, 32, 4, 4)), r"shape \(2, 32, 4, 4\): expected \(N, 64, H, W\)"),
         (lambda: IFRHead(64)(torch.randn(2, 64, 0, 4)), r"shape \(2, 64, 0, 4\)"),
@@ -172,6 +174,21 @@ def test_clones(clone, make_head):
     assert head.solver == Anderson(5)
 
 
+def test_copies_hold_no_batch(make_head):
+    head = make_head(16)
+    small = len(pickle.dumps(head))
+    head(torch.randn(64, 16, 14, 14))
+    assert len(pickle.dumps(head)) < small + 1000
+    assert copy.deepcopy(head).last_solution is None
+    assert head.last_solution is not None
+
+
+def test_printed_with_its_solver_and_adjoint():
+    words = repr(IFRHead(16, groups=4, solver=Anderson(7), adjoint="phantom"))
+    assert "solver=Anderson(max_iter=7" in words
+    assert "adjoint=Phantom(" in words
+
+
 def test_state_dict_is_the_block_only(make_head):
     head = make_head(16)
     buffer = io.BytesIO()
@@ -200,6 +217,8 @@ def test_from_released(weight_norm, make_head):
         weight = state["conv1.weight_g"] * v / v.flatten(1).norm(dim=1)[:, None, None, None]
     torch.testing.assert_close(head.block.conv1.weight, weight)
     assert torch.equal(head.block.gn3.bias, state["gn3.bias"])
+    with pytest.raises(ValueError, match="channels=16: the checkpoint has 8"):
+        IFRHead.from_released(state, channels=16)
 
 
 def test_parameters_are_half_of_four_convolutions():

@@ -51,13 +51,14 @@ def test_norm_tail(residual, norms, dtype, format, backend):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"form": "eq5"}, {"dtype": torch.int8}, {"solver": Broyden()}, {"backend": "tpu"},
+        {"form": "eq5"}, {"dtype": torch.int8}, {"solver": Broyden()}, {"backend": "tpu"}, {"groups": "4"},
+        {"groups": 0}, {"graphs": "yes"}, {"keep": 1},
     ],
     ids=str,
 )  # fmt: skip
 def test_a_call_is_checked(wrong):
     fields = {"form": "released", "groups": 2, "dtype": torch.float32, "backend": "auto", "adjoint": Implicit(4)}
-    with pytest.raises(ValueError, match=r"expected (a form|one of)"):
+    with pytest.raises(ValueError, match=r"expected (a form|one of|an integer|True or False)"):
         Call(**{**fields, "solver": Broyden().resolve(torch.float32), **wrong})
 
 
@@ -68,6 +69,25 @@ def test_a_call_that_is_none_is_refused(text, make_head):
     x, params = torch.randn(2, 8, 3, 3), make_head(8, groups=2).block.tensors()
     with pytest.raises(ValueError, match=r"expected what Call\.encode"):
         torch.ops.ifr_fast.solve(x, params, text)
+
+
+def test_the_ops_refuse_what_is_no_block(make_head):
+    solver = Broyden(3).resolve(torch.float32)
+    call, keep = (Call("released", 2, torch.float32, solver, Shine(), "auto", keep=k).encode() for k in (False, True))
+    x, params = torch.randn(2, 8, 3, 3), [p.detach() for p in make_head(8, groups=2).block.tensors()]
+    ops = torch.ops.ifr_fast
+    value, *_, history, p, q = ops.solve(x, params, keep)
+    wrong = Call("released", 2, torch.float32, solver, solver, "auto").encode()
+    for refused, words in (
+        (lambda: ops.solve(x, params[:6], call), "params has 6 tensors: expected 8"),
+        (lambda: ops.solve(x.long(), params, call), "dtype torch.int64"),
+        (lambda: ops.solve(x, params, wrong), "expected an adjoint"),
+        (lambda: ops.solve_backward(x, value, x, params, [], keep), "memory has 0 tensors"),
+        (lambda: ops.solve_backward(x, value, x, params, [history, p, q], call), "keep=False"),
+        (lambda: ops.norm_tail(x, None, [params[1]], 2, "auto"), "norms has 1 tensors"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refused()
 
 
 @backends

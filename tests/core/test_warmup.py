@@ -1,6 +1,7 @@
 """WarmupUnroll: training passes unroll for so many iterations, evaluation always solves, and checkpoints go on."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -91,6 +92,15 @@ def test_an_average_solves_while_the_model_unrolls(x, make_head):
     assert not unrolls(average.module.eval(), x)
     warmup.step()
     average.update_parameters(head)
+
+
+def test_copies_take_no_part(x, make_head):
+    """Else one made during the warm-up would unroll for ever: the schedule knows the model it was given."""
+    head = make_head(16)
+    WarmupUnroll(head)
+    assert unrolls(head, x)
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head)), AveragedModel(head).module):
+        assert not unrolls(other.train(), x)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,10 @@ def test_backends_explain_themselves():
     assert all(len(b.reason) > 20 for b in found.values())
     assert "OpenMP" in found["cpu"].reason
     assert (found["reference"], found["native"]) == (found["eager"], found["cpu"])  # their names in release 0.1
+    assert "native" in found
+    assert "metal" not in found
+    assert found.get("native") == found["cpu"]
+    assert found.get("metal") is None
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_an_unknown_field_is_named():
     ("name", "value"),
     [
         ("f", None), ("f", -1), ("f", 0.0), ("type", 0), ("type", _native.Method.picard), ("method", "picard"),
-        ("n", 1.5), ("threads", 2**40), ("rtol", "small"),
+        ("n", 1.5), ("threads", 2**40), ("rtol", "small"), ("affine", None), ("affine", 2),
     ],
 )  # fmt: skip
 def test_a_field_of_another_type_is_named(name, value):

@@ -225,6 +225,14 @@ def test_a_step_touches_running_samples_only(kernels, n):
     torch.testing.assert_close(state.trace[1, 1:], (f - z)[1:].norm(dim=1) / f[1:].norm(dim=1))
 
 
+@pytest.mark.parametrize("kernels", [cpu, eager], ids=["cpu", "eager"])
+def test_a_first_evaluation_may_find_its_samples_stopped(kernels):
+    z = torch.zeros(3, 8)
+    state = kernels.new_state(z, rows=3, evaluations=4, history_dtype=torch.float32, from_zero=True)
+    for _ in range(2):
+        assert kernels.step(state, torch.zeros_like(z), z, Step("picard", 1, 0, False, 1e-3)) == 0
+
+
 def judged(kernels, f, z, *, rtol=1e-3):
     """The state after one evaluation."""
     state = kernels.new_state(z, rows=1, evaluations=2, history_dtype=z.dtype, from_zero=False)

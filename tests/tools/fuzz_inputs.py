@@ -1,4 +1,4 @@
-"""Random arguments for tests/fuzz_cases.py: features of any scale and layout, solvers, adjoints."""
+"""Random arguments for fuzz_cases.py: features of any scale and layout, solvers, adjoints."""
 
 from __future__ import annotations
 

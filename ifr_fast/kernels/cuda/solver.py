@@ -96,7 +96,7 @@ def _solver(state: DeviceState, z: Tensor, step: Step) -> _native.cuda.Solver:
         "row": step.row(state), "window": step.window, "evaluation": step.evaluation, "rtol": step.rtol,
         "divergence": DIVERGENCE, "ridge": ridge(state.gram.dtype), "affine": step.affine,
         "z": address(z, "z", torch.float32, n * size, state.device), "injection": injection, "r": r, **places,
-        "previous": places["trace"] - evaluation if step.evaluation else 0, "parts": parts,
+        "previous": places["trace"] - (evaluation if step.evaluation else 0), "parts": parts,
     })  # fmt: skip
 
 
