@@ -16,7 +16,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from benchmarks.quality.objects import FINE, PREDICTED, Objects
 from benchmarks.quality.strategies import Strategy
 from benchmarks.quality.training import CLIP_NORM, WEIGHT_DECAY, Plan, autocast, warm_up
-from ifr_fast import IFRHead, Implicit, WarmupUnroll
+from ifr_fast import IFRHead, WarmupUnroll
 from ifr_fast.diagnostics import adjoint_residual
 
 
@@ -188,7 +188,7 @@ def evaluate(model: MaskBranch, objects: Objects, *, bf16: bool) -> dict[str, An
 def backward_residual(model: MaskBranch, objects: Objects, *, bf16: bool) -> float | None:
     """The median relative residual of the adjoint equation for the loss's own gradient; None without such a one."""
     head = model.refine
-    if not isinstance(head, IFRHead) or head.last_solution is None or not isinstance(head.adjoint, Implicit):
+    if not isinstance(head, IFRHead) or head.last_solution is None or not head.adjoint.solves:
         return None
     model.eval()
     features, masks = objects.features, objects.masks
