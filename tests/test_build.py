@@ -123,7 +123,7 @@ def test_these_tests_see_an_installed_package(name):
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel, built):
-    kept = {".py", ".md", ".typed"}
+    kept = {".py", ".pyi", ".md", ".typed"}
     expected = {path.relative_to(built) for path in (built / "ifr_fast").rglob("*") if path.suffix in kept}
     for path in (built / "integrations").rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:

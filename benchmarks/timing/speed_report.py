@@ -140,7 +140,7 @@ def verdict_on(noise: dict) -> str:
         facts.append(f"threads ran {noise['share']:.0%} of the time (≥ {LEAST_SHARE:.0%})")
     if noise["spread"] is not None:
         facts.append(f"IFR / stack spread {noise['spread']:.0%} (≤ {MOST_SPREAD:.0%})")
-    return ("TOO BUSY for these figures to mean anything: " if noise["busy"] else "quiet: ") + ", ".join(facts)
+    return ("TOO BUSY to mean anything: " if noise["busy"] else "quiet: ") + ", ".join(facts)
 
 
 def cells(entry: dict) -> list[str]:
