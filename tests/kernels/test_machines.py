@@ -20,7 +20,7 @@ def toys(monkeypatch, tmp_path):
     (tmp_path / "test_toy.py").write_text(TOY)
     monkeypatch.setenv("IFR_FAST_SEED", "5")
     monkeypatch.setattr(machines, "TESTS", tmp_path)
-    monkeypatch.setattr(machines, "FOLDERS", ["."])
+    monkeypatch.setattr(machines, "FILES", ["test_toy.py"])
     monkeypatch.setitem(machines.EFFECTS, ("IFR_FAST_ISA", "generic"), "cpu avx1024")
     toys = {"good": {"OMP_NUM_THREADS": "1"}, "bad": {"OMP_NUM_THREADS": "2", "IFR_FAST_ISA": "generic"}}
     monkeypatch.setattr(machines, "MACHINES", toys)

@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parents[1]
-FOLDERS = ["core", "kernels"]
+# Those of the arithmetic.
+FILES = [
+    "kernels/test_kernels.py",
+    *(
+        f"core/test_{name}.py"
+        for name in (
+            "loop", "solvers", "adjoints", "fixed_point", "equilibria", "head", "altered", "transforms", "reference",
+            "diagnostics", "fuzz",
+        )
+    ),
+]  # fmt: skip
 ANY_X86 = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "IFR_FAST_ISA": "generic"}
 LAPTOP = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "IFR_FAST_ISA": "avx2"}
 MACHINES = {
@@ -84,7 +94,7 @@ def run_as(switches: dict[str, str], options: list[str]) -> Result:
     start = time.perf_counter()
     seen = run(["-c", PROBE], switches | {"ONEDNN_VERBOSE": "1"})
     ineffective = [name for name, value in switches.items() if EFFECTS.get((name, value), "") not in seen]
-    tests = [*FOLDERS, "-k", "not compil and not distributed"]
+    tests = [*FILES, "-k", "not compil and not distributed"]
     # Threads that wait for others at the end of a loop leave the processor to them.
     output = run(["-m", "pytest", "-q", *tests, *options], switches | {"OMP_WAIT_POLICY": "PASSIVE"})
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|errors?)\b", output)}
