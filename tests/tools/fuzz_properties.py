@@ -246,8 +246,8 @@ def unrolled_blocks_are_the_blocks(c: Checked) -> None:
 def gradients_are_finite(c: Checked) -> None:
     if not c.result.grads or not c.rule:
         return
-    solver = c.case.solver
-    if c.case.dtype == torch.float16 and not c.solves and isinstance(solver, Anderson) and c.x.shape[1:].numel() < solver.m:
+    unrolled = not c.solves and isinstance(c.case.solver, Anderson)
+    if unrolled and c.case.dtype == torch.float16 and c.x.shape[1:].numel() < c.case.solver.m:
         return  # more differences than unknowns: an unrolled step's gradient is 1e16 and leaves float16's range
     converged = c.solution.status == Status.CONVERGED
     grad_x, *grads = c.result.grads
