@@ -48,8 +48,8 @@ def ablation(content: Content) -> str:
     return "\n\n".join(
         [
             f"{len(trainings)} trainings of the mask branch alone on {settings['data']}, C = {settings['channels']}, "
-            f"{settings['epochs']} epochs; {machine(content)}. Learning rates: {rates}. `{command}` "
-            + content.get("note", ""),
+            f"{settings['epochs']} epochs; {machine(content)}. Learning rates: {rates}. `{command}`"
+            + (f" {content['note']}" if "note" in content else ""),
             table(head, lines),
         ]
     )
