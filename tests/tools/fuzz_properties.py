@@ -106,7 +106,7 @@ def fixed_point_reports_what_f_did(c: Checked) -> None:
     limit = 1e37 if s.residual.dtype == torch.float32 else 1e306
     for i in range(c.n):
         steps, trace, status = int(s.iterations[i]), s.trace[:, i].double(), Status(int(s.status[i]))
-        first, extreme = None, False
+        first, start, extreme, underflows = None, 0.0, False, False
         for k in range(steps + 1):
             z, f = (t[i : i + 1].double() for t in c.result.calls[k])
             g, size, where = norms(f - z).item(), norms(f).item(), f"sample {i}, evaluation {k}: {status.name}"
@@ -118,7 +118,10 @@ def fixed_point_reports_what_f_did(c: Checked) -> None:
             if status == Status.NONFINITE and k == steps:
                 assert overflows, f"{where}, but ‖f - z‖ = {g:.3e}, ‖f‖ = {size:.3e}, |z|, |f| ≤ {peak:.1e}"
                 continue
-            if overflows or (not c.solves and relative > 1e18):  # through.py squares in float32: 1e-38 of another is 0
+            start = start or peak
+            # An unrolled solve squares in float32, scaled by its first evaluation: 1e-38 of it is zero.
+            underflows |= not c.solves and min(size, g) < 1e-17 * start
+            if overflows or underflows:
                 continue
             tiny = torch.finfo(s.residual.dtype).tiny * z.numel()
             slack = (1e-4 if c.x.dtype != torch.float64 else 1e-9) * relative + 4 * tiny / max(size, tiny)
