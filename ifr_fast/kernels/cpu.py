@@ -30,7 +30,7 @@ from .contract import (
     wide,
 )
 from .eager import finish, new_state, shift, total
-from .fields import GRADS, STATISTICS, given, made, new_statistics, parameters
+from .fields import GRADS, STATISTICS, check_activation, given, made, new_statistics, parameters
 
 __all__ = [
     "CHANNELS_LAST_ONLY", "convolution", "finish", "new_state", "norm_relu", "norm_relu_vjp", "norm_tail",
@@ -160,9 +160,7 @@ def step(state: State, f: Tensor, z: Tensor, step: Step) -> int:
 
 def _activation(y: Tensor, groups: int) -> Tensor:
     """y, dense and checked."""
-    if y.dim() != 4 or y.dtype not in DTYPES or groups < 1 or y.shape[1] % groups:
-        expected = f"(N, C, H, W) in {', '.join(map(str, DTYPES))}, C divisible by groups={groups}"
-        raise ValueError(f"y is {describe(y)}: expected {expected}")
+    check_activation(y, groups, DTYPES)
     if not is_channels_last(y):
         y = y.contiguous()
     if not y.is_cpu or type(y) is not Tensor:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from .contract import Norm, address, wide
+from .contract import Norm, address, describe, wide
 
 STATISTICS = ("first_mean", "first_rstd", "second_mean", "second_rstd")
 GRADS = ("first_grad_weight", "first_grad_bias", "second_grad_weight", "second_grad_bias")
+
+
+def check_activation(y: Tensor, groups: int, dtypes: Collection[torch.dtype]) -> None:
+    """ValueError where y is no activation of one of these dtypes that so many groups divide."""
+    if y.dim() != 4 or y.dtype not in dtypes or groups < 1 or y.shape[1] % groups:
+        expected = f"(N, C, H, W) in {', '.join(map(str, dtypes))}, C divisible by groups={groups}"
+        raise ValueError(f"y is {describe(y)}: expected {expected}")
 
 
 def parameters(y: Tensor, first: Norm, second: Norm | None) -> dict[str, int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .contract import RUNNING, Norm, SolverState, address, describe, optional
-from .fields import given, parameters
+from .fields import check_activation, given, parameters
 
 MOST_ROWS = 64  # of a history: its K×K matrices are held on chip
 
@@ -89,9 +89,7 @@ class DeviceState(SolverState):
 
 def activation(y: Tensor, groups: int) -> Tensor:
     """y in the layout that the kernels read, checked: a convolution or autograd may hand over another one."""
-    if y.dim() != 4 or y.dtype not in ACTIVATIONS or groups < 1 or y.shape[1] % groups:
-        expected = f"(N, C, H, W) in {', '.join(map(str, ACTIVATIONS))}, C divisible by groups={groups}"
-        raise ValueError(f"y is {describe(y)}: expected {expected}")
+    check_activation(y, groups, ACTIVATIONS)
     return like(y, "y", y)
 
 

@@ -62,21 +62,6 @@ def solve_results(x: Tensor, call: Call) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.register_fake("ifr_fast::solve")
-def _(x, params, call):
-    check_devices(x, params)
-    return solve_results(x, Call.decode(call))
-
-
-@torch.library.register_fake("ifr_fast::solve_backward")
-def _(grad, value, x, params, memory, call):
-    check_devices(x, [grad, value, *params, *memory])
-    n, state = x.shape[0], wide(Call.decode(call).dtype)
-    residual, iterations = x.new_empty(n, dtype=state), x.new_empty(n, dtype=torch.int64)
-    grad_x = torch.empty_like(x, memory_format=memory_format(x))
-    return grad_x, [torch.empty_like(p) for p in params], residual, iterations
-
-
 def _checked(text: str, x: Tensor, params: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Call:
     """What is asked for; ValueError where the tensors are no block's and its features'."""
     call = Call.decode(text)
@@ -88,6 +73,19 @@ def _checked(text: str, x: Tensor, params: Sequence[Tensor], others: Sequence[Te
         raise ValueError(f"params has {len(params)} tensors: expected {count}, as form={call.form!r}")
     check_devices(x, [*params, *others])
     return call
+
+
+@torch.library.register_fake("ifr_fast::solve")
+def _(x, params, call):
+    return solve_results(x, _checked(call, x, params))
+
+
+@torch.library.register_fake("ifr_fast::solve_backward")
+def _(grad, value, x, params, memory, call):
+    n, state = x.shape[0], wide(_checked(call, x, params, [grad, value, *memory]).dtype)
+    residual, iterations = x.new_empty(n, dtype=state), x.new_empty(n, dtype=torch.int64)
+    grad_x = torch.empty_like(x, memory_format=memory_format(x))
+    return grad_x, [torch.empty_like(p) for p in params], residual, iterations
 
 
 @torch.library.impl("ifr_fast::solve", "default")

@@ -12,16 +12,9 @@ from benchmarks.timing import measure
 from benchmarks.timing.measure import Timed
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_profile_counts_the_most_that_was_held_at_once():

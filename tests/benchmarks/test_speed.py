@@ -30,16 +30,9 @@ from benchmarks.timing.targets import BACKWARD, FORWARD
 from ifr_fast import Broyden, reference
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def row(name: str, seed: int, steps: int = 3) -> contenders.Contender:
