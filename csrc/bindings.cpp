@@ -19,7 +19,8 @@ namespace {
 
 #define IFR_TABLE(isa)                                                                                   \
   {#isa, ifr::isa::norm_relu, ifr::isa::norm_relu_vjp, ifr::isa::norm_tail, ifr::isa::norm_tail_vjp,     \
-   ifr::isa::step}
+   ifr::isa::norm_sums, ifr::isa::step, ifr::isa::step_tail, ifr::isa::step_total,                       \
+   ifr::isa::winograd_weights, ifr::isa::winograd_workspace, ifr::isa::winograd, ifr::isa::equal}
 
 struct Table {
   const char *isa;
@@ -27,7 +28,14 @@ struct Table {
   decltype(&ifr::generic::norm_relu_vjp) norm_relu_vjp;
   decltype(&ifr::generic::norm_tail) norm_tail;
   decltype(&ifr::generic::norm_tail_vjp) norm_tail_vjp;
+  decltype(&ifr::generic::norm_sums) norm_sums;
   decltype(&ifr::generic::step) step;
+  decltype(&ifr::generic::step_tail) step_tail;
+  decltype(&ifr::generic::step_total) step_total;
+  decltype(&ifr::generic::winograd_weights) winograd_weights;
+  decltype(&ifr::generic::winograd_workspace) winograd_workspace;
+  decltype(&ifr::generic::winograd) winograd;
+  decltype(&ifr::generic::equal) equal;
 };
 
 // The widest variant that IFR_FAST_ISA allows: 0 generic, 1 avx2, 2 avx512.
@@ -55,6 +63,16 @@ const Table &kernels() {
     return Table IFR_TABLE(generic);
   }();
   return table;
+}
+
+// A kernel that takes a dictionary of the fields of its structs. It runs without the GIL.
+template <typename Result, typename... Structs>
+void bind(py::module_ &m, const char *name, Result (*Table::*kernel)(const Structs &...)) {
+  m.def(name, [kernel](const py::dict &given) {
+    const auto structs = ifr::read<Structs...>(given);
+    const py::gil_scoped_release unlocked;
+    return std::apply(kernels().*kernel, structs);
+  });
 }
 
 // A norm's kernel: takes a data type, and a dictionary of fields. It runs without the GIL.
@@ -91,15 +109,25 @@ PYBIND11_MODULE(_native, m) {
       .value("anderson", ifr::Method::anderson)
       .value("picard", ifr::Method::picard);
 
+  py::enum_<ifr::Read>(m, "Read", py::module_local())
+      .value("plain", ifr::Read::plain)
+      .value("sum", ifr::Read::sum)
+      .value("norm_relu", ifr::Read::norm_relu)
+      .value("norm_vjp", ifr::Read::norm_vjp)
+      .value("norm_relu_vjp", ifr::Read::norm_relu_vjp);
+
   bind_norm(m, "norm_relu", &Table::norm_relu);
   bind_norm(m, "norm_relu_vjp", &Table::norm_relu_vjp);
   bind_norm(m, "norm_tail", &Table::norm_tail);
   bind_norm(m, "norm_tail_vjp", &Table::norm_tail_vjp);
-  m.def("step", [](const py::dict &given) {
-    const auto [step] = ifr::read<ifr::Step>(given);
-    const py::gil_scoped_release unlocked;
-    return kernels().step(step);
-  });
+  bind(m, "norm_sums", &Table::norm_sums);
+  bind(m, "step", &Table::step);
+  bind(m, "step_tail", &Table::step_tail);
+  bind(m, "step_total", &Table::step_total);
+  bind(m, "winograd_weights", &Table::winograd_weights);
+  bind(m, "winograd_workspace", &Table::winograd_workspace);
+  bind(m, "winograd", &Table::winograd);
+  bind(m, "equal", &Table::equal);
 
 #ifdef IFR_CUDA_ARCHS
   m.attr("cuda_archs") = IFR_CUDA_ARCHS;

@@ -10,6 +10,7 @@ from .block import ResidualBlock
 from .engine import graphs
 from .fixed_point import fixed_point
 from .head import IFRHead
+from .kernels import weight_cache
 from .kernels.choose import backends
 from .solution import Solution, Status
 from .solvers import Anderson, Broyden, Picard, Unroll
@@ -33,6 +34,7 @@ __all__ = [
     "backends",
     "fixed_point",
     "graphs",
+    "weight_cache",
 ]
 
 if TYPE_CHECKING:

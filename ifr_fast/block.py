@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ._torch import autocast, conv2d, forward_mode_active, transforms_active
 from .altered import CONVOLUTION, altered_module, called_hooks, update_weights
 from .checks import DTYPES, check_bool
 from .engine.linearise import FORMS
-from .kernels import choose
+from .kernels import choose, weight_cache
 from .kernels.contract import EPS, wide
 from .ops import norms as _  # noqa: F401  (registers the ops)
 from .weight_norm import adopted, is_torchs, normalised
@@ -86,6 +87,7 @@ class ResidualBlock(nn.Module):
         if form != "paper":
             self.gn3 = nn.GroupNorm(groups, channels, EPS)
             nn.init.constant_(self.gn3.weight, post_gain)
+        self._free_weights_at_the_end()
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             if weight_norm:
@@ -166,6 +168,13 @@ class ResidualBlock(nn.Module):
             if self.form != "plain":
                 y = y + r
             return (y if self.form == "paper" else self.gn3(F.relu(y))).to(z.dtype)
+
+    def _free_weights_at_the_end(self) -> None:
+        weakref.finalize(self, weight_cache.clear).atexit = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._free_weights_at_the_end()
 
     def __getstate__(self) -> dict[str, Any]:
         # Torch cannot pickle a module that its own weight_norm has parametrised.

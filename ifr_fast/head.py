@@ -18,6 +18,7 @@ from .config import build
 from .engine.call import Call
 from .engine.through import differentiable_solve
 from .fixed_point import fixed_point
+from .kernels import convolutions
 from .kernels.contract import memory_format, wide
 from .ops.solve import transformed_solve
 from .released import released_state
@@ -39,6 +40,8 @@ class IFRHead(nn.Module):
         adjoint: how gradients pass: Implicit, Phantom, JacobianFree, Shine or Unrolled. An Unroll ignores it. solver
             and adjoint may also be a name or dict(type=name, …), and may be assigned later.
         backend: "auto", "eager", "cpu", "triton" or "cuda"; see backends().
+        convolution: how the cpu kernels convolve in a solve: "direct" by oneDNN, "winograd" by Winograd's algorithm
+            (float32, channels in multiples of 32), "auto" by what is faster. Transformed weights: see weight_cache.
         cuda_graphs: on a GPU, record the solve and its backward pass as CUDA graphs and replay them. This is for small
             batches, where launching takes longer than computing. Batches are padded to one of eight sizes an octave.
             Recordings keep their workspace (solvers.Solver) until ifr_fast.graphs.clear().
@@ -67,6 +70,7 @@ class IFRHead(nn.Module):
         solver: Solver | Unroll | str | Mapping[str, Any] = Broyden(),  # noqa: B008  (immutable)
         adjoint: Adjoint | str | Mapping[str, Any] = Implicit(),  # noqa: B008
         backend: str = "auto",
+        convolution: str = "auto",
         cuda_graphs: bool = False,
     ) -> None:
         check_bool("cuda_graphs", cuda_graphs)
@@ -76,7 +80,7 @@ class IFRHead(nn.Module):
             channels, form=form, groups=groups, mid_channels=mid_channels, weight_norm=weight_norm, post_gain=post_gain,
             backend=backend,
         )  # fmt: skip
-        self.cuda_graphs = cuda_graphs
+        self.convolution, self.cuda_graphs = convolutions.check(convolution), cuda_graphs
         self._training_unroll = 0
         self._solver = build(solver, (Solver, Unroll), "solver")
         self.adjoint = adjoint
@@ -125,11 +129,12 @@ class IFRHead(nn.Module):
     def call(self, dtype: torch.dtype, keep: bool = False) -> str:
         """The string that the op `solve` takes (engine.call.Call) if the block computes in `dtype`."""
         block = self.block
-        key = dtype, block.form, block.groups, block.backend, self.cuda_graphs, keep
+        key = dtype, block.form, block.groups, block.backend, self.convolution, self.cuda_graphs, keep
         if key not in self._calls:
             solver = self._iterative()
             resolved, adjoint = solver.resolve(dtype), self._adjoint.fitted(solver, dtype)
-            call = Call(block.form, block.groups, dtype, resolved, adjoint, block.backend, self.cuda_graphs, keep)
+            options = block.backend, self.convolution, self.cuda_graphs, keep
+            call = Call(block.form, block.groups, dtype, resolved, adjoint, *options)
             self._calls[key] = call.encode()
         return self._calls[key]
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "norm.h"
 #include "scalar.h"
 
 namespace ifr::IFR_ISA {
@@ -16,11 +17,31 @@ namespace {
 
 constexpr int64_t SLICE = 1 << 16;  // elements
 
+// Some of the samples, and the threads that work at them.
+struct Samples {
+  const int64_t *list;
+  int64_t count;
+  int threads;
+};
+
+// The samples that have not stopped.
+std::vector<int64_t> running(const NormShape &shape) {
+  std::vector<int64_t> list;
+  list.reserve(shape.n);
+  for (int64_t n = 0; n < shape.n; ++n)
+    if (!shape.status || shape.status[n] == MAX_ITER) list.push_back(n);
+  return list;
+}
+
+// A parallel region needs one thread at least.
+int team(int64_t items, int threads) { return int(std::max<int64_t>(1, std::min<int64_t>(items, threads))); }
+
 template <bool NHWC, typename T>
 struct Chain {
   using W = wide_t<T>;
   const NormShape &shape;
   const int64_t inner, outer, size, slices, rows;
+  const std::vector<int64_t> list;
   std::vector<double> sums;  // (n, slices, 2, channels)
 
   explicit Chain(const NormShape &s)
@@ -30,14 +51,25 @@ struct Chain {
         size(s.channels * s.positions),
         slices(std::max<int64_t>(1, std::min(outer, (size + SLICE / 2) / SLICE))),
         rows((outer + slices - 1) / slices),
+        list(running(s)),
         sums(s.n * slices * 2 * s.channels) {}
+
+  // Runs body(samples), the sweeps of a kernel, over all samples. A sample of one slice stays in L2 from a sweep to the
+  // next: it goes through all of them before the next sample does.
+  template <typename Body>
+  void each(Body body) const {
+    const int64_t count = list.size();
+    if (slices > 1) return body(Samples{list.data(), count, shape.threads});
+#pragma omp parallel for schedule(static) num_threads(team(count, shape.threads))
+    for (int64_t s = 0; s < count; ++s) body(Samples{list.data() + s, 1, 1});
+  }
 
   // body(sample, element of the sample, channel) for every element
   template <typename Body>
-  void map(Body body) const {
-#pragma omp parallel for schedule(static) num_threads(shape.threads)
-    for (int64_t item = 0; item < shape.n * slices; ++item) {
-      const int64_t n = item / slices, begin = item % slices * rows, end = std::min(outer, begin + rows);
+  void map(const Samples &samples, Body body) const {
+#pragma omp parallel for schedule(static) num_threads(samples.threads)
+    for (int64_t item = 0; item < samples.count * slices; ++item) {
+      const int64_t n = samples.list[item / slices], begin = item % slices * rows, end = std::min(outer, begin + rows);
       for (int64_t o = begin; o < end; ++o) {
 #pragma omp simd
         for (int64_t i = 0; i < inner; ++i) body(n, o * inner + i, NHWC ? i : o);
@@ -49,12 +81,12 @@ struct Chain {
   // They are in double, since a variance is a small difference of large sums. The values go through a small buffer:
   // the compiler would not vectorise them beside sums in double.
   template <bool PRODUCT, typename Body>
-  void reduce(Body body) {
+  void reduce(const Samples &samples, Body body) {
     constexpr int64_t TILE = 256;
-#pragma omp parallel for schedule(static) num_threads(shape.threads)
-    for (int64_t item = 0; item < shape.n * slices; ++item) {
-      const int64_t n = item / slices, begin = item % slices * rows, end = std::min(outer, begin + rows);
-      double *first = sums.data() + item * 2 * shape.channels, *second = first + shape.channels;
+#pragma omp parallel for schedule(static) num_threads(samples.threads)
+    for (int64_t item = 0; item < samples.count * slices; ++item) {
+      const int64_t n = samples.list[item / slices], begin = item % slices * rows, end = std::min(outer, begin + rows);
+      double *first = sums.data() + (n * slices + item % slices) * 2 * shape.channels, *second = first + shape.channels;
       std::fill(first, first + 2 * shape.channels, 0.0);
       for (int64_t o = begin; o < end; ++o) {
         for (int64_t start = 0; start < inner; start += TILE) {
@@ -108,55 +140,57 @@ struct Norm {
         weight(static_cast<const W *>(weight)),
         bias(static_cast<const W *>(bias)),
         mean(static_cast<W *>(mean)),
-        rstd(static_cast<W *>(rstd)) {}
+        rstd(static_cast<W *>(rstd)) {
+    const int64_t entries = weight ? s.n * s.channels : 0;
+    for (auto *table : {&center, &inverse, &scale, &weighted, &constant, &slope}) table->resize(entries);
+  }
 
   int64_t per_group() const { return shape.channels / shape.groups; }
 
   // The statistics of what value(sample, element, channel) gives. value may overwrite what it reads; again() gives the
   // same numbers after that.
   template <typename C, typename Value, typename Again>
-  void measure(C &chain, Value value, Again again) {
+  void measure(C &chain, const Samples &samples, Value value, Again again) {
     const int64_t channels = shape.channels;
-    std::vector<char> inexact(shape.n * shape.groups);
-    chain.template reduce<false>([=](int64_t n, int64_t e, int64_t c, W &s, W &) { s = value(n, e, c); });
-    from_sums(chain, inexact, false);
-    from_statistics();
+    std::vector<char> inexact(samples.count * shape.groups);
+    chain.template reduce<false>(samples, [=](int64_t n, int64_t e, int64_t c, W &s, W &) { s = value(n, e, c); });
+    from_sums(chain, samples, inexact, false);
+    from_statistics(samples);
     if (std::find(inexact.begin(), inexact.end(), true) == inexact.end()) return;
     const W *near = center.data();
-    chain.template reduce<false>([=](int64_t n, int64_t e, int64_t c, W &s, W &) {
+    chain.template reduce<false>(samples, [=](int64_t n, int64_t e, int64_t c, W &s, W &) {
       s = again(n, e, c) - near[n * channels + c];
     });
-    from_sums(chain, inexact, true);
-    from_statistics();
+    from_sums(chain, samples, inexact, true);
+    from_statistics(samples);
   }
 
   // Statistics from the sums of x and x^2 for each channel. A variance far below the mean's square is lost in their
   // difference: such groups are marked as inexact. again: only those groups, from the sums of x - mean and its square.
   template <typename C>
-  void from_sums(C &chain, std::vector<char> &inexact, bool again) {
+  void from_sums(C &chain, const Samples &samples, std::vector<char> &inexact, bool again) {
     const int64_t width = per_group();
     const double count = double(width * shape.positions);
-    for (int64_t n = 0; n < shape.n; ++n) {
+    for (int64_t i = 0; i < samples.count; ++i) {
+      const int64_t n = samples.list[i];
       const double *sum = chain.total(n), *square = sum + shape.channels;
       for (int64_t g = 0; g < shape.groups; ++g) {
+        char &is_inexact = inexact[i * shape.groups + g];
+        if (again && !is_inexact) continue;
         const int64_t at = n * shape.groups + g;
-        if (again && !inexact[at]) continue;
-        double a = 0, b = 0;
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) a += sum[c], b += square[c];
-        const double m = a / count, variance = std::max(b / count - m * m, 0.0) + shape.eps;
-        inexact[at] = m * m > 1e4 * variance;
-        mean[at] = again ? W(mean[at] + m) : W(m);
-        rstd[at] = W(1.0 / std::sqrt(variance));
+        const Moments found(sum + g * width, square + g * width, width, count, shape.eps);
+        is_inexact = found.mean * found.mean > 1e4 * found.variance;
+        mean[at] = again ? W(mean[at] + found.mean) : W(found.mean);
+        rstd[at] = W(1.0 / std::sqrt(found.variance));
       }
     }
   }
 
-  void from_statistics() {
+  void from_statistics(const Samples &samples) {
     const int64_t channels = shape.channels, width = per_group();
-    for (auto *table : {&center, &inverse, &scale}) table->resize(shape.n * channels);
-    for (int64_t n = 0; n < shape.n; ++n)
+    for (int64_t i = 0; i < samples.count; ++i)
       for (int64_t c = 0; c < channels; ++c) {
-        const int64_t g = n * shape.groups + c / width, at = n * channels + c;
+        const int64_t n = samples.list[i], g = n * shape.groups + c / width, at = n * channels + c;
         center[at] = mean[g];
         inverse[at] = rstd[g];
         scale[at] = rstd[g] * weight[c];
@@ -165,11 +199,11 @@ struct Norm {
 
   // sums: per channel sum(g), sum(g * x_hat) of the output's gradient g
   template <typename C>
-  void vjp_from_sums(C &chain, double *grad_weight, double *grad_bias) {
+  void vjp_from_sums(C &chain, const Samples &samples, double *grad_weight, double *grad_bias) {
     const int64_t channels = shape.channels, width = per_group();
     const double count = double(width * shape.positions);
-    for (auto *table : {&weighted, &constant, &slope}) table->resize(shape.n * channels);
-    for (int64_t n = 0; n < shape.n; ++n) {
+    for (int64_t i = 0; i < samples.count; ++i) {
+      const int64_t n = samples.list[i];
       const double *sum = chain.total(n), *product = sum + channels;
       if (grad_bias) std::copy(sum, sum + channels, grad_bias + n * channels);
       if (grad_weight) std::copy(product, product + channels, grad_weight + n * channels);
@@ -185,13 +219,24 @@ struct Norm {
       }
     }
   }
-};
 
-// Not `x > 0 ? x : 0`: a NaN must stay visible.
-template <typename W>
-inline W relu(W x) {
-  return x < W(0) ? W(0) : x;
-}
+  // The coefficients (n, 5, channels) by which a convolution computes grad_x while it reads g and x.
+  void write_coefficients(const Samples &samples, float *out) const {
+    const int64_t channels = shape.channels;
+    for (int64_t i = 0; i < samples.count; ++i) {
+      const int64_t n = samples.list[i];
+      float *row = out + n * 5 * channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t at = n * channels + c;
+        row[c] = center[at];
+        row[channels + c] = scale[at];
+        row[2 * channels + c] = weighted[at];
+        row[3 * channels + c] = constant[at];
+        row[4 * channels + c] = inverse[at] * slope[at];
+      }
+    }
+  }
+};
 
 template <bool NHWC, typename T>
 struct Kernels {
@@ -213,120 +258,129 @@ struct Kernels {
     const T *y = static_cast<const T *>(a.y);
     T *out = static_cast<T *>(a.out);
     const int64_t size = chain.size, channels = shape.channels;
-    auto value = [=](int64_t n, int64_t e, int64_t) { return load(y[n * size + e]); };
-    norm.measure(chain, value, value);
     const W *center = norm.center.data(), *scale = norm.scale.data(), *bias = norm.bias;
-    chain.map([=](int64_t n, int64_t e, int64_t c) {
-      const int64_t t = n * channels + c;
-      out[n * size + e] = store<T>(relu((load(y[n * size + e]) - center[t]) * scale[t] + bias[c]));
+    auto value = [=](int64_t n, int64_t e, int64_t) { return load(y[n * size + e]); };
+    chain.each([&](const Samples &samples) {
+      norm.measure(chain, samples, value, value);
+      chain.map(samples, [=](int64_t n, int64_t e, int64_t c) {
+        const int64_t t = n * channels + c;
+        out[n * size + e] = store<T>(relu((load(y[n * size + e]) - center[t]) * scale[t] + bias[c]));
+      });
     });
   }
 
   static void relu_vjp(const NormShape &shape, const NormBackward &a) {
     C chain(shape);
     Norm<W> norm = first_norm(shape, a);
-    norm.from_statistics();
     const T *y = static_cast<const T *>(a.y), *grad = static_cast<const T *>(a.grad);
     T *grad_y = static_cast<T *>(a.grad_y);
     const int64_t size = chain.size, channels = shape.channels;
     const W *center = norm.center.data(), *scale = norm.scale.data(), *bias = norm.bias;
     const W *inverse = norm.inverse.data();
-    chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
-      const int64_t t = n * channels + c;
-      const W v = load(y[n * size + e]) - center[t], g = load(grad[n * size + e]);
-      s = v * scale[t] + bias[c] > W(0) ? g : W(0);
-      q = s * (v * inverse[t]);
-    });
-    norm.vjp_from_sums(chain, a.first_grad_weight, a.first_grad_bias);
     const W *weighted = norm.weighted.data(), *constant = norm.constant.data(), *slope = norm.slope.data();
-    chain.map([=](int64_t n, int64_t e, int64_t c) {
-      const int64_t t = n * channels + c;
-      const W v = load(y[n * size + e]) - center[t], g = load(grad[n * size + e]);
-      const W s = v * scale[t] + bias[c] > W(0) ? g : W(0);
-      grad_y[n * size + e] = store<T>(s * weighted[t] - constant[t] - v * inverse[t] * slope[t]);
+    chain.each([&](const Samples &samples) {
+      norm.from_statistics(samples);
+      chain.template reduce<true>(samples, [=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+        const int64_t t = n * channels + c;
+        const W v = load(y[n * size + e]) - center[t], g = load(grad[n * size + e]);
+        s = v * scale[t] + bias[c] > W(0) ? g : W(0);
+        q = s * (v * inverse[t]);
+      });
+      norm.vjp_from_sums(chain, samples, a.first_grad_weight, a.first_grad_bias);
+      if (!grad_y) return norm.write_coefficients(samples, a.coefficients);
+      chain.map(samples, [=](int64_t n, int64_t e, int64_t c) {
+        const int64_t t = n * channels + c;
+        const W v = load(y[n * size + e]) - center[t], g = load(grad[n * size + e]);
+        const W s = v * scale[t] + bias[c] > W(0) ? g : W(0);
+        grad_y[n * size + e] = store<T>(s * weighted[t] - constant[t] - v * inverse[t] * slope[t]);
+      });
     });
   }
 
   template <bool SHORTCUT, bool TWO>
   static void tail_forward(const NormShape &shape, const NormForward &a) {
     C chain(shape);
-    Norm<W> first = first_norm(shape, a);
+    Norm<W> first = first_norm(shape, a), second = second_norm(shape, a);
     const T *y = static_cast<const T *>(a.y), *shortcut = static_cast<const T *>(a.shortcut);
     W *out = static_cast<W *>(a.out);
     const int64_t size = chain.size, channels = shape.channels;
-    auto value = [=](int64_t n, int64_t e, int64_t) { return load(y[n * size + e]); };
-    first.measure(chain, value, value);
     const W *center = first.center.data(), *scale = first.scale.data(), *bias = first.bias;
+    const W *second_center = second.center.data(), *second_scale = second.scale.data(), *second_bias = second.bias;
+    auto value = [=](int64_t n, int64_t e, int64_t) { return load(y[n * size + e]); };
     auto sum = [=](int64_t n, int64_t e, int64_t c) {
       const int64_t t = n * channels + c;
       const W v = (load(y[n * size + e]) - center[t]) * scale[t] + bias[c];
       return SHORTCUT ? v + load(shortcut[n * size + e]) : v;
     };
-    if (!TWO) {
-      chain.map([=](int64_t n, int64_t e, int64_t c) { out[n * size + e] = sum(n, e, c); });
-      return;
-    }
-    Norm<W> second = second_norm(shape, a);
-    second.measure(
-        chain, [=](int64_t n, int64_t e, int64_t c) { return out[n * size + e] = relu(sum(n, e, c)); },
-        [=](int64_t n, int64_t e, int64_t) { return out[n * size + e]; });
-    const W *second_center = second.center.data(), *second_scale = second.scale.data(), *second_bias = second.bias;
-    chain.map([=](int64_t n, int64_t e, int64_t c) {
-      const int64_t t = n * channels + c;
-      out[n * size + e] = (out[n * size + e] - second_center[t]) * second_scale[t] + second_bias[c];
+    chain.each([&](const Samples &samples) {
+      first.measure(chain, samples, value, value);
+      if (!TWO) {
+        chain.map(samples, [=](int64_t n, int64_t e, int64_t c) { out[n * size + e] = sum(n, e, c); });
+        return;
+      }
+      second.measure(
+          chain, samples, [=](int64_t n, int64_t e, int64_t c) { return out[n * size + e] = relu(sum(n, e, c)); },
+          [=](int64_t n, int64_t e, int64_t) { return out[n * size + e]; });
+      chain.map(samples, [=](int64_t n, int64_t e, int64_t c) {
+        const int64_t t = n * channels + c;
+        out[n * size + e] = (out[n * size + e] - second_center[t]) * second_scale[t] + second_bias[c];
+      });
     });
   }
 
   template <bool SHORTCUT, bool TWO>
   static void tail_vjp(const NormShape &shape, const NormBackward &a) {
     C chain(shape);
-    Norm<W> first = first_norm(shape, a);
-    first.from_statistics();
+    Norm<W> first = first_norm(shape, a), second = second_norm(shape, a);
     const T *y = static_cast<const T *>(a.y), *shortcut = static_cast<const T *>(a.shortcut);
     const W *grad = static_cast<const W *>(a.grad);
     W *grad_shortcut = static_cast<W *>(a.grad_shortcut);
     T *grad_y = static_cast<T *>(a.grad_y);
     const int64_t size = chain.size, channels = shape.channels;
     const W *center = first.center.data(), *inverse = first.inverse.data();
-    if (TWO) {
-      Norm<W> second = second_norm(shape, a);
-      second.from_statistics();
-      const W *scale = first.scale.data(), *bias = first.bias;
-      const W *second_center = second.center.data(), *second_inverse = second.inverse.data();
-      auto sum = [=](int64_t n, int64_t e, int64_t c) {
-        const int64_t t = n * channels + c;
-        const W v = (load(y[n * size + e]) - center[t]) * scale[t] + bias[c];
-        return SHORTCUT ? v + load(shortcut[n * size + e]) : v;
-      };
-      chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
-        const int64_t t = n * channels + c;
-        s = grad[n * size + e];
-        q = s * ((relu(sum(n, e, c)) - second_center[t]) * second_inverse[t]);
-      });
-      second.vjp_from_sums(chain, a.second_grad_weight, a.second_grad_bias);
-      const W *weighted = second.weighted.data(), *constant = second.constant.data(), *slope = second.slope.data();
-      chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
-        const int64_t t = n * channels + c;
-        const W u = sum(n, e, c), u_hat = (relu(u) - second_center[t]) * second_inverse[t];
-        const W g = grad[n * size + e] * weighted[t] - constant[t] - u_hat * slope[t];
-        s = u > W(0) ? g : W(0);
-        q = s * ((load(y[n * size + e]) - center[t]) * inverse[t]);
-        grad_shortcut[n * size + e] = s;
-      });
-    } else {
-      chain.template reduce<true>([=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
-        const int64_t t = n * channels + c;
-        s = grad[n * size + e];
-        q = s * ((load(y[n * size + e]) - center[t]) * inverse[t]);
-      });
-    }
-    first.vjp_from_sums(chain, a.first_grad_weight, a.first_grad_bias);
+    const W *scale = first.scale.data(), *bias = first.bias;
     const W *weighted = first.weighted.data(), *constant = first.constant.data(), *slope = first.slope.data();
+    const W *second_center = second.center.data(), *second_inverse = second.inverse.data();
+    const W *second_weighted = second.weighted.data(), *second_constant = second.constant.data();
+    const W *second_slope = second.slope.data();
     const W *gradient = TWO ? grad_shortcut : grad;
-    chain.map([=](int64_t n, int64_t e, int64_t c) {
+    auto sum = [=](int64_t n, int64_t e, int64_t c) {
       const int64_t t = n * channels + c;
-      const W y_hat = (load(y[n * size + e]) - center[t]) * inverse[t];
-      grad_y[n * size + e] = store<T>(gradient[n * size + e] * weighted[t] - constant[t] - y_hat * slope[t]);
+      const W v = (load(y[n * size + e]) - center[t]) * scale[t] + bias[c];
+      return SHORTCUT ? v + load(shortcut[n * size + e]) : v;
+    };
+    chain.each([&](const Samples &samples) {
+      first.from_statistics(samples);
+      if (TWO) {
+        second.from_statistics(samples);
+        chain.template reduce<true>(samples, [=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+          const int64_t t = n * channels + c;
+          s = grad[n * size + e];
+          q = s * ((relu(sum(n, e, c)) - second_center[t]) * second_inverse[t]);
+        });
+        second.vjp_from_sums(chain, samples, a.second_grad_weight, a.second_grad_bias);
+        chain.template reduce<true>(samples, [=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+          const int64_t t = n * channels + c;
+          const W u = sum(n, e, c), u_hat = (relu(u) - second_center[t]) * second_inverse[t];
+          const W g = grad[n * size + e] * second_weighted[t] - second_constant[t] - u_hat * second_slope[t];
+          s = u > W(0) ? g : W(0);
+          q = s * ((load(y[n * size + e]) - center[t]) * inverse[t]);
+          grad_shortcut[n * size + e] = s;
+        });
+      } else {
+        chain.template reduce<true>(samples, [=](int64_t n, int64_t e, int64_t c, W &s, W &q) {
+          const int64_t t = n * channels + c;
+          s = grad[n * size + e];
+          q = s * ((load(y[n * size + e]) - center[t]) * inverse[t]);
+        });
+      }
+      first.vjp_from_sums(chain, samples, a.first_grad_weight, a.first_grad_bias);
+      if (!grad_y) return first.write_coefficients(samples, a.coefficients);
+      chain.map(samples, [=](int64_t n, int64_t e, int64_t c) {
+        const int64_t t = n * channels + c;
+        const W y_hat = (load(y[n * size + e]) - center[t]) * inverse[t];
+        grad_y[n * size + e] = store<T>(gradient[n * size + e] * weighted[t] - constant[t] - y_hat * slope[t]);
+      });
     });
   }
 
@@ -360,19 +414,37 @@ void dispatch(DType type, const NormShape &shape, Run run) {
   shape.channels_last ? dispatch_type<true>(type, run) : dispatch_type<false>(type, run);
 }
 
+void check(DType type, const NormBackward &a) {
+  if (!a.grad_y && type != DType::f32) throw std::invalid_argument("coefficients are of float activations only");
+}
+
 }  // namespace
 
 void norm_relu(DType type, const NormShape &shape, const NormForward &a) {
   dispatch(type, shape, [&](auto k) { k.relu_forward(shape, a); });
 }
 void norm_relu_vjp(DType type, const NormShape &shape, const NormBackward &a) {
+  check(type, a);
   dispatch(type, shape, [&](auto k) { k.relu_vjp(shape, a); });
 }
 void norm_tail(DType type, const NormShape &shape, const NormForward &a) {
   dispatch(type, shape, [&](auto k) { k.tail_forward_any(shape, a); });
 }
 void norm_tail_vjp(DType type, const NormShape &shape, const NormBackward &a) {
+  check(type, a);
   dispatch(type, shape, [&](auto k) { k.tail_vjp_any(shape, a); });
+}
+
+void norm_sums(const NormShape &shape, const NormSums &a) {
+  const SampleNorm norm{shape.channels, shape.positions, shape.groups, shape.eps, a.weight};
+  const int64_t size = shape.channels * shape.positions;
+  const std::vector<int64_t> list = running(shape);
+  const int64_t count = list.size();
+#pragma omp parallel for schedule(static) num_threads(team(count, shape.threads))
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t n = list[s], row = n * 2 * shape.channels;
+    norm.measure(a.y + n * size, a.sums + row * a.parts, a.parts, a.coefficients + row);
+  }
 }
 
 }  // namespace ifr::IFR_ISA

@@ -11,7 +11,7 @@ import torch
 
 from .. import config
 from ..checks import DTYPES, check_bool, check_int
-from ..kernels import choose
+from ..kernels import choose, convolutions
 from ..solvers import Solver
 from .linearise import FORMS
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Call:
     """form, groups: the block's. dtype: what its convolutions compute in. solver: resolved. adjoint: fitted to the
-    solver. backend: as for choose.kernels. graphs: replay CUDA graphs. keep: return what Shine needs of the solve.
+    solver. backend: as for choose.kernels. convolution: one of convolutions.NAMES. graphs: replay CUDA graphs. keep:
+    return what Shine needs of the solve.
 
-    Raises ValueError for an unknown form, dtype or backend, for groups, graphs and keep of another type, and for a
-    solver that is not resolved.
+    Raises ValueError for an unknown form, dtype, backend or convolution, for groups, graphs and keep of another type,
+    and for a solver that is not resolved.
     """
 
     form: str
@@ -34,6 +35,7 @@ class Call:
     solver: Solver
     adjoint: Adjoint
     backend: str
+    convolution: str = "auto"
     graphs: bool = False
     keep: bool = False
 
@@ -44,12 +46,13 @@ class Call:
         check_bool("graphs", self.graphs)
         check_bool("keep", self.keep)
         choose.check(self.backend)
+        convolutions.check(self.convolution)
 
     def encode(self) -> str:
         """A string that decode() turns back into an equal Call."""
         return json.dumps([
             self.form, self.groups, config.dtype_name(self.dtype), config.encode(self.solver),
-            config.encode(self.adjoint), self.backend, self.graphs, self.keep,
+            config.encode(self.adjoint), self.backend, self.convolution, self.graphs, self.keep,
         ])  # fmt: skip
 
     @staticmethod

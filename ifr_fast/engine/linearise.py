@@ -46,14 +46,13 @@ class BlockMap:
     ) -> None:
         self.x, self.form, self.groups, self.kernels, self.dtype = x, form, groups, kernels, dtype
         conv1, gn1_weight, gn1_bias, conv2, gn2_weight, gn2_bias, *gn3 = params
-        self.format = memory_format(x)
         self.weight1, self.weight2 = conv1, conv2
         self.conv1, self.conv2 = self._convolution(conv1), self._convolution(conv2)
         self.norm1, self.norm2 = self._norm(gn1_weight, gn1_bias), self._norm(gn2_weight, gn2_bias)
         self.norm3 = None if form == "paper" else self._norm(*gn3)
 
-    def _convolution(self, weight: Tensor) -> Convolution:
-        return self.kernels.convolution(weight.to(self.dtype, memory_format=self.format), self.x)
+    def _convolution(self, weight: Tensor, *, transposed: bool = False) -> Convolution:
+        return self.kernels.convolution(weight.to(self.dtype), self.x, transposed=transposed)
 
     def _norm(self, weight: Tensor, bias: Tensor) -> Norm:
         dtype = wide(self.dtype)
@@ -61,9 +60,8 @@ class BlockMap:
 
     @cached_property
     def transposed(self) -> tuple[Convolution, Convolution]:
-        """Both convolutions' gradients in their inputs: convolutions by the flipped, transposed kernels."""
-        first, second = (w.transpose(0, 1).flip(2, 3) for w in (self.weight1, self.weight2))
-        return self._convolution(first), self._convolution(second)
+        """Both convolutions' gradients in their inputs."""
+        return self._convolution(self.weight1, transposed=True), self._convolution(self.weight2, transposed=True)
 
     def at(self, x: Tensor) -> BlockMap:
         """The same block at another injection, of the same layout."""
@@ -83,7 +81,7 @@ class BlockMap:
     def linearise(self, z: Tensor) -> Linearised:
         return Linearised(self, z)
 
-    def _until_tail(self, z: Tensor, state: Any, *, keep: bool) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
+    def _until_tail(self, z: Tensor, state: Any, *, keep: bool) -> tuple[Any, Any, tuple[Any, ...]]:
         """The input of F's tail (y, shortcut), and what the linearisation of the part before it needs (if `keep`)."""
         k = self.kernels
         r = k.shift(z, self.x, self.dtype, state)

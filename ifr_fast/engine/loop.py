@@ -62,7 +62,8 @@ def solve(
         if running == 0:
             state.trace[k + 1 :] = state.trace[k]
             break
-        if select and running is not None and running <= WORTHWHILE * (len(z) if index is None else len(index)):
+        most = WORTHWHILE * (len(z) if index is None else len(index))
+        if select and running is not None and running <= most and not kernels.SKIPS_STOPPED:
             index = (state.status == RUNNING).nonzero().squeeze(1)
             f = select(index)
     kernels.finish(state, z)

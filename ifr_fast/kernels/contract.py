@@ -18,7 +18,7 @@ EPS = 1e-5  # the ε of every GroupNorm
 DIVERGENCE = 1e3  # a sample is given up when its residual norm has grown by this factor
 
 Method = Literal["broyden", "anderson", "picard"]
-Convolution = Callable[[Tensor], Tensor]
+Convolution = Callable[[Any], Any]  # of a tensor, or of what a backend has not computed yet
 
 
 class Status(IntEnum):
@@ -74,27 +74,29 @@ def check_step(state: SolverState, step: Step) -> None:
 class Kernels(Protocol):
     """The functions of a backend. Activations are (n, C, H, W), in any layout unless CHANNELS_LAST_ONLY.
 
-    consume: the result may take y's memory. state: kernels may skip samples that have stopped. params: return the
-    gradients of weights and biases too, summed over all samples; otherwise their list is empty. first, second: the
-    block's last two GroupNorms; second is None for form="paper". shortcut: R; None for form="plain".
+    consume: the result may take y's memory. state: the solve's, if the result is for its step. Kernels may then skip
+    samples that have stopped, and leave a computation to the convolution or the step that reads its result (Any).
+    params: return the gradients of weights and biases too, summed over all samples; otherwise their list is empty.
+    first, second: the block's last two GroupNorms; second is None for form="paper". shortcut: R; None for form="plain".
     """
 
     CHANNELS_LAST_ONLY: bool
+    SKIPS_STOPPED: bool  # whether a sample that has stopped costs nothing more within a solve
+    BUFFERS: tuple[int, int]  # activations of C and of mid_channels that an evaluation holds beside z and X
 
-    def convolution(self, weight: Tensor, x: Tensor) -> Convolution:
-        """The 3×3 convolution with padding 1 by `weight`, prepared for many tensors of x's size (n, ·, H, W)."""
+    def convolution(self, weight: Tensor, x: Tensor, *, transposed: bool = False) -> Convolution:
+        """The 3×3 convolution with padding 1 by `weight` (out, in, 3, 3), prepared for many tensors of x's size (n, ·,
+        H, W) and layout. transposed: its gradient in its input instead."""
 
-    def shift(self, z: Tensor, x: Tensor, dtype: torch.dtype, state: Any) -> Tensor:
+    def shift(self, z: Tensor, x: Tensor, dtype: torch.dtype, state: Any) -> Any:
         """z + x in dtype: the input of F's first convolution."""
 
-    def norm_relu(
-        self, y: Tensor, norm: Norm, *, consume: bool = False, state: Any = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def norm_relu(self, y: Any, norm: Norm, *, consume: bool = False, state: Any = None) -> tuple[Any, list[Tensor]]:
         """relu(gn(y)) in y's dtype, and the statistics mean and rstd (n, groups)."""
 
     def norm_relu_vjp(
         self, grad: Tensor, y: Tensor, norm: Norm, statistics: list[Tensor], *, params: bool, state: Any = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Any, list[Tensor]]:
         """From the gradient of norm_relu's output: that of y and, with params, those of weight and bias."""
 
     def norm_tail(
@@ -121,11 +123,11 @@ class Kernels(Protocol):
         *,
         params: bool,
         state: Any = None,
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    ) -> tuple[Any, Tensor | None, list[Tensor]]:
         """From the gradient of norm_tail's output: those of y (in y's dtype), of shortcut (in the wide dtype; None
         without one) and, with params, of the norms' weights and biases."""
 
-    def tail(self, y: Tensor, shortcut: Tensor | None, first: Norm, second: Norm | None, *, state: Any = None) -> Any:
+    def tail(self, y: Any, shortcut: Any, first: Norm, second: Norm | None, *, state: Any = None) -> Any:
         """norm_tail's result, for `step` alone: a backend may leave the computation to the step."""
 
     def total(self, *addends: Tensor) -> Any:

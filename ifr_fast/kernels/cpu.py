@@ -29,15 +29,15 @@ from .contract import (
     ridge,
     wide,
 )
-from .eager import finish, new_state, shift, total
+from .eager import BUFFERS, direct_weight, finish, new_state, shift, total
 from .fields import GRADS, STATISTICS, check_activation, given, made, new_statistics, parameters
 
 __all__ = [
-    "CHANNELS_LAST_ONLY", "convolution", "finish", "new_state", "norm_relu", "norm_relu_vjp", "norm_tail",
-    "norm_tail_vjp", "shift", "step", "tail", "total",
+    "BUFFERS", "CHANNELS_LAST_ONLY", "SKIPS_STOPPED", "convolution", "finish", "new_state", "norm_relu",
+    "norm_relu_vjp", "norm_tail", "norm_tail_vjp", "shift", "step", "tail", "total",
 ]  # fmt: skip
 
-CHANNELS_LAST_ONLY = False
+CHANNELS_LAST_ONLY = SKIPS_STOPPED = False
 DTYPES = {
     torch.float32: _native.DType.f32,
     torch.float64: _native.DType.f64,
@@ -49,8 +49,8 @@ STATE = (
 )  # fmt: skip
 
 
-def convolution(weight: Tensor, x: Tensor) -> Convolution:
-    return packed_conv2d(weight, x) or eager.convolution(weight, x)
+def convolution(weight: Tensor, x: Tensor, *, transposed: bool = False) -> Convolution:
+    return packed_conv2d(direct_weight(weight, x, transposed), x) or eager.convolution(weight, x, transposed=transposed)
 
 
 def norm_relu(
@@ -127,7 +127,7 @@ def _vjp(
     kernel(DTYPES[y.dtype], {
         **_shape(y, first.groups), "grad": grad.data_ptr(), "y": y.data_ptr(),
         "shortcut": 0 if shortcut is None else shortcut.data_ptr(), **parameters(y, first, second),
-        **given(y, first, second, statistics), "grad_y": grad_y.data_ptr(),
+        **given(y, first, second, statistics), "grad_y": grad_y.data_ptr(), "coefficients": 0,
         "grad_shortcut": grad_shortcut.data_ptr() if second else 0, **made(GRADS, grads),
     })  # fmt: skip
     return grad_y, None if shortcut is None else grad_shortcut, [g.sum(0).to(statistics[0].dtype) for g in grads]
@@ -138,24 +138,33 @@ def tail(y: Tensor, shortcut: Tensor | None, first: Norm, second: Norm | None, *
 
 
 def step(state: State, f: Tensor, z: Tensor, step: Step) -> int:
-    places = dict(zip(STATE, state.addresses(STATE), strict=True))
-    check_step(state, step)
-    dtype, count = state.value.dtype, state.n * state.size
-    if dtype not in (torch.float32, torch.float64) or state.history.dtype not in (dtype, torch.bfloat16):
-        raise ValueError(f"iterates in {dtype}, state.history in {state.history.dtype}: float32 or float64 expected")
-    f_place, z_place = address(f, "f", dtype, count, CPU), address(z, "z", dtype, count, CPU)
+    fields = step_fields(state, z, step)
+    f_place = address(f, "f", z.dtype, z.numel(), CPU)
     if f.stride() != z.stride():
         raise ValueError(f"f has strides {f.stride()}: expected those of z, {z.stride()}")
+    return _native.step({**fields, "f": f_place})
+
+
+def step_fields(state: State, z: Tensor, step: Step) -> dict[str, Any]:
+    """The fields of csrc's Step, checked, but for f."""
+    places = dict(zip(STATE, state.addresses(STATE), strict=True))
+    check_step(state, step)
+    dtype = state.value.dtype
+    if dtype not in (torch.float32, torch.float64) or state.history.dtype not in (dtype, torch.bfloat16):
+        raise ValueError(f"iterates in {dtype}, state.history in {state.history.dtype}: float32 or float64 expected")
+    z_place = address(z, "z", dtype, state.n * state.size, CPU)
+    if len(z) != state.n:
+        raise ValueError(f"z is {describe(z)}: expected {state.n} samples, as in the state")
     evaluation = state.n * dtype.itemsize  # bytes of the trace
     places["trace"] += step.evaluation * evaluation
-    return _native.step({
+    return {
         "type": DTYPES[dtype], "history_type": DTYPES[state.history.dtype],
-        "method": getattr(_native.Method, step.method), "f": f_place, "z": z_place, **places,
+        "method": getattr(_native.Method, step.method), "z": z_place, **places,
         "previous": places["trace"] - (evaluation if step.evaluation else 0), "n": state.n, "size": state.size,
         "rows": state.rows, "row": step.row(state), "evaluation": step.evaluation, "window": step.window,
         "rtol": step.rtol, "divergence": DIVERGENCE, "ridge": ridge(state.gram.dtype), "affine": step.affine,
         "threads": torch.get_num_threads(),
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def _activation(y: Tensor, groups: int) -> Tensor:
@@ -173,7 +182,7 @@ def _shape(y: Tensor, groups: int) -> dict[str, Any]:
     n, channels, height, width = y.shape
     return {
         "n": n, "channels": channels, "positions": height * width, "groups": groups, "eps": EPS,
-        "channels_last": is_channels_last(y), "threads": torch.get_num_threads(),
+        "channels_last": is_channels_last(y), "status": 0, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 

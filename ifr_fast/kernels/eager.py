@@ -6,14 +6,36 @@ import torch
 from torch import Tensor
 
 from .._torch import conv2d
-from .contract import DIVERGENCE, EPS, RUNNING, Convolution, Norm, State, Status, Step, memory_order, wide
+from .contract import (
+    DIVERGENCE,
+    EPS,
+    RUNNING,
+    Convolution,
+    Norm,
+    State,
+    Status,
+    Step,
+    memory_format,
+    memory_order,
+    wide,
+)
 from .gram import anderson_coefficients, broyden_coefficients
 
 CHANNELS_LAST_ONLY = False  # whether the kernels read no other layout
+SKIPS_STOPPED = False
+BUFFERS = (3, 2)  # z + X, conv2's result and F; conv1's and its activation
 
 
-def convolution(weight: Tensor, x: Tensor) -> Convolution:
+def convolution(weight: Tensor, x: Tensor, *, transposed: bool = False) -> Convolution:
+    weight = direct_weight(weight, x, transposed)
     return lambda x: conv2d(x, weight)
+
+
+def direct_weight(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
+    """The weight in x's layout; transposed: that of the convolution's gradient in its input."""
+    if transposed:
+        weight = weight.transpose(0, 1).flip(2, 3)
+    return weight.contiguous(memory_format=memory_format(x))
 
 
 def shift(z: Tensor, x: Tensor, dtype: torch.dtype, state: State | None) -> Tensor:

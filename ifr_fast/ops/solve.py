@@ -24,8 +24,8 @@ from ..engine import graphs
 from ..engine.call import Call
 from ..engine.linearise import BlockMap, staged
 from ..engine.loop import solve as solve_chunk
-from ..kernels import choose
-from ..kernels.contract import memory_format, wide
+from ..kernels import choose, convolutions
+from ..kernels.contract import Kernels, memory_format, wide
 from ..solvers import Solver
 from .norms import differentiable_once
 
@@ -100,11 +100,11 @@ def _solve(x, params, call):
 
 
 def _solve_batch(x: Tensor, params: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
-    kernels = choose.kernels(call.backend, x.device.type, call.dtype)
+    kernels = _kernels(call, x, params, call.solver)
     results = solve_results(x, call)
     value, residual, iterations, trace, status, history, p, q = results
     solver, dtype, block = call.solver, call.dtype, None
-    for chunk in _chunks(solver, x, params):
+    for chunk in _chunks(solver, kernels, x, params):
         # oneDNN and the C++ kernels need one dtype. A GPU reads X as it is: in 16 bits, half of the bytes.
         injection = staged(x[chunk], wide(dtype) if x.device.type == "cpu" else x.dtype, kernels)
         block = block.at(injection) if block else BlockMap(injection, params, call.form, call.groups, kernels, dtype)
@@ -142,13 +142,13 @@ def _backward_batch(batch: Sequence[Tensor], params: Sequence[Tensor], call: Cal
     """grad_x, residual, iterations and the parameters' gradients. batch: grad, value, x and the adjoint's memory."""
     grad, value, x, *memory = batch
     adjoint, dtype = call.adjoint, call.dtype
-    kernels = choose.kernels(call.backend, x.device.type, dtype)
+    kernels = _kernels(call, x, params, adjoint.backward_solver)
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
     residual = x.new_empty(len(x), dtype=wide(dtype))
     iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     grad_params = [torch.zeros_like(p, dtype=wide(dtype)) for p in params]
     block = None
-    for chunk in _chunks(adjoint.backward_solver.resolve(dtype), x, params, adjoint.linearisations):
+    for chunk in _chunks(adjoint.backward_solver.resolve(dtype), kernels, x, params, adjoint.linearisations):
         injection, z, g = (staged(t[chunk], wide(dtype), kernels, like=x[chunk]) for t in (x, value, grad))
         block = block.at(injection) if block else BlockMap(injection, params, call.form, call.groups, kernels, dtype)
         kept = Memory(*(t[chunk] for t in memory))
@@ -159,10 +159,19 @@ def _backward_batch(batch: Sequence[Tensor], params: Sequence[Tensor], call: Cal
     return [grad_x, residual, iterations, *(g.to(p.dtype) for g, p in zip(grad_params, params, strict=True))]
 
 
-def _chunks(solver: Solver, x: Tensor, params: Sequence[Tensor], linearised: int = 0) -> Iterator[slice]:
+def _kernels(call: Call, x: Tensor, params: Sequence[Tensor], solver: Solver) -> Kernels:
+    """The kernels of a solve by this solver."""
+    kernels = choose.kernels(call.backend, x.device.type, call.dtype)
+    return convolutions.chosen(kernels, call.convolution, x, params[0], call.dtype, solver.max_iter + 1)
+
+
+def _chunks(
+    solver: Solver, kernels: Kernels, x: Tensor, params: Sequence[Tensor], linearised: int = 0
+) -> Iterator[slice]:
     """Slices of x that fit the solver's workspace. linearised: linearisations of the block held at the same time."""
     wider = -(-params[0].shape[0] // x.shape[1])  # mid_channels / channels, rounded up
-    buffers = 6 + 2 * wider + linearised * (4 + 3 * wider)
+    outside, inside = kernels.BUFFERS
+    buffers = 3 + outside + inside * wider + linearised * (4 + 3 * wider)
     step = solver.chunk(len(x), math.prod(x.shape[1:]), x.device, buffers) if len(x) else 1
     return (slice(start, start + step) for start in range(0, len(x), step))
 

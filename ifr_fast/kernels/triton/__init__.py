@@ -3,7 +3,7 @@
 The convolutions are cuDNN's.
 """
 
-from ..eager import convolution
+from ..eager import BUFFERS, convolution
 from ..gpu import DeviceState as new_state
 from ..gpu import shift, tail, total
 from .norm import norm_relu, norm_tail
@@ -11,8 +11,8 @@ from .norm_vjp import norm_relu_vjp, norm_tail_vjp
 from .solver import combine, finish, gram_row, residual, rule, step
 
 __all__ = [
-    "CHANNELS_LAST_ONLY", "combine", "convolution", "finish", "gram_row", "new_state", "norm_relu", "norm_relu_vjp",
-    "norm_tail", "norm_tail_vjp", "residual", "rule", "shift", "step", "tail", "total",
+    "BUFFERS", "CHANNELS_LAST_ONLY", "SKIPS_STOPPED", "combine", "convolution", "finish", "gram_row", "new_state",
+    "norm_relu", "norm_relu_vjp", "norm_tail", "norm_tail_vjp", "residual", "rule", "shift", "step", "tail", "total",
 ]  # fmt: skip
 
-CHANNELS_LAST_ONLY = True
+CHANNELS_LAST_ONLY = SKIPS_STOPPED = True

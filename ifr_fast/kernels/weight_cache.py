@@ -1,0 +1,128 @@
+"""Weights transformed for Winograd's convolutions (winograd.py), kept between solves. Public as ifr_fast.weight_cache.
+
+A block's weights serve many solves, but nothing tells reliably whether they are still the same: weight normalisation
+makes new tensors in every call, and `parameter.data.copy_()`, by which EMA swaps and some optimizers write, leaves a
+tensor's version alone. So each entry keeps a copy of the weight that it was made of, and serves equal ones only.
+
+What was used longest ago is dropped beyond `limit` bytes. A block that is garbage collected empties the cache: what
+others need is made anew when they need it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .contract import address
+
+CPU = torch.device("cpu")
+DEFAULT_LIMIT = 128 << 20
+PAGE = 2 << 20  # bytes of a large page
+
+Key = tuple[Any, ...]
+
+
+class Entry(NamedTuple):
+    weight: Tensor
+    transformed: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.weight.nbytes + self.transformed.nbytes
+
+
+_entries: OrderedDict[Key, Entry] = OrderedDict()
+_limit = DEFAULT_LIMIT
+_lock = threading.RLock()  # a block may be garbage collected, which clears the cache, while this thread holds it
+
+
+def set_limit(limit: int) -> None:
+    """Keeps at most `limit` bytes from now on; 0 keeps nothing, so that every solve transforms its weights.
+
+    A block of C channels takes 360·C² bytes, 23.6 MB at C = 256, and as much again if it is trained by Implicit. The
+    limit is 128 MiB at first. Raises ValueError unless limit is an int ≥ 0.
+    """
+    global _limit
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise ValueError(f"limit={limit!r}: expected a number of bytes, 0 or more")
+    with _lock:
+        _limit = limit
+        _trim()
+
+
+def clear() -> None:
+    """Drops everything that is kept."""
+    with _lock:
+        _entries.clear()
+
+
+def size() -> int:
+    """The bytes that are kept."""
+    with _lock:
+        return sum(entry.bytes for entry in _entries.values())
+
+
+def transformed(weight: Tensor, transposed: bool, transform: Callable[[Tensor, bool], Tensor]) -> Tensor:
+    """transform(weight, transposed), or what it gave for an equal weight. Not to be written to.
+
+    weight: (out, in, 3, 3) in float32 on a CPU, contiguous.
+    """
+    key = transposed, weight.shape, *weight[0, 0].flatten().tolist()  # the whole weight is compared below
+    with _lock:
+        entry = _entries.pop(key, None)
+        if entry is not None:
+            _entries[key] = entry  # as the last used
+    if entry is not None and _equal(entry.weight, weight):
+        return entry.transformed
+    made = Entry(weight.detach().clone(), transform(weight, transposed))
+    with _lock:
+        _entries.pop(key, None)
+        _entries[key] = made
+        _trim()
+    return made.transformed
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights of one shape are the same, bit for bit. torch.equal takes one thread."""
+    from .. import _native  # which only a solve by the compiled kernels needs
+
+    count, name = a.numel(), "weight"
+    places = (address(t, name, torch.float32, count, CPU) for t in (a, b))
+    return _native.equal({
+        **dict(zip("ab", places, strict=True)), "count": count, "threads": torch.get_num_threads()
+    })  # fmt: skip
+
+
+def _trim() -> None:
+    total = sum(entry.bytes for entry in _entries.values())
+    while total > _limit and _entries:
+        total -= _entries.popitem(last=False)[1].bytes
+
+
+def large_pages(count: int) -> Tensor:
+    """Room for `count` float32 numbers, in large pages where the system has them: what is read from end to end loses a
+    tenth of the time to looking up the addresses of small ones."""
+    size = 4 * count
+    if size < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count)
+    memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE
+    return torch.frombuffer(memory, dtype=torch.float32, count=count, offset=start)
+
+
+def _after_fork() -> None:
+    """Another thread of the parent may have held the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
