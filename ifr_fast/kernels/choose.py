@@ -65,7 +65,9 @@ def _cpu() -> Backend:
     if binary is None:
         return Backend(False, problem)
     threads = "OpenMP" if binary.openmp else "one thread, the compiler has no OpenMP"
-    return Backend(True, f"CPU tensors in float32, float64, bfloat16 ({binary.isa()} kernels, {threads})")
+    fast = "" if binary.isa() == "generic" else "Winograd's in a float32 solve where they pay, else "
+    kinds = "CPU tensors in float32, float64, bfloat16"
+    return Backend(True, f"{kinds} ({binary.isa()} kernels, {threads}; convolutions: {fast}oneDNN's)")
 
 
 def _interpreted() -> bool:

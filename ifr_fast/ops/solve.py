@@ -100,7 +100,7 @@ def _solve(x, params, call):
 
 
 def _solve_batch(x: Tensor, params: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
-    kernels = _kernels(call, x, params, call.solver)
+    kernels = _kernels(call, x, params, call.solver.max_iter + 1)
     results = solve_results(x, call)
     value, residual, iterations, trace, status, history, p, q = results
     solver, dtype, block = call.solver, call.dtype, None
@@ -142,7 +142,8 @@ def _backward_batch(batch: Sequence[Tensor], params: Sequence[Tensor], call: Cal
     """grad_x, residual, iterations and the parameters' gradients. batch: grad, value, x and the adjoint's memory."""
     grad, value, x, *memory = batch
     adjoint, dtype = call.adjoint, call.dtype
-    kernels = _kernels(call, x, params, adjoint.backward_solver)
+    evaluations = adjoint.backward_solver.max_iter if adjoint.solves else adjoint.linearisations
+    kernels = _kernels(call, x, params, evaluations)
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
     residual = x.new_empty(len(x), dtype=wide(dtype))
     iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
@@ -159,10 +160,10 @@ def _backward_batch(batch: Sequence[Tensor], params: Sequence[Tensor], call: Cal
     return [grad_x, residual, iterations, *(g.to(p.dtype) for g, p in zip(grad_params, params, strict=True))]
 
 
-def _kernels(call: Call, x: Tensor, params: Sequence[Tensor], solver: Solver) -> Kernels:
-    """The kernels of a solve by this solver."""
+def _kernels(call: Call, x: Tensor, params: Sequence[Tensor], evaluations: int) -> Kernels:
+    """The kernels for so many evaluations of F or of its vjp."""
     kernels = choose.kernels(call.backend, x.device.type, call.dtype)
-    return convolutions.chosen(kernels, call.convolution, x, params[0], call.dtype, solver.max_iter + 1)
+    return convolutions.chosen(kernels, call.convolution, x, params[0], call.dtype, evaluations)
 
 
 def _chunks(
