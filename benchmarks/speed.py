@@ -11,13 +11,21 @@ the same round. "MiB": the peak memory of one call beyond what was there before,
 relative residual ‖F(z) - z‖ / ‖F(z)‖ of what the call returned, median and worst of the samples; taken of every row in
 float32 by the specification, ifr_fast/reference.py. Inputs resemble RoI features (smooth, non-negative, rms 1) and are
 drawn anew for every round. A line below the tables says whether the machine was too busy for the figures to mean
-anything. On a GPU there are more rows, among them solves replayed as CUDA graphs, and in the same turns a large matrix
-product and a large copy: what the device reaches at most. Writes speed.json and speed.png.
+anything.
+
+On a CPU, "MiB" leaves out what Winograd's convolutions keep between calls: weights and a workspace. Another table has
+convolutions by themselves, with all instructions and with AVX2: timing/convolutions.py says what is in it. On a GPU
+there are more rows, among them solves replayed as CUDA graphs, and in the same turns a large matrix product and a large
+copy: what the device reaches at most. Writes speed.json and speed.png.
 """
 
 import argparse
 import json
+import math
+import os
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -34,12 +42,18 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind an installed
 from benchmarks.report.environment import environment
 from benchmarks.timing import measure
 from benchmarks.timing.contenders import BASE, Contender, Setting, contenders, gpu_contenders
-from benchmarks.timing.measure import Call, Convolution, Timed
+from benchmarks.timing.measure import AnyConvolution, Call, Timed
 from benchmarks.timing.speed_picture import save_picture
 from benchmarks.timing.speed_report import Row, print_report, report
 from benchmarks.timing.targets import BACKWARD, FORWARD
+from ifr_fast import backends
+from ifr_fast.kernels.convolutions import MULTIPLE
 
-BACK_TO_BACK = 10  # runs of a lone convolution on a GPU: one is shorter than its launch
+BACK_TO_BACK = 10  # runs of a lone convolution at most: a short one takes less than its launch, or to wake the threads
+LEAST_SECONDS = 0.01  # that they take together on a CPU
+CONVOLUTIONS = Path(__file__).with_name("timing") / "convolutions.py"
+CONVOLUTIONS_SHARE = 0.1  # of the budget, for each table of convolutions by themselves
+AVX2 = {"IFR_FAST_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -133,15 +147,14 @@ def planned(options: argparse.Namespace, everything: list[Contender]) -> Iterato
 
 
 def warm_up(row: Row, inputs: Inputs, device: torch.device) -> None:
-    """Run the row's call under the profiler: its memory, convolutions and residual. First runs that compile or record
-    come before. A row that fails is reported so, and the others go on.
+    """Run the row's call under the profiler: its memory, convolutions and residual. First runs that compile, record or
+    transform weights come before. A row that fails is reported so, and the others go on.
     """
     x, cotangent = inputs.of(row.contender, row.n)
     forward = row.mode == FORWARD
     call = row.contender.forward(x.detach()) if forward else row.contender.backward(x, cotangent)
-    first_runs = 2 if row.contender.graph else int(row.contender.compiled or device.type == "cuda")
     try:
-        for _ in range(first_runs):
+        for _ in range(2 if row.contender.graph else 1):
             call()
         profile = measure.profile(call, device)
         if row.contender.residual is not None:
@@ -163,20 +176,47 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def lone_convolutions(rows: list[Row], device: torch.device) -> dict[Convolution, Timed]:
+def lone_convolutions(rows: list[Row], device: torch.device) -> dict[AnyConvolution, Timed]:
     """Each convolution that any row runs, to be timed by itself."""
-    times = BACK_TO_BACK if device.type == "cuda" else 1
-    lone = {}
-    for convolution in {c: None for row in rows for c in row.convolutions}:
+    return {c: lone(c, device) for c in {c: None for row in rows for c in row.convolutions}}
+
+
+def lone(convolution: AnyConvolution, device: torch.device) -> Timed:
+    if device.type == "cuda":
         # Its operands are made for every run: kept, those of all would fill a GPU.
-        prepare = partial(repeated, convolution, device, times)
+        prepare = partial(repeated, convolution, device, BACK_TO_BACK)
         measure.seconds(prepare(), device)
-        lone[convolution] = Timed(prepare, times, every_round=True)
-    return lone
+        return Timed(prepare, BACK_TO_BACK, every_round=True)
+    call = convolution.alone(device)
+    call()
+    times = min(BACK_TO_BACK, math.ceil(LEAST_SECONDS / measure.seconds(call, device)))
+    calls = measure.back_to_back(call, times)
+    return Timed(lambda: calls, times, every_round=True)
 
 
-def repeated(convolution: Convolution, device: torch.device, times: int) -> Call:
+def repeated(convolution: AnyConvolution, device: torch.device, times: int) -> Call:
     return measure.back_to_back(convolution.alone(device), times)
+
+
+def convolutions_alone(options: argparse.Namespace) -> list[dict]:
+    """What timing/convolutions.py finds with all of the processor's instructions and, where these are more, with AVX2.
+    Libraries read the variables that choose instructions when they are loaded: each takes a process of its own."""
+    if options.device.type != "cpu" or not backends()["cpu"].available:
+        return []
+    channels = [c for c in (options.channels, options.channels // 2) if c and c % MULTIPLE == 0]
+    sizes = [f"{n}x{c}x{options.size}x{options.size}" for c in channels for n in options.n]
+    sizes += [f"2x{c}x100x152" for c in channels[:1]]  # a level of a feature pyramid
+    if not sizes:
+        return []
+    variants = [{}, AVX2] if "avx512" in backends()["cpu"].reason else [{}]
+    found = []
+    for variables in variants:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, CONVOLUTIONS, "--out", folder, "--sizes", *sizes]
+            command += ["--threads", str(options.threads), "--budget", str(options.budget * CONVOLUTIONS_SHARE)]
+            subprocess.run(command, env={**os.environ, **variables}, check=True, stdout=subprocess.DEVNULL)
+            found.append(json.loads(Path(folder, "convolutions.json").read_text()))
+    return found
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -198,6 +238,7 @@ def main(arguments: list[str] | None = None) -> dict:
     if device.type == "cuda":
         features = smooth_features(8, options.channels, options.size, inputs.generator)
         everything += gpu_contenders(setting, features)
+    convolutions = convolutions_alone(options)
     rows = list(planned(options, everything))
     bar = tqdm(rows, "warming up", dynamic_ncols=True)
     for row in bar:
@@ -205,13 +246,13 @@ def main(arguments: list[str] | None = None) -> dict:
         if not row.unavailable:
             warm_up(row, inputs, device)
     measured = [row for row in rows if not row.unavailable]
-    lone = lone_convolutions(measured, device)
+    alone = lone_convolutions(measured, device)
     ceilings = measure.ceilings(device) if device.type == "cuda" else {}
     left = options.budget - (time.perf_counter() - started)
-    timed = [*(row.timed for row in measured), *lone.values(), *(c.timed for c in ceilings.values())]
+    timed = [*(row.timed for row in measured), *alone.values(), *(c.timed for c in ceilings.values())]
     measure.time_in_turns(timed, device, left, before_round=inputs.renew)
 
-    found = report(rows, lone, ceilings, vars(options), facts, time.perf_counter() - started)
+    found = report(rows, alone, ceilings, convolutions, vars(options), facts, time.perf_counter() - started)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
     save_picture(options.out / "speed.png", found)

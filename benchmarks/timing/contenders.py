@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing.measure import Call
+from benchmarks.timing.winograd import WinogradStack
 from ifr_fast import Anderson, Broyden, IFRHead, Implicit, Picard, Unroll, backends, reference
 from ifr_fast.diagnostics import spectral_radius
-from ifr_fast.engine.linearise import BlockMap, staged
-from ifr_fast.kernels.choose import kernels
+from ifr_fast.kernels.convolutions import MULTIPLE
 from ifr_fast.solvers import Solver
 
 BASE = "4 convolutions, NCHW"
 IFR = "IFR Broyden"
 BF16_HISTORY = "IFR Broyden, bf16 history"
-F_ALONE = "F alone, steps + 1 times"
+IFR_DIRECT = "IFR Broyden, direct convolutions"
 RELEASED = "as released (Broyden)"
 TORCHDEQ, TORCHDEQ_ANDERSON = "torchdeq Broyden", "torchdeq Anderson"
+WINOGRAD_STACK = "4 convolutions, NHWC, by Winograd"
 BF16_STACK = "4 convolutions, NHWC, bf16"
 COMPILED_STACK = "4 convolutions, NHWC, bf16, compiled"
 BF16 = "IFR Broyden, NHWC, bf16"
@@ -101,23 +102,24 @@ def contenders(setting: Setting) -> list[Contender]:
     steps = setting.steps
     bf16, channels_last = torch.bfloat16, torch.channels_last
     exact = {"max_iter": steps, "rtol": 0}
-    broyden = setting.head(solver=Broyden(**exact), adjoint=Implicit(**exact))
     stored = {**exact, "history_dtype": bf16}
     quarter = Broyden(**QUARTER_STEPS), QUARTER_STEPS, setting.quarter
-    params = [t.detach().requires_grad_() for t in broyden.block.tensors()]
+    params = [t.detach().requires_grad_() for t in setting.head().block.tensors()]
     block = partial(reference.residual_block, params=params, groups=setting.groups)
     wide = setting.stack().to(memory_format=channels_last)
     ifr = partial(by_ifr, setting)
     unroll = setting.head(solver=Unroll(4))
+    on_cpu = setting.device.type == "cpu"
 
     return [
         of_module(BASE, setting.stack(), in_sweep=True),
         of_module("4 convolutions, NHWC", wide, layout=channels_last),
+        *([winograd_stack(setting)] if on_cpu else []),
         of_module("4 convolutions, compiled", torch.compile(setting.stack(), dynamic=False), compiled=True),
         of_module(BF16_STACK, narrow_stack(setting), dtype=bf16, layout=channels_last, in_sweep=True),
         of_module("unroll of 4", unroll, residual=partial(block_residual, specified(unroll))),
         ifr(IFR, Broyden(**exact), exact, in_sweep=True),
-        Contender(F_ALONE, partial(evaluations, setting, broyden), parameters=count(broyden.parameters())),
+        *([ifr(IFR_DIRECT, Broyden(**exact), exact, {"convolution": "direct"}, in_sweep=True)] if on_cpu else []),
         ifr(BF16_HISTORY, Broyden(**stored), stored),
         ifr("IFR Anderson", Anderson(**exact), exact),
         ifr("IFR Picard", Picard(**exact), exact),
@@ -201,6 +203,15 @@ def calibrated(setting: Setting, features: Tensor, radius: float) -> tuple[float
     return gain, radii.cpu()
 
 
+def winograd_stack(setting: Setting) -> Contender:
+    """What IFR's convolutions do for the stack, whose weights they transform once."""
+    backend, channels_last = backends()["cpu"], torch.channels_last
+    if not backend.available or setting.channels % MULTIPLE:
+        why = backend.reason if not backend.available else f"{setting.channels} channels are no multiple of {MULTIPLE}"
+        return Contender(WINOGRAD_STACK, unavailable=why)
+    return of_module(WINOGRAD_STACK, WinogradStack(setting.stack()), layout=channels_last, in_sweep=True)
+
+
 def narrow_stack(setting: Setting) -> nn.Module:
     return setting.stack().to(dtype=torch.bfloat16, memory_format=torch.channels_last)
 
@@ -246,27 +257,6 @@ def block_residual(block: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor
     x, y = x.float(), y.float()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return reference.relative_residual(y, block(y, x) - y)
-
-
-def evaluations(setting: Setting, head: IFRHead, x: Tensor) -> Call:
-    """F alone as often as the solve evaluates it, in the chunks and the layout in which the solve works."""
-    rule: Solver = head.solver.resolve(x.dtype)
-    size = rule.chunk(len(x), x[0].numel(), x.device)
-    params = [t.detach() for t in head.block.tensors()]
-    served_by = kernels("auto", x.device.type, x.dtype)
-    chunks = [staged(chunk, x.dtype, served_by) for chunk in x.detach().split(size)]
-    blocks = [BlockMap(c, params, head.block.form, setting.groups, served_by, x.dtype) for c in chunks]
-
-    @torch.no_grad()
-    def call() -> None:
-        for block in blocks:
-            for _ in range(setting.steps + 1):
-                if x.is_cuda:  # called alone, the block leaves its end to the solver's step
-                    block.linearise(block.x)
-                else:
-                    block(block.x)
-
-    return call
 
 
 def released(block: Callable[..., Tensor], steps: int, x: Tensor) -> Call:

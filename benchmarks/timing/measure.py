@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.timing.winograd import WinogradConvolution, noted
+
 Call = Callable[[], Any]
 
 LEAST, MOST = 3, 30  # runs of a call
@@ -64,6 +66,9 @@ class Convolution(NamedTuple):
         return f"{self.name} of {shapes} {operands[0].dtype}"
 
 
+AnyConvolution = Convolution | WinogradConvolution
+
+
 @dataclass(frozen=True)
 class Profile:
     """A call's result, the most memory that it held beyond what was allocated before it, and the convolutions that it
@@ -71,7 +76,7 @@ class Profile:
 
     result: Any
     peak_bytes: int
-    convolutions: Counter[Convolution]
+    convolutions: Counter[AnyConvolution]
 
 
 def profile(call: Call, device: torch.device) -> Profile:
@@ -79,7 +84,8 @@ def profile(call: Call, device: torch.device) -> Profile:
 
     peak_bytes counts what PyTorch's allocators hand out, results and oneDNN's scratch space included: on a GPU the
     caching allocator's own maximum; on a CPU the largest running sum of the profiler's allocations and releases. What
-    C++ containers and Python objects take besides is not in it. tests/benchmarks/test_measure.py compares it with the
+    C++ containers and Python objects take besides is not in it, nor what Winograd's convolutions keep between calls:
+    weights (ifr_fast.weight_cache) and a workspace. tests/benchmarks/test_measure.py compares it with the
     process's own peak (VmHWM): the released solver takes 103 MiB by this count and 110 MiB by that one.
     """
     if device.type == "cuda":
@@ -87,7 +93,10 @@ def profile(call: Call, device: torch.device) -> Profile:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    with torch.autograd.profiler.profile(profile_memory=True, record_shapes=True) as profiler:
+    with (
+        noted() as by_winograd,
+        torch.autograd.profiler.profile(profile_memory=True, record_shapes=True) as profiler,
+    ):
         result = call()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
@@ -102,7 +111,7 @@ def profile(call: Call, device: torch.device) -> Profile:
     for event in events:
         if event.get("name") == DIRECT and not any(start <= event["ts"] <= end for start, end in spans):
             found.append(event)
-    return Profile(result, peak, Counter(map(_convolution, found)))
+    return Profile(result, peak, Counter(map(_convolution, found)) + by_winograd)
 
 
 def _highest(events: list[dict]) -> int:

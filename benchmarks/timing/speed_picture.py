@@ -11,10 +11,12 @@ from benchmarks.timing.targets import BACKWARD, FORWARD
 STACK, OWN, OTHERS = "#808080", "#1f6fb4", "#d9822b"
 # From top to bottom; what a device lacks is left out.
 BARS = {
-    names.BASE: ("stack of four convolutions", STACK),
+    names.BASE: ("torch's stack of four convolutions", STACK),
     names.BF16_STACK: ("stack, bfloat16", STACK),
     names.COMPILED_STACK: ("stack, bfloat16, compiled", STACK),
+    names.WINOGRAD_STACK: ("stack, by our convolutions", STACK),
     names.IFR: ("ifr_fast", OWN),
+    names.IFR_DIRECT: ("ifr_fast, direct convolutions", OWN),
     names.BF16: ("ifr_fast, bfloat16", OWN),
     names.GRAPH: ("ifr_fast, bfloat16, CUDA graph", OWN),
     names.QUARTER: ("ifr_fast, narrow block, 7 steps", OWN),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from benchmarks.timing.contenders import BASE, IFR, Contender
-from benchmarks.timing.measure import Ceiling, Convolution, Timed, quartiles, ratios
+from benchmarks.timing.measure import AnyConvolution, Ceiling, Timed, quartiles, ratios
 from benchmarks.timing.targets import FORWARD, aims, has_targets, targets
 
 MIB = 1 << 20
@@ -26,7 +26,7 @@ class Row:
     unavailable: str = ""
     timed: Timed | None = None
     peak_bytes: int = 0
-    convolutions: Counter[Convolution] = field(default_factory=Counter)
+    convolutions: Counter[AnyConvolution] = field(default_factory=Counter)
     residual: Tensor | None = None
 
     @property
@@ -36,15 +36,18 @@ class Row:
 
 def report(
     rows: list[Row],
-    lone: dict[Convolution, Timed],
+    lone: dict[AnyConvolution, Timed],
     ceilings: dict[str, Ceiling],
+    convolutions: list[dict],
     settings: dict,
     facts: dict[str, str],
     elapsed: float,
 ) -> dict:
-    """All that speed.json holds. Times in seconds, memory in bytes, ceilings in FLOP or bytes a second."""
+    """All that speed.json holds. Times in seconds, memory in bytes, ceilings in FLOP or bytes a second. convolutions:
+    what timing/convolutions.py found, by instruction set."""
     stacks = {(r.n, r.mode): r.timed for r in rows if r.contender.name == BASE and not r.unavailable}
     entries = [describe(row, lone, stacks.get((row.n, row.mode))) for row in rows]
+    everything = [*entries, *(row for found in convolutions for row in found["rows"])]
     rates = {name: ceiling.rate for name, ceiling in ceilings.items()}
     return {
         "settings": {k: v if isinstance(v, int | float | list) else str(v) for k, v in settings.items()},
@@ -53,11 +56,12 @@ def report(
         "noise": noise(entries, settings),
         "ceilings": rates,
         "rows": entries,
-        "targets": targets(entries, aims(settings, rates)) if has_targets(settings) else [],
+        "convolutions": convolutions,
+        "targets": targets(everything, aims(settings, rates)) if has_targets(settings) else [],
     }
 
 
-def describe(row: Row, lone: dict[Convolution, Timed], stack: Timed | None) -> dict:
+def describe(row: Row, lone: dict[AnyConvolution, Timed], stack: Timed | None) -> dict:
     """A row of the report. Ratios are (first quartile, median, third quartile) of the rounds' own ratios."""
     entry = {"name": row.contender.name, "n": row.n, "mode": row.mode, "in_table": row.in_table}
     entry["note"] = row.contender.note
@@ -82,7 +86,7 @@ def describe(row: Row, lone: dict[Convolution, Timed], stack: Timed | None) -> d
     }
 
 
-def alone(row: Row, lone: dict[Convolution, Timed]) -> dict[int, float]:
+def alone(row: Row, lone: dict[AnyConvolution, Timed]) -> dict[int, float]:
     """What the row's convolutions take by themselves, in each round that timed them all."""
     rounds = set.intersection(*(set(lone[c].samples) for c in row.convolutions))
     return {i: sum(count * lone[c].samples[i].wall for c, count in row.convolutions.items()) for i in sorted(rounds)}
@@ -120,6 +124,8 @@ def print_report(found: dict) -> None:
         for line in (HEADER, *of):
             aligned = (f"{cell:{'>' if i and len(line) > 2 else '<'}{widths[i]}}" for i, cell in enumerate(line))
             print(" ".join(aligned).rstrip()[:120])
+    for of_processor in found["convolutions"]:
+        print_convolutions(of_processor)
     print()
     for name, note in {e["name"]: e["note"] for e in found["rows"] if e["note"]}.items():
         print(f"{name}: {note}")
@@ -166,3 +172,30 @@ def figures(value: float) -> str:
     if not value > 0 or math.isinf(value):
         return "–"
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+CONVOLUTION_HEADER = (
+    "N×C×H×W", "direct ms", "CPU ms", "GFLOP/s", "of peak", "Winograd ms", "CPU ms", "GFLOP/s", "direct / W",
+    "quartiles", "weights ms",
+)  # fmt: skip
+
+
+def print_convolutions(found: dict) -> None:
+    """A table of what timing/convolutions.py found, which also says what its columns are."""
+    lines = [CONVOLUTION_HEADER, *map(convolution_cells, found["rows"])]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    peak = max(found["peaks"], key=found["peaks"].get)
+    rate = f"{peak}, {found['peaks'][peak] / 1e9:.0f} GFLOP/s a core"
+    print(f"\none 3×3 convolution, {found['isa']}, threads: {found['threads']}; peak: {rate}")
+    for line in lines:
+        print(" ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line)))
+
+
+def convolution_cells(row: dict) -> list[str]:
+    def cells(of: dict) -> list[str]:
+        return [figures(of["median"] * 1e3), figures(of["processor_median"] * 1e3), f"{of['rate'] / 1e9:.0f}"]
+
+    low, ratio, high = map(figures, row["ratio"])
+    share, weights = f"{row['share_of_peak']:.0%}", figures(row["weights"]["median"] * 1e3)
+    found = [*cells(row["direct"]), share, *cells(row["winograd"]), ratio, f"{low}–{high}", weights]
+    return [f"{row['n']}×{row['name']}", *found]

@@ -11,10 +11,10 @@ from benchmarks.timing.contenders import (
     BF16_STACK,
     COMPILED_STACK,
     EARLY,
-    F_ALONE,
     GRAPH,
     IFR,
     RELEASED,
+    TORCHDEQ_ANDERSON,
     TORCHDEQ_BF16,
 )
 from benchmarks.timing.measure import ratios
@@ -54,14 +54,28 @@ def aims(settings: dict, ceilings: dict[str, float]) -> list[Aim]:
 
 
 def cpu_aims(n: int) -> list[Aim]:
-    def rows(*names: str) -> tuple:
-        return tuple((name, n, FORWARD) for name in names)
+    def rows(*names: str, n: int = n, mode: str = FORWARD) -> tuple:
+        return tuple((name, n, mode) for name in names)
 
+    def convolution(sample: str, n: int, limit: float, isa: str = "avx512") -> Aim:
+        what = f"one convolution of {n}×{sample}, {isa}, direct / Winograd"
+        return Aim(what, "≥", limit, ((sample, n, f"convolution, {isa}"),), lambda row: row["ratio"][1])
+
+    forth_and_back = rows(IFR, BASE, n=4, mode=BACKWARD)
     return [
-        Aim("IFR Broyden / stack, latency", "≤", 11, rows(IFR, BASE), latency),
-        Aim("as released / IFR Broyden, latency", "≥", 2.2, rows(RELEASED, IFR), latency),
-        Aim("share of IFR Broyden that is not F", "≤", 0.1, rows(F_ALONE, IFR), lambda f, ifr: 1 - latency(f, ifr)),
+        Aim("IFR Broyden / stack, latency", "≤", 4.2, rows(IFR, BASE), latency),
+        Aim("IFR Broyden / stack, latency, N = 1", "≤", 4, rows(IFR, BASE, n=1), latency),
+        Aim("IFR Broyden / stack, latency forward+backward, N = 4", "≤", 3.9, forth_and_back, latency),
+        Aim("as released / IFR Broyden, latency", "≥", 4, rows(RELEASED, IFR), latency),
+        Aim("torchdeq Anderson / IFR Broyden, latency", "≥", 2.3, rows(TORCHDEQ_ANDERSON, IFR), latency),
+        Aim("share of IFR Broyden that is not convolution", "≤", 0.2, rows(IFR), not_convolution),
         Aim("bf16 history / as released, peak memory", "≤", 1 / 3, rows(BF16_HISTORY, RELEASED), memory),
+        convolution("256×14×14", 16, 2.5),
+        convolution("256×14×14", 4, 2),
+        convolution("256×14×14", 1, 1.7),
+        convolution("128×14×14", 16, 2.1),
+        convolution("256×100×152", 2, 2.8),
+        convolution("256×14×14", 16, 2.5, isa="avx2"),
     ]
 
 
@@ -98,6 +112,11 @@ def gpu_aims(n: int, floor: float) -> list[Aim]:
 def latency(a: dict, b: dict) -> float:
     """The median of the ratios within the rounds that have both."""
     return statistics.median(ratios(*(dict(zip(e["rounds"], e["seconds"], strict=True)) for e in (a, b))))
+
+
+def not_convolution(a: dict) -> float | None:
+    """What is left beside the same convolutions, bare and each by itself, in the same rounds."""
+    return 1 - 1 / a["ratio_to_convolutions"][1] if a["ratio_to_convolutions"] else None
 
 
 def memory(a: dict, b: dict) -> float:

@@ -10,6 +10,8 @@ import torch
 
 from benchmarks.timing import measure
 from benchmarks.timing.measure import Timed
+from benchmarks.timing.winograd import WinogradConvolution
+from ifr_fast import Broyden, IFRHead
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,6 +100,19 @@ def test_profile_lists_convolutions_as_they_were_run():
     assert forward.alone(CPU)().shape == (2, 3, 6, 5)
     backward = next(c for c in found if c.name == "convolution_backward")
     assert [g.shape for g in backward.alone(CPU)()] == [x.shape, layer.weight.shape, layer.bias.shape]
+
+
+def test_profile_lists_winograds_convolutions_of_both_passes():
+    head = IFRHead(32, mid_channels=64, solver=Broyden(max_iter=4), convolution="winograd")
+    x = torch.rand(2, 32, 6, 5, requires_grad=True)
+    found = measure.profile(lambda: head(x).sum().backward(), CPU).convolutions
+    by_winograd = {c: count for c, count in found.items() if isinstance(c, WinogradConvolution)}
+    assert set(by_winograd) == {WinogradConvolution(2, 32, 64, 6, 5), WinogradConvolution(2, 64, 32, 6, 5)}
+    assert min(by_winograd.values()) > 5  # five evaluations forward, and the adjoint's
+    assert {c.name for c in found if c not in by_winograd} == {"convolution_backward"}  # the weights' gradients
+    alone = WinogradConvolution(2, 32, 64, 6, 5).alone(CPU)
+    assert alone().shape == (2, 64, 6, 5)
+    assert alone() is alone()  # on the same memory
 
 
 @pytest.fixture

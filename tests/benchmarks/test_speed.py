@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import speed
-from benchmarks.timing import contenders, measure, speed_report, targets
+from benchmarks.timing import contenders, convolutions, measure, speed_report, targets
 from benchmarks.timing.contenders import (
     BASE,
     BF16,
@@ -18,16 +18,20 @@ from benchmarks.timing.contenders import (
     BF16_STACK,
     COMPILED_STACK,
     EARLY,
-    F_ALONE,
     GRAPH,
     IFR,
+    IFR_DIRECT,
     QUARTER,
     RELEASED,
+    TORCHDEQ_ANDERSON,
     TORCHDEQ_BF16,
+    WINOGRAD_STACK,
     Setting,
 )
+from benchmarks.timing.measure import Convolution
 from benchmarks.timing.targets import BACKWARD, FORWARD
-from ifr_fast import Broyden, reference
+from benchmarks.timing.winograd import WinogradConvolution
+from ifr_fast import Broyden, _native, reference
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,18 +39,37 @@ CPU = torch.device("cpu")
 MIB = 1 << 20
 
 
-def row(name: str, seed: int, steps: int = 3) -> contenders.Contender:
-    return next(c for c in contenders.contenders(Setting(8, steps, seed, CPU)) if c.name == name)
+def row(name: str, seed: int, steps: int = 3, channels: int = 8) -> contenders.Contender:
+    return next(c for c in contenders.contenders(Setting(channels, steps, seed, CPU)) if c.name == name)
 
 
-def features(n: int, size: int, seed: int) -> torch.Tensor:
-    return speed.smooth_features(n, 8, size, torch.Generator().manual_seed(seed))
+def features(n: int, size: int, seed: int, channels: int = 8) -> torch.Tensor:
+    return speed.smooth_features(n, channels, size, torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", [IFR, F_ALONE, RELEASED])
-def test_rows_evaluate_f_once_more_than_they_step(name, seed):
-    convolutions = measure.profile(row(name, seed).forward(features(2, 6, seed)), CPU).convolutions
-    assert sum(convolutions.values()) == 2 * (3 + 1)
+@pytest.mark.parametrize(
+    ("name", "kind"), [(IFR, WinogradConvolution), (IFR_DIRECT, Convolution), (RELEASED, Convolution)]
+)
+def test_rows_evaluate_f_once_more_than_they_step(name, kind, seed):
+    call = row(name, seed, channels=32).forward(features(2, 8, seed, channels=32))
+    found = measure.profile(call, CPU).convolutions
+    assert sum(found.values()) == 2 * (3 + 1)
+    assert {type(c) for c in found} == {kind}
+
+
+def test_the_stack_by_winograd_is_the_stack(seed):
+    """Values and all gradients, in the steps of float32."""
+    x = features(2, 9, seed, channels=32).requires_grad_()
+    cotangent = torch.randn(x.shape)
+    stack, ours = (row(name, seed, channels=32).backward(x, cotangent)() for name in (BASE, WINOGRAD_STACK))
+    torch.testing.assert_close(ours[0], stack[0], rtol=0, atol=1e-5 * stack[0].abs().max().item())
+    for found, expected in zip(ours[1], stack[1], strict=True):
+        # A value that rounds to the other side of ReLU's corner changes the gradient by the share of its path.
+        assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_the_stack_by_winograd_needs_fitting_channels(seed):
+    assert row(WINOGRAD_STACK, seed).unavailable == "8 channels are no multiple of 32"
 
 
 def test_the_released_gradient_is_ours(seed):
@@ -128,16 +151,34 @@ def test_a_busy_machine_is_told_from_a_quiet_one(threads, ratios, busy):
 
 
 def test_targets_say_what_was_missed():
-    quantities = {BASE: (1.0, 1), IFR: (10.0, 50), F_ALONE: (8.0, 1), RELEASED: (25.0, 120), BF16_HISTORY: (10.0, 30)}
+    quantities = {
+        (BASE, 16, FORWARD): (1.0, 1),
+        (IFR, 16, FORWARD): (4.0, 50),
+        (RELEASED, 16, FORWARD): (18.0, 120),
+        (TORCHDEQ_ANDERSON, 16, FORWARD): (9.0, 120),
+        (BF16_HISTORY, 16, FORWARD): (4.0, 30),
+        (BASE, 1, FORWARD): (0.1, 1),
+        (IFR, 1, FORWARD): (0.5, 1),
+        (BASE, 4, BACKWARD): (1.0, 1),
+        (IFR, 4, BACKWARD): (3.0, 1),
+    }
     entries = [
-        {"name": name, "n": 16, "mode": FORWARD, "seconds": [median], "rounds": [0], "peak_extra_bytes": peak}
-        for name, (median, peak) in quantities.items()
+        {"name": name, "n": n, "mode": mode, "seconds": [median], "rounds": [0], "peak_extra_bytes": peak}
+        | {"ratio_to_convolutions": (1.2, 1.6, 1.7)}
+        for (name, n, mode), (median, peak) in quantities.items()
+    ]
+    ratios = {("256×14×14", 16): 2.4, ("256×14×14", 4): 2.0, ("128×14×14", 16): 3.0, ("256×100×152", 2): 2.9}
+    entries += [
+        {"name": name, "n": n, "mode": "convolution, avx512", "ratio": (1, ratio, 9)}
+        for (name, n), ratio in ratios.items()
     ]
     aims = targets.cpu_aims(16)
     found = targets.targets(entries, aims)
-    assert [target["value"] for target in found] == pytest.approx([10, 2.5, 0.2, 0.25])
-    assert [target["met"] for target in found] == [True, True, False, True]
-    assert [target["met"] for target in targets.targets(entries[:2], aims)] == [True, None, None, None]
+    values = [4, 5, 3, 4.5, 2.25, 0.375, 0.25, 2.4, 2, None, 3, 2.9, None]
+    assert [target["value"] for target in found] == [None if v is None else pytest.approx(v) for v in values]
+    met = [True, False, True, True, False, False, True, False, True, None, True, True, None]
+    assert [target["met"] for target in found] == met
+    assert [target["met"] for target in targets.targets(entries[:2], aims)][:4] == [True, None, None, None]
 
 
 def test_a_gpus_targets():
@@ -245,7 +286,7 @@ def tiny_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("speed")
     script = "import sys, torch; from benchmarks import speed; "
     script += "torch.compile = lambda module, **_: module; speed.main(sys.argv[1:])"
-    sizes = "--n 1 2 3 --table 3 --n-backward 2 --channels 8 --size 6 --steps 3 --threads 1 --budget 1 --device cpu"
+    sizes = "--n 1 2 3 --table 3 --n-backward 2 --channels 32 --size 6 --steps 3 --threads 1 --budget 1 --device cpu"
     process = subprocess.run(
         [sys.executable, "-c", script, *sizes.split(), "--out", str(out)],
         cwd=ROOT, capture_output=True, text=True,
@@ -279,11 +320,42 @@ def test_the_table_and_the_sweep_have_their_rows(tiny_run):
     names = {(mode, n): [e["name"] for e in found["rows"] if (e["mode"], e["n"]) == (mode, n)]
              for mode in (FORWARD, BACKWARD) for n in (1, 2, 3)}  # fmt: skip
     everything = names[FORWARD, 3]
-    assert len(everything) == len(set(everything)) == 16
-    assert names[BACKWARD, 2] == [name for name in everything if name != F_ALONE]
+    assert len(everything) == len(set(everything)) == 17
+    assert names[BACKWARD, 2] == everything
     assert names[BACKWARD, 3] == []
     assert names[FORWARD, 1] == names[FORWARD, 2] == names[BACKWARD, 1]
-    assert {BASE, IFR, RELEASED} < set(names[FORWARD, 1]) < set(everything)
+    assert {BASE, WINOGRAD_STACK, IFR, IFR_DIRECT, RELEASED} < set(names[FORWARD, 1]) < set(everything)
+
+
+def test_convolutions_are_timed_by_themselves(tiny_run):
+    _, found, printed = tiny_run
+    assert found["convolutions"][0]["isa"] == _native.isa()
+    assert [of["isa"] for of in found["convolutions"][1:]] == ["avx2"] * (_native.isa() == "avx512")
+    for of in found["convolutions"]:
+        assert [(row["n"], row["name"]) for row in of["rows"]] == [
+            *((n, "32×6×6") for n in (1, 2, 3)),
+            (2, "32×100×152"),
+        ]
+        for row in of["rows"]:
+            low, ratio, high = row["ratio"]
+            assert 0 < low <= ratio <= high
+            assert row["mode"] == f"convolution, {of['isa']}"
+            work = 2 * 9 * 32 * 32 * row["n"] * (36 if row["name"] == "32×6×6" else 15200)
+            assert row["direct"]["rate"] == pytest.approx(work / row["direct"]["median"])
+            assert row["winograd"]["rate"] == pytest.approx(work / row["winograd"]["median"])
+            assert row["share_of_peak"] == pytest.approx(row["direct"]["rate"] / max(of["peaks"].values()))
+            assert row["weights"]["median"] > 0
+        assert f"one 3×3 convolution, {of['isa']}, threads: 1" in printed
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [("16x256x14", "expected NxCxHxW, got '16x256x14'"), ("1x8x4x4", "channels in multiples of 32, got 1x8x4x4")],
+)
+def test_a_bad_size_of_a_convolution_is_named(size, message, capsys):
+    with pytest.raises(SystemExit):
+        convolutions.parse(["--sizes", size])
+    assert message in capsys.readouterr().err
 
 
 def test_the_table_is_printed_and_drawn(tiny_run):
