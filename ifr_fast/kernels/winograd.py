@@ -54,9 +54,9 @@ class Tail(NamedTuple):
 
 
 class Winograd:
-    """The kernels of one solve (contract.Kernels).
+    """The kernels of one batch (contract.Kernels).
 
-    Within a solve they keep what they made: each evaluation runs the same launches on the same memory.
+    They keep what they made for a solve until its end: each evaluation runs the same launches on the same memory.
     """
 
     CHANNELS_LAST_ONLY = False
@@ -65,12 +65,14 @@ class Winograd:
 
     norm_tail = staticmethod(cpu.norm_tail)
     new_state = staticmethod(cpu.new_state)
-    finish = staticmethod(cpu.finish)
 
     def __init__(self) -> None:
-        self._made: dict[str, tuple[tuple[Any, ...], Any]] = {}
+        self._made: dict[str | int, tuple[tuple[Any, ...], Any]] = {}
 
-    def once(self, name: str, make: Callable[..., Any], *inputs: Any) -> Any:
+    def finish(self, state: State, z: Tensor) -> None:
+        self._made.clear()  # the next chunk of samples needs the memory
+
+    def once(self, name: str | int, make: Callable[..., Any], *inputs: Any) -> Any:
         """make(*inputs), or what it gave under this name the last time, if the inputs are the same objects."""
         last, made = self._made.get(name, ((), None))
         if len(last) != len(inputs) or any(a is not b for a, b in zip(last, inputs, strict=True)):
@@ -79,7 +81,7 @@ class Winograd:
         return made
 
     def convolution(self, weight: Tensor, x: Tensor, *, transposed: bool = False) -> Convolution:
-        return _Convolution(weight, transposed)
+        return _Convolution(self, weight, transposed)
 
     def shift(self, z: Tensor, x: Tensor, dtype: torch.dtype, state: State | None) -> Tensor | Operand:
         if state is None:
@@ -150,18 +152,16 @@ def _total_fields(z: Tensor, *addends: Tensor) -> dict[str, Any]:
 class _Convolution:
     """A 3×3 convolution. Maps an activation to a tensor, and an operand of F to Convolved."""
 
-    def __init__(self, weight: Tensor, transposed: bool) -> None:
+    def __init__(self, kernels: Winograd, weight: Tensor, transposed: bool) -> None:
+        self.kernels = kernels
         self.weights = transformed(weight.contiguous(), transposed, _transform)
         out, channels = weight.shape[:2]
         self.channels, self.out_channels = (out, channels) if transposed else (channels, out)
-        self.launch: Launch | None = None
 
     def __call__(self, operand: Tensor | Operand) -> Any:
         if isinstance(operand, Tensor):
             return self._prepared(Operand(READ.plain, operand.contiguous(memory_format=torch.channels_last)))()
-        if self.launch is None or self.launch.inputs[0] is not operand:
-            self.launch = self._prepared(operand)
-        return self.launch()
+        return self.kernels.once(id(self), self._prepared, operand)()
 
     def _prepared(self, operand: Operand) -> Launch:
         read, x, status, other, coefficients, bias = operand
