@@ -15,6 +15,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ def clear() -> None:
 def size() -> int:
     """The bytes that are kept."""
     with _lock:
-        return sum(entry.bytes for entry in _entries.values())
+        return _bytes()
 
 
 def transformed(weight: Tensor, transposed: bool, transform: Callable[[Tensor, bool], Tensor]) -> Tensor:
@@ -74,7 +75,8 @@ def transformed(weight: Tensor, transposed: bool, transform: Callable[[Tensor, b
 
     weight: (out, in, 3, 3) in float32 on a CPU, contiguous.
     """
-    key = transposed, weight.shape, *weight[0, 0].flatten().tolist()  # the whole weight is compared below
+    # Bits, as NaN differs from itself. The whole weight is compared below.
+    key = transposed, weight.shape, *weight.detach()[0, 0].flatten().view(torch.int32).tolist()
     with _lock:
         entry = _entries.pop(key, None)
         if entry is not None:
@@ -100,10 +102,13 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     })  # fmt: skip
 
 
+def _bytes() -> int:
+    return sum(entry.bytes for entry in list(_entries.values()))
+
+
 def _trim() -> None:
-    total = sum(entry.bytes for entry in _entries.values())
-    while total > _limit and _entries:
-        total -= _entries.popitem(last=False)[1].bytes
+    while _entries and _bytes() > _limit:
+        _entries.popitem(last=False)
 
 
 def large_pages(count: int) -> Tensor:
@@ -111,9 +116,10 @@ def large_pages(count: int) -> Tensor:
     tenth of the time to looking up the addresses of small ones."""
     size = 4 * count
     if size < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count)
+        return torch.empty(count, dtype=torch.float32, device=CPU)
     memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # from systems built without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE
     return torch.frombuffer(memory, dtype=torch.float32, count=count, offset=start)
 

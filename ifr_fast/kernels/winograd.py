@@ -18,11 +18,16 @@ from torch import Tensor
 from .. import _native
 from . import cpu, eager, fused
 from .contract import Convolution, Norm, State, Step, address, describe, optional
+from .convolutions import MULTIPLE
 from .cpu import CPU
 from .fused import Launch, channels_last_address
 from .weight_cache import large_pages, transformed
 
 READ = _native.Read
+# The kinds that read `other`, coefficients and bias.
+OTHER = READ.sum, READ.norm_vjp, READ.norm_relu_vjp
+NORMS = READ.norm_relu, READ.norm_vjp, READ.norm_relu_vjp
+RELUS = READ.norm_relu, READ.norm_relu_vjp
 _kept = threading.local()
 
 
@@ -153,8 +158,12 @@ class _Convolution:
     """A 3×3 convolution. Maps an activation to a tensor, and an operand of F to Convolved."""
 
     def __init__(self, kernels: Winograd, weight: Tensor, transposed: bool) -> None:
+        if weight.dim() != 4 or weight.shape[2:] != (3, 3) or any(k == 0 or k % MULTIPLE for k in weight.shape[:2]):
+            raise ValueError(f"weight is {describe(weight)}: expected shape (K, C, 3, 3), K and C in {MULTIPLE}s")
+        weight = weight.contiguous()
+        address(weight, "weight", torch.float32, weight.numel(), CPU)
         self.kernels = kernels
-        self.weights = transformed(weight.contiguous(), transposed, _transform)
+        self.weights = transformed(weight, transposed, _transform)
         out, channels = weight.shape[:2]
         self.channels, self.out_channels = (out, channels) if transposed else (channels, out)
 
@@ -165,13 +174,21 @@ class _Convolution:
 
     def _prepared(self, operand: Operand) -> Launch:
         read, x, status, other, coefficients, bias = operand
-        if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"x is {describe(x)}: expected shape (N, {self.channels}, H, W)")
+        if x.dim() != 4 or x.shape[1] != self.channels or 0 in x.shape[2:]:
+            raise ValueError(f"x is {describe(x)}: expected shape (N, {self.channels}, H, W), H and W not 0")
+        for name, tensor, reads in (
+            ("other", other, OTHER),
+            ("coefficients", coefficients, NORMS),
+            ("bias", bias, RELUS),
+        ):
+            if (tensor is not None) != (read in reads):
+                raise ValueError(f"{name} is {describe(tensor)}: not expected so for {read}")
         n, channels, height, width = x.shape
-        y = torch.empty(n, self.out_channels, height, width, memory_format=torch.channels_last)
+        like: Any = {"device": CPU, "dtype": torch.float32}  # torch's defaults may be others
+        y = torch.empty(n, self.out_channels, height, width, memory_format=torch.channels_last, **like)
         sums = None
         if read in (READ.sum, READ.norm_relu):
-            sums = torch.empty(n, -(-height // 4), 2, self.out_channels, dtype=torch.float64)
+            sums = torch.empty(n, -(-height // 4), 2, self.out_channels, dtype=torch.float64, device=CPU)
         expected = torch.float32, n * channels * (2 if read == READ.norm_relu else 5), CPU
         fields = {
             "read": read, "x": channels_last_address(x, "x", x),
