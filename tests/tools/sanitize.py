@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
     "kernels/test_fields",
     "kernels/test_kernels",
+    "kernels/test_fused",
+    "kernels/test_winograd",
+    "kernels/test_winograd_head",
+    "kernels/test_weight_cache",
     "kernels/test_borders",
     "core/test_loop",
     "core/test_head",
