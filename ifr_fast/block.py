@@ -170,7 +170,7 @@ class ResidualBlock(nn.Module):
             return (y if self.form == "paper" else self.gn3(F.relu(y))).to(z.dtype)
 
     def _free_weights_at_the_end(self) -> None:
-        weakref.finalize(self, weight_cache.clear).atexit = False
+        weakref.finalize(self, weight_cache.forget_weights).atexit = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

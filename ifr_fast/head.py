@@ -41,7 +41,8 @@ class IFRHead(nn.Module):
             and adjoint may also be a name or dict(type=name, …), and may be assigned later.
         backend: "auto", "eager", "cpu", "triton" or "cuda"; see backends().
         convolution: how the cpu kernels convolve in a solve: "direct" by oneDNN, "winograd" by Winograd's algorithm
-            (float32, channels in multiples of 32), "auto" by what is faster. Transformed weights: see weight_cache.
+            (float32, channels in multiples of 32), "auto" by what was the faster one. weight_cache keeps transformed
+            weights. An Unroll, Unrolled and an altered block convolve directly.
         cuda_graphs: on a GPU, record the solve and its backward pass as CUDA graphs and replay them. This is for small
             batches, where launching takes longer than computing. Batches are padded to one of eight sizes an octave.
             Recordings keep their workspace (solvers.Solver) until ifr_fast.graphs.clear().
@@ -57,6 +58,8 @@ class IFRHead(nn.Module):
     arguments, shapes, dtypes and devices that do not fit, and for a block without an equilibrium of each sample. Raises
     NotImplementedError in forward mode and under tools that cannot take a solve.
     """
+
+    convolution = "auto"  # of heads that were pickled by release 0.1
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ IFR_STRUCT(NormSums, IFR_NORM_SUMS)
 
 // What a Convolution convolves, by the tensors that it is computed from while it is read. a..e are the coefficients in
 // order. sum: x + other. norm_relu: relu((x - a) * b + bias). norm_vjp: x * c - d - (other - a) * e. norm_relu_vjp: the
-// same, with x set to 0 where (other - a) * b + bias <= 0.
+// same, with x set to 0 unless (other - a) * b + bias > 0.
 enum class Read : int { plain, sum, norm_relu, norm_vjp, norm_relu_vjp };
 
 // Transforms the weights of a 3x3 convolution for Winograd's algorithm.

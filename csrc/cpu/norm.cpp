@@ -33,8 +33,8 @@ std::vector<int64_t> running(const NormShape &shape) {
   return list;
 }
 
-// A parallel region needs one thread at least.
-int team(int64_t items, int threads) { return int(std::max<int64_t>(1, std::min<int64_t>(items, threads))); }
+// All threads or one: OpenMP ends the threads that a smaller team leaves over, and must start them anew for the next.
+int team(int64_t items, int threads) { return items > 1 ? threads : 1; }
 
 template <bool NHWC, typename T>
 struct Chain {

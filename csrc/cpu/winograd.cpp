@@ -5,7 +5,7 @@
 // points 0, +-3/4, +-3/2 and infinity lose the least accuracy of those tried. Where 1 or 2 rows (columns) of a map are
 // left over, tiles are only 2 high (wide): their 4 points are the first 4 of the 6, so the weights serve both.
 //
-// Tiles are handled in blocks that stay in the L2 cache from their inputs to their outputs. Threads share the blocks or,
+// Tiles are handled in blocks, each from its inputs to its outputs, so that what lies between stays near. Threads share the blocks or,
 // where there are too few, the output channels. Each number is computed by the same operations in the same order however
 // tiles are shared out, so results depend neither on the threads nor on the batch mates.
 #include <algorithm>
@@ -15,9 +15,6 @@
 #include "kernels.h"
 #ifdef _OPENMP
 #include <omp.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 
 namespace ifr::IFR_ISA {
@@ -441,7 +438,7 @@ struct Plan {
     unit = map.tiles() <= BLOCK_TILES ? map.rows : 1;  // whole samples where they fit
     units = running * map.rows / unit;
     const int64_t of_unit = unit * map.columns, most = std::max<int64_t>(1, (BLOCK_TILES + of_unit / 2) / of_unit);
-    split = units < threads && panels > 1;
+    split = units < std::min(threads, panels);
     lanes = split ? std::min(threads, panels) : std::min(threads, std::max<int64_t>(1, units));
     blocks = (units + most - 1) / most;
     if (!split) blocks = std::min(units, (blocks + lanes - 1) / lanes * lanes);  // the same number for each thread
@@ -471,28 +468,30 @@ void convolve(const Convolution &c) {
       transform_outputs(c, map, samples, b, m);
     }
   };
-#pragma omp parallel num_threads(int(plan.lanes))
+  // All threads or one, as in norm.cpp. Some may be left without work.
+#pragma omp parallel num_threads(plan.lanes > 1 ? c.threads : 1)
   {
+    int64_t thread = 0, team = 1;
 #ifdef _OPENMP
-    const int64_t lane = omp_get_thread_num(), lanes = omp_get_num_threads();
-#else
-    const int64_t lane = 0, lanes = 1;
+    thread = omp_get_thread_num(), team = omp_get_num_threads();
 #endif
+    const int64_t lanes = std::min(team, plan.lanes), lane = std::min(thread, lanes);
+    auto from = [=](int64_t count) { return count * lane / lanes; };
+    auto to = [=](int64_t count) { return lane == lanes ? count : count * (lane + 1) / lanes; };
     if (plan.split) {
       float *outputs = c.workspace + plan.inputs + lane * (plan.outputs + plan.buffer);
       const int64_t chunks = c.channels / LANES;
       for (int64_t k = 0; k < plan.blocks; ++k) {
         const Block b = block(k);
         const Inputs v(c.workspace, c, b);
-        transform_inputs<READ>(c, map, samples, b, v, chunks * lane / lanes * LANES, chunks * (lane + 1) / lanes * LANES,
-                               outputs + plan.outputs);
+        transform_inputs<READ>(c, map, samples, b, v, from(chunks) * LANES, to(chunks) * LANES, outputs + plan.outputs);
 #pragma omp barrier
-        finish(b, v, outputs, panels * lane / lanes, panels * (lane + 1) / lanes);
+        finish(b, v, outputs, from(panels), to(panels));
 #pragma omp barrier
       }
     } else {
       float *inputs = c.workspace + lane * (plan.inputs + plan.outputs + plan.buffer), *outputs = inputs + plan.inputs;
-      for (int64_t k = plan.blocks * lane / lanes; k < plan.blocks * (lane + 1) / lanes; ++k) {
+      for (int64_t k = from(plan.blocks); k < to(plan.blocks); ++k) {
         const Block b = block(k);
         const Inputs v(inputs, c, b);
         transform_inputs<READ>(c, map, samples, b, v, 0, c.channels, outputs + plan.outputs);
@@ -552,15 +551,6 @@ int64_t winograd_workspace(const Convolution &c) {
   int64_t most = 0;
   for (int64_t running = 0; running <= c.n; ++running) most = std::max(most, Plan(c, Map(c), running).floats());
   return most;
-}
-
-bool equal(const Pair &p) {
-  constexpr int64_t PIECE = 1 << 14;
-  bool same = true;
-#pragma omp parallel for schedule(static) num_threads(p.threads) reduction(&& : same)
-  for (int64_t at = 0; at < p.count; at += PIECE)
-    same = same && std::memcmp(p.a + at, p.b + at, std::min(PIECE, p.count - at) * sizeof(float)) == 0;
-  return same;
 }
 
 void winograd(const Convolution &c) {

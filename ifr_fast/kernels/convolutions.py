@@ -99,6 +99,8 @@ def _drawback(size: Size) -> str:
 
     if _native.isa() == "generic":
         return "Winograd's are measured with AVX2 and AVX-512 only"
+    if min(size.height, size.width) < 2:
+        return "most of each tile of a map of one row or column is padding"
     if size.tiles < LEAST_TILES:
         return f"{size.tiles} tiles of 4×4 pixels a map do not fill a product of matrices, {LEAST_TILES} do"
     if size.evaluations < LEAST_EVALUATIONS:

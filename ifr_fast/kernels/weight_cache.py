@@ -41,14 +41,15 @@ class Entry(NamedTuple):
 
 _entries: OrderedDict[Key, Entry] = OrderedDict()
 _limit = DEFAULT_LIMIT
+_local = threading.local()
 _lock = threading.RLock()  # a block may be garbage collected, which clears the cache, while this thread holds it
 
 
 def set_limit(limit: int) -> None:
     """Keeps at most `limit` bytes from now on; 0 keeps nothing, so that every solve transforms its weights.
 
-    A block of C channels takes 360·C² bytes, 23.6 MB at C = 256, and as much again if it is trained by Implicit. The
-    limit is 128 MiB at first. Raises ValueError unless limit is an int ≥ 0.
+    A block of C channels takes 360·C² bytes, 23.6 MB at C = 256, and as much again for the adjoint. In training the
+    weights are new in every step, so past ones fill the limit. It is 128 MiB at first. Raises ValueError unless limit is an int ≥ 0.
     """
     global _limit
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
@@ -59,7 +60,12 @@ def set_limit(limit: int) -> None:
 
 
 def clear() -> None:
-    """Drops everything that is kept."""
+    """Drops everything that is kept, and what the convolutions of the calling thread worked in."""
+    forget_weights()
+    vars(_local).clear()
+
+
+def forget_weights() -> None:
     with _lock:
         _entries.clear()
 
@@ -75,8 +81,9 @@ def transformed(weight: Tensor, transposed: bool, transform: Callable[[Tensor, b
 
     weight: (out, in, 3, 3) in float32 on a CPU, contiguous.
     """
-    # Bits, as NaN differs from itself. The whole weight is compared below.
-    key = transposed, weight.shape, *weight.detach()[0, 0].flatten().view(torch.int32).tolist()
+    # Of some numbers, as bits, since NaN differs from itself. The whole weight is compared below.
+    some = weight.detach().view(torch.int32).flatten()[:: max(1, weight.numel() // 61)]
+    key = transposed, weight.shape, *some.tolist()
     with _lock:
         entry = _entries.pop(key, None)
         if entry is not None:
@@ -89,6 +96,14 @@ def transformed(weight: Tensor, transposed: bool, transform: Callable[[Tensor, b
         _entries[key] = made
         _trim()
     return made.transformed
+
+
+def workspace(floats: int) -> Tensor:
+    """The memory that the convolutions of this thread's solves work in. It is kept, as to get it takes as long as a
+    convolution."""
+    if len(getattr(_local, "workspace", ())) < floats:
+        _local.workspace = large_pages(floats)
+    return _local.workspace
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -7,7 +7,6 @@ GroupNorm to the output transform before it, F's tail to the step. Outside of a 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from . import cpu, eager, fused
+from . import cpu, eager, fused, weight_cache
 from .contract import Convolution, Norm, State, Step, address, describe, optional
 from .convolutions import MULTIPLE
 from .cpu import CPU
@@ -28,7 +27,6 @@ READ = _native.Read
 OTHER = READ.sum, READ.norm_vjp, READ.norm_relu_vjp
 NORMS = READ.norm_relu, READ.norm_vjp, READ.norm_relu_vjp
 RELUS = READ.norm_relu, READ.norm_relu_vjp
-_kept = threading.local()
 
 
 class Operand(NamedTuple):
@@ -64,7 +62,7 @@ class Winograd:
     They keep what they made for a solve until its end: each evaluation runs the same launches on the same memory.
     """
 
-    CHANNELS_LAST_ONLY = False
+    CHANNELS_LAST_ONLY = True
     SKIPS_STOPPED = True
     BUFFERS = (1, 1)  # the convolutions' results
 
@@ -72,12 +70,12 @@ class Winograd:
     new_state = staticmethod(cpu.new_state)
 
     def __init__(self) -> None:
-        self._made: dict[str | int, tuple[tuple[Any, ...], Any]] = {}
+        self._made: dict[Any, tuple[tuple[Any, ...], Any]] = {}
 
     def finish(self, state: State, z: Tensor) -> None:
         self._made.clear()  # the next chunk of samples needs the memory
 
-    def once(self, name: str | int, make: Callable[..., Any], *inputs: Any) -> Any:
+    def once(self, name: Any, make: Callable[..., Any], *inputs: Any) -> Any:
         """make(*inputs), or what it gave under this name the last time, if the inputs are the same objects."""
         last, made = self._made.get(name, ((), None))
         if len(last) != len(inputs) or any(a is not b for a, b in zip(last, inputs, strict=True)):
@@ -170,46 +168,37 @@ class _Convolution:
     def __call__(self, operand: Tensor | Operand) -> Any:
         if isinstance(operand, Tensor):
             return self._prepared(Operand(READ.plain, operand.contiguous(memory_format=torch.channels_last)))()
-        return self.kernels.once(id(self), self._prepared, operand)()
+        return self.kernels.once(self, self._prepared, operand)()
 
     def _prepared(self, operand: Operand) -> Launch:
         read, x, status, other, coefficients, bias = operand
         if x.dim() != 4 or x.shape[1] != self.channels or 0 in x.shape[2:]:
             raise ValueError(f"x is {describe(x)}: expected shape (N, {self.channels}, H, W), H and W not 0")
-        for name, tensor, reads in (
-            ("other", other, OTHER),
-            ("coefficients", coefficients, NORMS),
-            ("bias", bias, RELUS),
-        ):
-            if (tensor is not None) != (read in reads):
-                raise ValueError(f"{name} is {describe(tensor)}: not expected so for {read}")
+        given = ("other", other, OTHER), ("coefficients", coefficients, NORMS), ("bias", bias, RELUS)
+        for name, tensor, reads in given:
+            if (tensor is None) == (read in reads):
+                expected = "a tensor" if tensor is None else "None"
+                raise ValueError(f"{name} is {describe(tensor)}: expected {expected} for {read}")
         n, channels, height, width = x.shape
         like: Any = {"device": CPU, "dtype": torch.float32}  # torch's defaults may be others
         y = torch.empty(n, self.out_channels, height, width, memory_format=torch.channels_last, **like)
         sums = None
         if read in (READ.sum, READ.norm_relu):
             sums = torch.empty(n, -(-height // 4), 2, self.out_channels, dtype=torch.float64, device=CPU)
-        expected = torch.float32, n * channels * (2 if read == READ.norm_relu else 5), CPU
+        count = torch.float32, n * channels * (2 if read == READ.norm_relu else 5), CPU
         fields = {
             "read": read, "x": channels_last_address(x, "x", x),
             "other": 0 if other is None else channels_last_address(other, "other", x),
-            "coefficients": optional(coefficients, "coefficients", *expected),
+            "coefficients": optional(coefficients, "coefficients", *count),
             "bias": optional(bias, "bias", torch.float32, channels, CPU), "weights": self.weights.data_ptr(),
             "y": y.data_ptr(), "sums": 0 if sums is None else sums.data_ptr(), "workspace": 0,
             "status": optional(status, "status", torch.int64, n, CPU), "n": n, "height": height, "width": width,
             "channels": channels, "out_channels": self.out_channels, "threads": torch.get_num_threads(),
         }  # fmt: skip
-        workspace = _workspace(_native.winograd_workspace(fields))
+        workspace = weight_cache.workspace(_native.winograd_workspace(fields))
         fields["workspace"] = workspace.data_ptr()
         result = y if sums is None else Convolved(y, sums)
         return Launch(_native.winograd, fields, (operand, self.weights, workspace), result)
-
-
-def _workspace(floats: int) -> Tensor:
-    """The memory that this thread's convolutions work in. It is kept, as to get it takes as long as a convolution."""
-    if len(getattr(_kept, "workspace", ())) < floats:
-        _kept.workspace = large_pages(floats)
-    return _kept.workspace
 
 
 def _transform(weight: Tensor, transposed: bool) -> Tensor:

@@ -15,4 +15,5 @@ __all__ = [
     "norm_relu", "norm_relu_vjp", "norm_tail", "norm_tail_vjp", "residual", "rule", "shift", "step", "tail", "total",
 ]  # fmt: skip
 
-CHANNELS_LAST_ONLY = SKIPS_STOPPED = True
+CHANNELS_LAST_ONLY = True
+SKIPS_STOPPED = False  # cuDNN convolves them all
