@@ -288,6 +288,7 @@ def launch(**changes):
     return convolution(Operand(*operand))
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [

@@ -222,7 +222,7 @@ def test_results_do_not_share_memory(make):
     assert torch.equal(second, first)
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 def test_compiled_and_exported(make):
     head, x = make(solver=Broyden(3, rtol=0.0)), features(2).requires_grad_()
     cotangent = torch.randn(2, 32, 9, 10)
