@@ -49,7 +49,8 @@ def set_limit(limit: int) -> None:
     """Keeps at most `limit` bytes from now on; 0 keeps nothing, so that every solve transforms its weights.
 
     A block of C channels takes 360·C² bytes, 23.6 MB at C = 256, and as much again for the adjoint. In training the
-    weights are new in every step, so past ones fill the limit. It is 128 MiB at first. Raises ValueError unless limit is an int ≥ 0.
+    weights are new in every step, so past ones fill the limit. It is 128 MiB at first. Raises ValueError unless limit
+    is an int ≥ 0.
     """
     global _limit
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from ifr_fast import Anderson, Broyden, Implicit
+from ifr_fast import Anderson, Broyden, Implicit, _native
 from ifr_fast.kernels import choose, convolutions
 from ifr_fast.kernels.convolutions import LEAST_EVALUATIONS, LEAST_TILES, MULTIPLE, Size, check, chosen
 from ifr_fast.kernels.winograd import Winograd
@@ -15,8 +15,9 @@ ENOUGH = 4 * LEAST_TILES  # pixels a side, of LEAST_TILES² tiles
 
 
 @pytest.fixture(autouse=True)
-def forgotten():
-    """Each choice is remembered, and logged once."""
+def forgotten(monkeypatch):
+    """Each choice is remembered, and logged once. It is that of a processor with AVX2."""
+    monkeypatch.setattr(_native, "isa", lambda: "avx2")
     convolutions._pays.cache_clear()
     yield
     convolutions._pays.cache_clear()
@@ -49,7 +50,14 @@ DIRECT = [
     dict(evaluations=LEAST_EVALUATIONS - 1),
     dict(height=1, width=4 * (LEAST_TILES - 1)),
     dict(height=4 * (LEAST_TILES - 1), width=1),
+    dict(height=1, width=4 * LEAST_TILES),
+    dict(height=4 * LEAST_TILES, width=1),
 ]
+
+
+def test_without_avx2_all_are_direct(monkeypatch):
+    monkeypatch.setattr(_native, "isa", lambda: "generic")
+    assert choice() == "direct"
 
 
 @pytest.mark.parametrize("options", DIRECT, ids=str)
@@ -58,7 +66,7 @@ def test_where_direct_convolutions_serve_or_are_faster(options):
 
 
 def test_the_least_that_takes_winograd():
-    least = dict(height=1, width=4 * LEAST_TILES - 3, evaluations=LEAST_EVALUATIONS)
+    least = dict(height=2, width=4 * LEAST_TILES - 3, evaluations=LEAST_EVALUATIONS)
     assert choice(**least) == "winograd"
     assert choice(**least | dict(width=4 * LEAST_TILES - 4)) == "direct"
     assert choice(**least | dict(evaluations=LEAST_EVALUATIONS - 1)) == "direct"
@@ -108,7 +116,7 @@ def test_wrong_names(name):
 def test_each_choice_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, "ifr_fast"):
         for n in (1, 2, 17):
-            for options in ({}, dict(evaluations=LEAST_EVALUATIONS - 1), dict(height=1, width=1), dict(channels=48)):
+            for options in ({}, dict(evaluations=LEAST_EVALUATIONS - 1), dict(height=2, width=2), dict(channels=48)):
                 choice(n=n, **options)
     lines = [r.getMessage() for r in caplog.records if "convolutions by" in r.getMessage()]
     assert len(lines) == 4

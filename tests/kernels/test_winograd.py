@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from ifr_fast.kernels import eager, winograd
+from ifr_fast.kernels import eager, weight_cache
 from ifr_fast.kernels.contract import RUNNING, Norm, Status
 from ifr_fast.kernels.winograd import READ, Convolved, Operand, Winograd
 
@@ -33,7 +33,7 @@ def guarded(monkeypatch):
         made[-1][1][floats:] = 7
         return made[-1][1]
 
-    monkeypatch.setattr(winograd, "_workspace", workspace)
+    monkeypatch.setattr(weight_cache, "workspace", workspace)
     yield
     for floats, memory in made:
         assert (memory[floats:] == 7).all()

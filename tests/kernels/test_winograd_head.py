@@ -359,3 +359,19 @@ def test_defaults_of_torch_change_nothing(make):
         torch.set_default_dtype(torch.float32)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="only Linux lists a process's threads")
+@pytest.mark.parametrize("convolution", ["winograd", "direct"])
+def test_no_solve_ends_threads_that_the_next_must_start(convolution, make):
+    """OpenMP does where parallel regions have different numbers of threads, other than 1."""
+    head, threads = make(convolution=convolution), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        head(features(5))
+        before = sorted(os.listdir("/proc/self/task"))
+        for n in (1, 2, 3, 5):
+            head(features(n))
+        assert sorted(os.listdir("/proc/self/task")) == before
+    finally:
+        torch.set_num_threads(threads)
