@@ -1,4 +1,5 @@
-# The compiled extension (csrc/bindings.cpp). kernels/cpu.py and kernels/cuda call it, and check what they pass.
+# The compiled extension (csrc/bindings.cpp). kernels/{cpu,fused,winograd,weight_cache}.py and kernels/cuda call
+# it, and check what they pass.
 from typing import Any
 
 def __getattr__(name: str) -> Any: ...

@@ -21,7 +21,8 @@ logger = logging.getLogger(PACKAGE)
 NAMES = ("auto", "direct", "winograd")
 MULTIPLE = 32  # what csrc/cpu/winograd.cpp needs of both numbers of channels
 
-# Times of oneDNN's convolution over Winograd's, one Intel Xeon core, AVX-512, maps of S×S, 1 / 16 samples:
+# Times of oneDNN's convolution over Winograd's, one Intel Xeon core, AVX-512, maps of S×S, 1 / 16 samples (with AVX2 on
+# both sides the picture is the same, 0.7 / 3.0 to 2.7 / 2.3):
 #   channels   4×4 (1 tile)   7×7 (4)      14×14 (16)   28×28 (49)
 #        256   0.7 / 3.5      1.0 / 2.3    2.3 / 2.6    2.9 / 2.6
 #        128   1.0 / 2.0      1.3 / 2.1    2.0 / 2.4    2.6 / 2.5
