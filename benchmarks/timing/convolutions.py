@@ -32,6 +32,7 @@ from benchmarks.timing.winograd import WinogradConvolution
 from ifr_fast import _native
 from ifr_fast.kernels import cpu, winograd
 from ifr_fast.kernels.convolutions import MULTIPLE
+from ifr_fast.kernels.weight_cache import large_pages
 
 LEAST_WORK = 30e9  # FLOP of a sample: the first calls after another kernel are slower
 SIDE = 1024
@@ -90,7 +91,7 @@ class Case:
         weight = torch.randn(channels, channels, 3, 3)
         self.direct = often(partial(cpu.convolution(weight, x), x), size.work)
         self.winograd = often(WinogradConvolution(n, channels, channels, height, width).alone(CPU), size.work)
-        self.weights = often(partial(winograd._transform, weight, False), LEAST_WORK)
+        self.weights = often(partial(winograd._transform, weight, False, large_pages(4 * weight.numel())), LEAST_WORK)
 
     def report(self, isa: str, threads: int, peak: float) -> dict:
         """Times in seconds; rates, of each core, in FLOP/s. Ratios are (first quartile, median, third quartile)."""

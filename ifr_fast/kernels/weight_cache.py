@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,7 @@ from .contract import address
 CPU = torch.device("cpu")
 DEFAULT_LIMIT = 128 << 20
 PAGE = 2 << 20  # bytes of a large page
+MOST_FREE = 32 << 20  # bytes that wait to be used again
 
 Key = tuple[Any, ...]
 
@@ -41,6 +43,7 @@ class Entry(NamedTuple):
 
 _entries: OrderedDict[Key, Entry] = OrderedDict()
 _limit = DEFAULT_LIMIT
+_free: list[mmap.mmap] = []
 _local = threading.local()
 _lock = threading.RLock()  # a block may be garbage collected, which clears the cache, while this thread holds it
 
@@ -64,6 +67,8 @@ def clear() -> None:
     """Drops everything that is kept, and what the convolutions of the calling thread worked in."""
     forget_weights()
     vars(_local).clear()
+    with _lock:
+        _free.clear()
 
 
 def forget_weights() -> None:
@@ -77,8 +82,9 @@ def size() -> int:
         return _bytes()
 
 
-def transformed(weight: Tensor, transposed: bool, transform: Callable[[Tensor, bool], Tensor]) -> Tensor:
-    """transform(weight, transposed), or what it gave for an equal weight. Not to be written to.
+def transformed(weight: Tensor, transposed: bool, transform: Callable[[Tensor, bool, Tensor], None]) -> Tensor:
+    """What transform(weight, transposed, out) writes, four numbers for one of the weight, or what it wrote for an equal
+    weight. Not to be written to.
 
     weight: (out, in, 3, 3) in float32 on a CPU, contiguous.
     """
@@ -91,7 +97,11 @@ def transformed(weight: Tensor, transposed: bool, transform: Callable[[Tensor, b
             _entries[key] = entry  # as the last used
     if entry is not None and _equal(entry.weight, weight):
         return entry.transformed
-    made = Entry(weight.detach().clone(), transform(weight, transposed))
+    with _lock:
+        _trim(5 * weight.nbytes)  # before, so that its memory can be used again
+    made = Entry(large_pages(weight.numel()), large_pages(4 * weight.numel()))
+    made.weight.copy_(weight.detach().flatten())
+    transform(weight, transposed, made.transformed)
     with _lock:
         _entries.pop(key, None)
         _entries[key] = made
@@ -122,22 +132,41 @@ def _bytes() -> int:
     return sum(entry.bytes for entry in list(_entries.values()))
 
 
-def _trim() -> None:
-    while _entries and _bytes() > _limit:
+def _trim(needed: int = 0) -> None:
+    """Drops what was used longest ago, until `needed` bytes more would fit."""
+    while _entries and _bytes() + needed > _limit:
         _entries.popitem(last=False)
 
 
 def large_pages(count: int) -> Tensor:
     """Room for `count` float32 numbers, in large pages where the system has them: what is read from end to end loses a
-    tenth of the time to looking up the addresses of small ones."""
+    tenth of the time to looking up the addresses of small ones.
+
+    Once the tensor that was returned is gone, its memory is given again: views of it do not hold it. In training every
+    step has new weights, and to get fresh memory can take longer than to transform them.
+    """
     size = 4 * count
     if size < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(count, dtype=torch.float32, device=CPU)
-    memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # from systems built without large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    with _lock:
+        memory = next((m for m in _free if len(m) == size + PAGE), None)
+        if memory is not None:
+            _free.remove(memory)
+    if memory is None:
+        memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # from systems built without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE
-    return torch.frombuffer(memory, dtype=torch.float32, count=count, offset=start)
+    room = torch.frombuffer(memory, dtype=torch.float32, count=count, offset=start)
+    weakref.finalize(room, _give_back, memory).atexit = False
+    return room
+
+
+def _give_back(memory: mmap.mmap) -> None:
+    with _lock:
+        _free.append(memory)
+        while sum(map(len, _free)) > MOST_FREE:
+            del _free[0]
 
 
 def _after_fork() -> None:

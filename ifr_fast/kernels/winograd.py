@@ -20,7 +20,7 @@ from .contract import Convolution, Norm, State, Step, address, describe, optiona
 from .convolutions import MULTIPLE
 from .cpu import CPU
 from .fused import Launch, channels_last_address
-from .weight_cache import large_pages, transformed
+from .weight_cache import transformed
 
 READ = _native.Read
 # The kinds that read `other`, coefficients and bias.
@@ -201,13 +201,12 @@ class _Convolution:
         return Launch(_native.winograd, fields, (operand, self.weights, workspace), result)
 
 
-def _transform(weight: Tensor, transposed: bool) -> Tensor:
-    """The 36 matrices (out_channels / PANEL, channels, PANEL) of a weight (out, in, 3, 3)."""
+def _transform(weight: Tensor, transposed: bool, out: Tensor) -> None:
+    """Writes the 36 matrices (out_channels / PANEL, channels, PANEL) of a weight (out, in, 3, 3)."""
     kernel = weight.flip(2, 3).permute(2, 3, 0, 1) if transposed else weight.permute(2, 3, 1, 0)
     kernel, count = kernel.contiguous(), weight.shape[0] * weight.shape[1]
-    made = large_pages(36 * count)
     _native.winograd_weights({
-        "weight": address(kernel, "weight", torch.float32, 9 * count, CPU), "transformed": made.data_ptr(),
-        "channels": kernel.shape[2], "out_channels": kernel.shape[3], "threads": torch.get_num_threads(),
+        "weight": address(kernel, "weight", torch.float32, 9 * count, CPU),
+        "transformed": address(out, "out", torch.float32, 36 * count, CPU), "channels": kernel.shape[2],
+        "out_channels": kernel.shape[3], "threads": torch.get_num_threads(),
     })  # fmt: skip
-    return made

@@ -34,9 +34,9 @@ def transforms(monkeypatch):
     """Counts how often weights are transformed."""
     count = Counter()
 
-    def counted(weight, transposed):
+    def counted(weight, transposed, out):
         count[transposed] += 1
-        return _transform(weight, transposed)
+        _transform(weight, transposed, out)
 
     monkeypatch.setattr(winograd, "_transform", counted)
     return count
@@ -302,10 +302,35 @@ def test_inference_mode_leaves_usable_entries(head):
     head(features).sum().backward()
 
 
+def test_memory_that_nobody_uses_is_given_again():
+    weight_cache.clear()
+    rooms = [weight_cache.large_pages(count) for count in (3 << 20, 3 << 20, 2 << 20)]
+    places = [room.data_ptr() for room in rooms]
+    assert len(set(places)) == 3
+    del rooms[0]
+    rooms += [weight_cache.large_pages(3 << 20) for _ in range(2)]
+    assert rooms[2].data_ptr() == places[0]
+    assert rooms[3].data_ptr() not in places
+    del rooms
+    assert 0 < sum(map(len, weight_cache._free)) <= weight_cache.MOST_FREE
+    weight_cache.clear()
+    assert not weight_cache._free
+
+
+def test_weights_in_use_outlive_their_entry():
+    weight_cache.set_limit(ENTRY)
+    (first,) = use(weight())
+    held = first.clone()
+    use(*(weight() for _ in range(3)))
+    assert torch.equal(first, held)
+
+
 def test_threads():
     """They use a few weights in turn, while others drop them."""
     weights, failures = [weight() for _ in range(6)], []
-    expected = [_transform(w, False) for w in weights]
+    expected = [torch.empty(4 * w.numel()) for w in weights]
+    for w, out in zip(weights, expected, strict=True):
+        _transform(w, False, out)
     weight_cache.set_limit(4 * ENTRY)
 
     def work(seed):
