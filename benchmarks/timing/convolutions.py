@@ -34,7 +34,8 @@ from ifr_fast.kernels import cpu, winograd
 from ifr_fast.kernels.convolutions import MULTIPLE
 from ifr_fast.kernels.weight_cache import large_pages
 
-LEAST_WORK = 30e9  # FLOP of a sample: the first calls after another kernel are slower
+# FLOP of a sample, if the budget allows: the first calls after another kernel are slower.
+WORK, WORK_A_SECOND = 30e9, 1.5e9
 SIDE = 1024
 CPU = torch.device("cpu")
 
@@ -83,15 +84,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 class Case:
-    """What is timed of one size."""
+    """What is timed of one size, in samples of `work` FLOP."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, work: float) -> None:
         n, channels, height, width = self.size = size
         x = torch.randn(n, channels, height, width).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(channels, channels, 3, 3)
-        self.direct = often(partial(cpu.convolution(weight, x), x), size.work)
-        self.winograd = often(WinogradConvolution(n, channels, channels, height, width).alone(CPU), size.work)
-        self.weights = often(partial(winograd._transform, weight, False, large_pages(4 * weight.numel())), LEAST_WORK)
+        self.direct = often(partial(cpu.convolution(weight, x), x), size.work, work)
+        alone = WinogradConvolution(n, channels, channels, height, width).alone(CPU)
+        self.winograd = often(alone, size.work, work)
+        transform = partial(winograd._transform, weight, False, large_pages(4 * weight.numel()))
+        self.weights = often(transform, work, work)
 
     def report(self, isa: str, threads: int, peak: float) -> dict:
         """Times in seconds; rates, of each core, in FLOP/s. Ratios are (first quartile, median, third quartile)."""
@@ -116,25 +119,25 @@ def mode(isa: str) -> str:
     return f"convolution, {isa}"
 
 
-def often(call: Call, work: float) -> Timed:
-    """The call, to be timed in samples of LEAST_WORK."""
+def often(call: Call, flop: float, work: float) -> Timed:
+    """A call of `flop` FLOP, to be timed in samples of `work`."""
     call()
-    times = max(1, round(LEAST_WORK / work))
+    times = max(1, round(work / flop))
     runs = measure.back_to_back(call, times)
     return Timed(lambda: runs, times, every_round=True)
 
 
-def peaks() -> dict[str, Ceiling]:
-    """What a processor's arithmetic is measured by."""
+def peaks(work: float) -> dict[str, Ceiling]:
+    """What a processor's arithmetic is measured by, in samples of `work` FLOP."""
     a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
     product = torch.empty(SIDE, SIDE)
     x = torch.randn(16, 512, 14, 14).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(512, 512, 1, 1)
-    work: dict[str, tuple[Callable, int]] = {
+    calls: dict[str, tuple[Callable, int]] = {
         f"a product of {SIDE}³": (partial(torch.mm, a, b, out=product), 2 * SIDE**3),
         "a 1×1 convolution": (partial(F.conv2d, x, weight), 2 * 512 * x.numel()),
     }
-    return {name: Ceiling(often(call, flop), flop) for name, (call, flop) in work.items()}
+    return {name: Ceiling(often(call, flop, work), flop) for name, (call, flop) in calls.items()}
 
 
 @torch.no_grad()
@@ -142,7 +145,8 @@ def main(arguments: list[str] | None = None) -> dict:
     """Measure, print and write; returns what convolutions.json holds."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    cases, ceilings = list(map(Case, options.sizes)), peaks()
+    work = min(WORK, WORK_A_SECOND * options.budget)
+    cases, ceilings = [Case(size, work) for size in options.sizes], peaks(work)
     timed = [t for case in cases for t in (case.direct, case.winograd, case.weights)]
     measure.time_in_turns([*timed, *(c.timed for c in ceilings.values())], CPU, options.budget)
 

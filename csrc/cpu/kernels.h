@@ -33,7 +33,7 @@ IFR_STRUCT(NormForward, IFR_NORM_FORWARD)
   FIELD(const void *, second_weight) FIELD(const void *, second_bias)                                  \
   FIELD(void *, first_mean) FIELD(void *, first_rstd)                                                  \
   FIELD(void *, second_mean) FIELD(void *, second_rstd)                                                \
-  FIELD(void *, grad_y) /* of y's type; null: `coefficients` are written instead */                    \
+  FIELD(void *, grad_y) /* of y's type; not written if there are `coefficients` */                     \
   FIELD(float *, coefficients) /* (n, 5, channels) for a Convolution that reads grad_y, or null */     \
   FIELD(void *, grad_shortcut) /* of out's type; not written without a second norm: it is grad */      \
   FIELD(double *, first_grad_weight) FIELD(double *, first_grad_bias) /* (n, channels), or all null */ \

@@ -287,7 +287,7 @@ struct Kernels {
         q = s * (v * inverse[t]);
       });
       norm.vjp_from_sums(chain, samples, a.first_grad_weight, a.first_grad_bias);
-      if (!grad_y) return norm.write_coefficients(samples, a.coefficients);
+      if (a.coefficients) return norm.write_coefficients(samples, a.coefficients);
       chain.map(samples, [=](int64_t n, int64_t e, int64_t c) {
         const int64_t t = n * channels + c;
         const W v = load(y[n * size + e]) - center[t], g = load(grad[n * size + e]);
@@ -375,7 +375,7 @@ struct Kernels {
         });
       }
       first.vjp_from_sums(chain, samples, a.first_grad_weight, a.first_grad_bias);
-      if (!grad_y) return first.write_coefficients(samples, a.coefficients);
+      if (a.coefficients) return first.write_coefficients(samples, a.coefficients);
       chain.map(samples, [=](int64_t n, int64_t e, int64_t c) {
         const int64_t t = n * channels + c;
         const W y_hat = (load(y[n * size + e]) - center[t]) * inverse[t];
@@ -415,7 +415,7 @@ void dispatch(DType type, const NormShape &shape, Run run) {
 }
 
 void check(DType type, const NormBackward &a) {
-  if (!a.grad_y && type != DType::f32) throw std::invalid_argument("coefficients are of float activations only");
+  if (a.coefficients && type != DType::f32) throw std::invalid_argument("coefficients are of float activations only");
 }
 
 }  // namespace

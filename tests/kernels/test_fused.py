@@ -441,3 +441,16 @@ def test_no_address_goes_unchecked(name, wrong):
         if name in names.split():
             with pytest.raises(ValueError, match="expected"):
                 call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_vjps_of_no_samples(dtype):
+    """Where memory of no size has no address."""
+    y, wide = torch.empty(0, 8, 3, 3, dtype=dtype), torch.float64 if dtype == torch.float64 else torch.float32
+    norm, none = Norm(torch.ones(8, dtype=wide), torch.zeros(8, dtype=wide), 2), torch.empty(0, 2, dtype=wide)
+    grad_y, grads = cpu.norm_relu_vjp(y, y, norm, [none, none], params=True)
+    assert grad_y.shape == y.shape
+    assert all(g.eq(0).all() for g in grads)
+    grad_y, grad_r, grads = cpu.norm_tail_vjp(y.to(wide), y, y, norm, norm, [none] * 4, params=True)
+    assert grad_y.shape == grad_r.shape == y.shape
+    assert all(g.eq(0).all() for g in grads)
