@@ -59,8 +59,6 @@ class IFRHead(nn.Module):
     NotImplementedError in forward mode and under tools that cannot take a solve.
     """
 
-    convolution = "auto"  # of heads that were pickled by release 0.1
-
     def __init__(
         self,
         channels: int = 256,

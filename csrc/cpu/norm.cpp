@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "norm.h"
+#include "samples.h"
 #include "scalar.h"
 
 namespace ifr::IFR_ISA {
@@ -23,18 +24,6 @@ struct Samples {
   int64_t count;
   int threads;
 };
-
-// The samples that have not stopped.
-std::vector<int64_t> running(const NormShape &shape) {
-  std::vector<int64_t> list;
-  list.reserve(shape.n);
-  for (int64_t n = 0; n < shape.n; ++n)
-    if (!shape.status || shape.status[n] == MAX_ITER) list.push_back(n);
-  return list;
-}
-
-// All threads or one: OpenMP ends the threads that a smaller team leaves over, and must start them anew for the next.
-int team(int64_t items, int threads) { return items > 1 ? threads : 1; }
 
 template <bool NHWC, typename T>
 struct Chain {
@@ -51,7 +40,7 @@ struct Chain {
         size(s.channels * s.positions),
         slices(std::max<int64_t>(1, std::min(outer, (size + SLICE / 2) / SLICE))),
         rows((outer + slices - 1) / slices),
-        list(running(s)),
+        list(running_samples(s.n, s.status)),
         sums(s.n * slices * 2 * s.channels) {}
 
   // Runs body(samples), the sweeps of a kernel, over all samples. A sample of one slice stays in L2 from a sweep to the
@@ -438,7 +427,7 @@ void norm_tail_vjp(DType type, const NormShape &shape, const NormBackward &a) {
 void norm_sums(const NormShape &shape, const NormSums &a) {
   const SampleNorm norm{shape.channels, shape.positions, shape.groups, shape.eps, a.weight};
   const int64_t size = shape.channels * shape.positions;
-  const std::vector<int64_t> list = running(shape);
+  const std::vector<int64_t> list = running_samples(shape.n, shape.status);
   const int64_t count = list.size();
 #pragma omp parallel for schedule(static) num_threads(team(count, shape.threads))
   for (int64_t s = 0; s < count; ++s) {

@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "norm.h"
+#include "samples.h"
 #include "scalar.h"
 
 namespace ifr::IFR_ISA {
@@ -442,25 +443,20 @@ struct Solver {
     }
   }
 
-  // The samples that run. What the others' state needs is done here.
-  std::vector<int64_t> running_samples() const {
-    std::vector<int64_t> list;
-    list.reserve(a.n);
+  // What the state of a sample that has stopped needs.
+  void note_stopped() const {
     for (int64_t i = 0; i < a.n; ++i) {
-      if (running(i)) {
-        list.push_back(i);
-      } else {
-        a.improved[i] = false;
-        static_cast<S *>(a.trace)[i] = static_cast<const S *>(a.previous)[i];
-      }
+      if (running(i)) continue;
+      a.improved[i] = false;
+      static_cast<S *>(a.trace)[i] = static_cast<const S *>(a.previous)[i];
     }
-    return list;
   }
 
   // As many samples as can be shared out evenly go one at a time through all sweeps, by a thread each: a sample is still
   // in cache when the next sweep comes. The threads share each sweep over the samples that are left.
   int64_t run() const {
-    const std::vector<int64_t> list = running_samples();
+    note_stopped();
+    const std::vector<int64_t> list = running_samples(a.n, a.status);
     const int64_t count = list.size(), whole = count / a.threads * a.threads;
     return by_sample(list.data(), whole) + by_sweep(list.data() + whole, count - whole);
   }

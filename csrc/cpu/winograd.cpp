@@ -5,14 +5,15 @@
 // points 0, +-3/4, +-3/2 and infinity lose the least accuracy of those tried. Where 1 or 2 rows (columns) of a map are
 // left over, tiles are only 2 high (wide): their 4 points are the first 4 of the 6, so the weights serve both.
 //
-// Tiles are handled in blocks, each from its inputs to its outputs, so that what lies between stays near. Threads share the blocks or,
-// where there are too few, the output channels. Each number is computed by the same operations in the same order however
-// tiles are shared out, so results depend neither on the threads nor on the batch mates.
+// Tiles are handled in blocks, each from its inputs to its outputs, so that what lies between stays near. Threads share
+// the blocks or, where there are too few, the output channels. Each number is computed by the same operations in the
+// same order however tiles are shared out, so results depend neither on the threads nor on the batch mates.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "kernels.h"
+#include "samples.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -230,26 +231,17 @@ void transform_row(const Convolution &c, const Map &map, const Reader<READ> &rea
     horizontal<TALL, false>(buffer + map.wide * 4 * LANES, width, out + places.narrow * LANES, point);
 }
 
-// The samples that still run.
-struct Samples {
-  std::vector<int64_t> running;
-  explicit Samples(const Convolution &c) {
-    for (int64_t n = 0; n < c.n; ++n)
-      if (c.status == nullptr || c.status[n] == MAX_ITER) running.push_back(n);
-  }
-};
-
 // Transforms a block's inputs, of the channels [begin, end).
 template <Read READ>
-void transform_inputs(const Convolution &c, const Map &map, const Samples &samples, const Block &b, const Inputs &v,
-                      int64_t begin, int64_t end, float *buffer) {
+void transform_inputs(const Convolution &c, const Map &map, const std::vector<int64_t> &samples, const Block &b,
+                      const Inputs &v, int64_t begin, int64_t end, float *buffer) {
   Places places;
   for (int64_t row = b.first; row < b.last; ++row) {
     const int64_t in_map = row % map.rows;
     const bool tall = in_map < map.tall;
     places.next(map, b, tall);
     for (int64_t channel = begin; channel < end; channel += LANES) {
-      const Reader<READ> read(c, samples.running[row / map.rows], channel);
+      const Reader<READ> read(c, samples[row / map.rows], channel);
       float *out = v.data + channel * v.tiles;
       if (tall)
         transform_row<true, READ>(c, map, read, in_map, places, buffer, out, v.point);
@@ -403,12 +395,13 @@ void transform_outputs_row(const Convolution &c, const Map &map, const float *m,
   }
 }
 
-void transform_outputs(const Convolution &c, const Map &map, const Samples &samples, const Block &b, const Outputs &m) {
+void transform_outputs(const Convolution &c, const Map &map, const std::vector<int64_t> &samples, const Block &b,
+                       const Outputs &m) {
   for (int64_t channel = m.begin * PANEL; channel < m.end * PANEL; channel += LANES) {
     const float *data = m.data + (channel - m.begin * PANEL) * m.tiles;
     Places places;
     for (int64_t row = b.first; row < b.last; ++row) {
-      const int64_t sample = samples.running[row / map.rows], in_map = row % map.rows, top = in_map * 4;
+      const int64_t sample = samples[row / map.rows], in_map = row % map.rows, top = in_map * 4;
       const bool tall = in_map < map.tall;
       places.next(map, b, tall);
       float *y = c.y + (sample * c.height + top) * c.width * c.out_channels + channel;
@@ -454,8 +447,8 @@ struct Plan {
 template <Read READ>
 void convolve(const Convolution &c) {
   const Map map(c);
-  const Samples samples(c);
-  const Plan plan(c, map, int64_t(samples.running.size()));
+  const std::vector<int64_t> samples = running_samples(c.n, c.status);
+  const Plan plan(c, map, int64_t(samples.size()));
   if (plan.blocks == 0) return;
   const int64_t panels = c.out_channels / PANEL;
   auto block = [&](int64_t k) {
@@ -468,14 +461,14 @@ void convolve(const Convolution &c) {
       transform_outputs(c, map, samples, b, m);
     }
   };
-  // All threads or one, as in norm.cpp. Some may be left without work.
-#pragma omp parallel num_threads(plan.lanes > 1 ? c.threads : 1)
+  // Some threads may be left without work.
+#pragma omp parallel num_threads(team(plan.lanes, c.threads))
   {
-    int64_t thread = 0, team = 1;
+    int64_t thread = 0, threads = 1;
 #ifdef _OPENMP
-    thread = omp_get_thread_num(), team = omp_get_num_threads();
+    thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #endif
-    const int64_t lanes = std::min(team, plan.lanes), lane = std::min(thread, lanes);
+    const int64_t lanes = std::min(threads, plan.lanes), lane = std::min(thread, lanes);
     auto from = [=](int64_t count) { return count * lane / lanes; };
     auto to = [=](int64_t count) { return lane == lanes ? count : count * (lane + 1) / lanes; };
     if (plan.split) {

@@ -50,7 +50,8 @@ STATE = (
 
 
 def convolution(weight: Tensor, x: Tensor, *, transposed: bool = False) -> Convolution:
-    return packed_conv2d(direct_weight(weight, x, transposed), x) or eager.convolution(weight, x, transposed=transposed)
+    weight = direct_weight(weight, x, transposed)
+    return packed_conv2d(weight, x) or eager.convolution(weight, x)
 
 
 def norm_relu(
@@ -59,7 +60,7 @@ def norm_relu(
     y = _activation(y, norm.groups)
     out, statistics = y if consume else torch.empty_like(y), new_statistics(y, norm, None)
     _native.norm_relu(DTYPES[y.dtype], {
-        **_shape(y, norm.groups), "y": y.data_ptr(), "shortcut": 0, **parameters(y, norm, None),
+        **shape_fields(y, norm.groups), "y": y.data_ptr(), "shortcut": 0, **parameters(y, norm, None),
         **made(STATISTICS, statistics), "out": out.data_ptr(),
     })  # fmt: skip
     return out, statistics
@@ -88,7 +89,7 @@ def norm_tail(
     out = y if consume and y.dtype == wide(y.dtype) else torch.empty_like(y, dtype=wide(y.dtype))
     statistics = new_statistics(y, first, second)
     _native.norm_tail(DTYPES[y.dtype], {
-        **_shape(y, first.groups), "y": y.data_ptr(), "shortcut": 0 if shortcut is None else shortcut.data_ptr(),
+        **shape_fields(y, first.groups), "y": y.data_ptr(), "shortcut": 0 if shortcut is None else shortcut.data_ptr(),
         **parameters(y, first, second), **made(STATISTICS, statistics), "out": out.data_ptr(),
     })  # fmt: skip
     return out, statistics
@@ -125,7 +126,7 @@ def _vjp(
     count = (4 if second else 2) if params else 0
     grads = [torch.empty(*y.shape[:2], dtype=torch.float64, device=CPU) for _ in range(count)]  # of every sample apart
     kernel(DTYPES[y.dtype], {
-        **_shape(y, first.groups), "grad": grad.data_ptr(), "y": y.data_ptr(),
+        **shape_fields(y, first.groups), "grad": grad.data_ptr(), "y": y.data_ptr(),
         "shortcut": 0 if shortcut is None else shortcut.data_ptr(), **parameters(y, first, second),
         **given(y, first, second, statistics), "grad_y": grad_y.data_ptr(), "coefficients": 0,
         "grad_shortcut": grad_shortcut.data_ptr() if second else 0, **made(GRADS, grads),
@@ -177,7 +178,7 @@ def _activation(y: Tensor, groups: int) -> Tensor:
     return y
 
 
-def _shape(y: Tensor, groups: int) -> dict[str, Any]:
+def shape_fields(y: Tensor, groups: int) -> dict[str, Any]:
     """What the kernels are told of y's shape and layout."""
     n, channels, height, width = y.shape
     return {

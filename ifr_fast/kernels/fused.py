@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _native
 from .contract import EPS, Norm, address, describe, optional
-from .cpu import CPU
+from .cpu import CPU, shape_fields
 from .fields import GRADS, check_activation, given, parameters
 
 
@@ -95,7 +95,7 @@ def tail_fields(
     }  # fmt: skip
 
 
-def total_fields(addends: tuple[Tensor, ...], z: Tensor) -> dict[str, Any]:
+def total_fields(z: Tensor, *addends: Tensor) -> dict[str, Any]:
     """For _native.step_total, beside cpu.step_fields: f = total(*addends), of two or three addends."""
     if len(addends) not in (2, 3):
         raise ValueError(f"{len(addends)} addends: expected 2 or 3")
@@ -118,11 +118,8 @@ def channels_last_address(tensor: Tensor, name: str, y: Tensor) -> int:
 def _shape(y: Tensor, groups: int, status: Tensor | None) -> dict[str, Any]:
     """The fields of csrc's NormShape."""
     check_activation(y, groups, (torch.float32,))
-    n, channels, height, width = y.shape
-    return {
-        "n": n, "channels": channels, "positions": height * width, "groups": groups, "eps": EPS, "channels_last": True,
-        "status": optional(status, "status", torch.int64, n, CPU), "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    place = optional(status, "status", torch.int64, len(y), CPU)
+    return {**shape_fields(y, groups), "channels_last": True, "status": place}
 
 
 def _sums(sums: Tensor, y: Tensor) -> dict[str, int]:

@@ -145,11 +145,7 @@ class Winograd:
         if isinstance(f, Tail):
             inputs = *f.y, f.injection, f.first, f.second, z
             return _native.step_tail(fields | self.once("tail", fused.tail_fields, *inputs))
-        return _native.step_total(fields | self.once("total", _total_fields, z, *f))
-
-
-def _total_fields(z: Tensor, *addends: Tensor) -> dict[str, Any]:
-    return fused.total_fields(addends, z)
+        return _native.step_total(fields | self.once("total", fused.total_fields, z, *f))
 
 
 class _Convolution:

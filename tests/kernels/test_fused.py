@@ -26,7 +26,7 @@ def step_tail(state, y, sums, injection, first, second, z, step):
 
 
 def step_total(state, addends, z, step):
-    return _native.step_total(cpu.step_fields(state, z, step) | fused.total_fields(addends, z))
+    return _native.step_total(cpu.step_fields(state, z, step) | fused.total_fields(z, *addends))
 
 
 # n, channels, groups, height, width
