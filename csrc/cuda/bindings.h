@@ -51,6 +51,12 @@ inline void bind(py::module_ &m) {
   for (auto [name, function] : {std::pair("gram_row", gram_row), std::pair("rule", rule), std::pair("combine", combine),
                                 std::pair("finish", finish), std::pair("cluster_step", cluster_step)})
     m.def(name, [function = function](const Solver &a, Address stream) { function(a, stream_at(stream)); });
+
+  m.def("has_parts", has_parts);
+  m.def("begin_part", [](Address status, int64_t n, Address outer, Address inner) {
+    begin_part(reinterpret_cast<const int64_t *>(status), n, stream_at(outer), stream_at(inner));
+  });
+  m.def("end_part", [](Address inner) { end_part(stream_at(inner)); });
 }
 
 }  // namespace ifr::cuda

@@ -69,6 +69,12 @@ void finish(const Solver &, Stream);
 bool fits_cluster(int64_t size, int rows, int window, DType history_type);
 void cluster_step(const Solver &, Stream);
 
+// Parts of the graph that `outer` records, to be run only while one of n samples has the status of one that runs. What
+// `inner` is told between begin_part and end_part is the part. has_parts: this build and the driver know them.
+bool has_parts();
+void begin_part(const int64_t *status, int64_t n, Stream outer, Stream inner);
+void end_part(Stream inner);
+
 // How a GroupNorm chain over n samples of NHWC is cut.
 #define IFR_CUDA_NORM_CUT(FIELD)                                 \
   FIELD(int64_t, n)                                              \

@@ -4,6 +4,8 @@ Batches are padded with zero samples up to a bucket, so that varying RoI counts 
 recording is run eagerly when a thread first meets it, and recorded when that thread meets it again. Recordings on a
 stream share one memory pool, so the results of a replay are copied out before the stream's next one. Threads take
 turns.
+
+A replay ends where no sample runs any more, as a solve that is launched does (pieces.py, segments.py).
 """
 
 from __future__ import annotations
@@ -13,28 +15,41 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock, local
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from .._torch import copy_all
 from ..kernels.contract import memory_format
+from .pieces import Piece, Pool, record, replay
 
-# How many recordings are kept, over all shapes, devices and streams. The least recently used goes first.
-LIMIT = 64
+SIZES = 16  # sizes of buckets in an octave
+
+
+def bucket(n: int) -> int:
+    """n rounded up to one of SIZES sizes an octave, so by at most a sixteenth."""
+    step = max(1, (1 << (n - 1).bit_length()) // (2 * SIZES))
+    return -(-n // step) * step
+
+
+# How many recordings are kept, over all shapes, devices and streams: forward and backward of all batches up to 512. The
+# least recently used goes first.
+LIMIT = 2 * len({bucket(n) for n in range(1, 513)})
 
 Function = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclass
 class Recording:
-    """The inputs that a replay reads, and the threads that have run the function on them. Once recorded, also the graph
-    and the results that it writes."""
+    """The inputs that a replay reads, and the threads that have run the function on them. Once recorded, also the
+    graphs, the pool that holds their memory, and the results that they write."""
 
     batch: list[Tensor]
     shared: list[Tensor]
     threads: set[object] = field(default_factory=set)
-    replay: Callable[[], None] | None = None
+    pieces: Sequence[Piece] = ()
+    pool: Pool | None = None
     results: Sequence[Tensor] = ()
 
     def fill(self, batch: Sequence[Tensor], shared: Sequence[Tensor]) -> None:
@@ -54,14 +69,9 @@ class _Thread(local):
 
 _thread = _Thread()
 _recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-_pools: dict[Hashable, tuple[Any, torch.cuda.Stream]] = {}
+# A pool goes with the last of its recordings: torch gives no memory to a pool whose graphs are all gone.
+_pools: WeakValueDictionary[Hashable, Pool] = WeakValueDictionary()
 _lock = Lock()  # held from filling a recording's inputs until its results are copied out
-
-
-def bucket(n: int) -> int:
-    """n rounded up to one of eight sizes an octave, so by at most an eighth."""
-    step = 1 << max(0, (n - 1).bit_length() - 4)
-    return -(-n // step) * step
 
 
 def usable(x: Tensor) -> bool:
@@ -89,11 +99,11 @@ def run(
             recording = Recording([_padded(t, bucket(n)) for t in batch], [torch.empty_like(t) for t in shared])
         recording.fill(batch, shared)
         # Each thread has its own handles and plans of cuDNN and cuBLAS. They must not be made while recording.
-        if recording.replay is None and _thread.token in recording.threads:
-            record = capture(lambda: function(recording.batch, recording.shared), stream)
-            recording.replay, recording.results = record
-        if recording.replay is not None:
-            recording.replay()
+        if not recording.pieces and _thread.token in recording.threads:
+            pool = recording.pool = _pools.get(stream) or _pools.setdefault(stream, Pool())
+            recording.pieces, recording.results = record(lambda: function(recording.batch, recording.shared), pool)
+        if recording.pieces:
+            replay(recording.pieces)
             results = recording.results
         else:
             results = function(recording.batch, recording.shared)
@@ -105,23 +115,6 @@ def run(
         return [r.clone() if d is None else r.narrow(d, 0, n).clone() for r, d in zip(results, dims, strict=True)]
 
 
-def capture(function: Callable[[], Sequence[Tensor]], stream: Hashable) -> tuple[Callable[[], None], Sequence[Tensor]]:
-    """Records function's work on the current device as a CUDA graph for replays on `stream`. Returns a function that
-    replays it, and the results that a replay writes."""
-    if stream not in _pools:
-        # Torch's own stream for captures stays on the first device that it was used on, so make one on this device. All
-        # recordings of a pool share it, because the allocator returns freed memory to the same stream only.
-        _pools[stream] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-    pool, side = _pools[stream]
-    graph = torch.cuda.CUDAGraph()
-    # A capture that fails would leave its stream the current one; `caller` restores the old one. thread_local lets
-    # other threads, such as data loaders, go on allocating.
-    caller = torch.cuda.stream(torch.cuda.current_stream())
-    with caller, torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-        results = function()
-    return graph.replay, results
-
-
 def current_stream(device: torch.device) -> Hashable:
     return device, torch.cuda.current_stream(device).cuda_stream
 
@@ -130,7 +123,6 @@ def clear() -> None:
     """Discards all recordings and frees their memory."""
     with _lock:
         _recordings.clear()
-        _pools.clear()
 
 
 def _signature(t: Tensor) -> Hashable:

@@ -1,7 +1,7 @@
 """The engine: evaluate F, store the residual, judge every sample, let the method choose the step.
 
-No decision looks at more than one sample. On a CPU the loop ends when every sample has stopped. On a GPU nothing waits
-for the device: finished samples keep their iterate until the last step.
+No decision looks at more than one sample. The loop ends when every sample has stopped: on a CPU at once, on a GPU as
+soon as the host knows without waiting (segments.py). Until then finished samples keep their iterate.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels.contract import RUNNING, Kernels, State, Step, memory_order, pick
 from ..solution import Solution
 from ..solvers import Solver
+from . import segments
 
 # If at most this share of the evaluated samples still runs, only those are evaluated from now on. Gathering them costs
 # a fraction of one evaluation.
@@ -46,7 +47,10 @@ def solve(
     evaluations = solver.max_iter + 1
     state = kernels.new_state(z, rows=solver.rows, evaluations=evaluations, history_dtype=stored, from_zero=from_zero)
     index = None  # the samples that are evaluated; None for all
+    course, ends = segments.course(z, rtol), segments.ends(evaluations)
     for k in range(evaluations):
+        if course and course.none_runs():
+            break
         if k == 0 and first is not None:
             fz = first
         elif index is None:
@@ -66,7 +70,13 @@ def solve(
         if select and running is not None and running <= most and not kernels.SKIPS_STOPPED:
             index = (state.status == RUNNING).nonzero().squeeze(1)
             f = select(index)
+        if course and k in ends:
+            course.segment_ends(state.status)
+    if course:
+        course.solve_ends()
     kernels.finish(state, z)
+    if course:
+        state.trace = segments.carried_on(state.trace, state.iterations)
     return state
 
 

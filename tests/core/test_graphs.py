@@ -1,32 +1,40 @@
 """Recording and replaying, without a GPU: a replay is the recorded function run again on the recording's buffers."""
 
-import contextlib
+import gc
+import itertools
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ifr_fast import Broyden, JacobianFree
 from ifr_fast.engine import graphs
+from ifr_fast.engine.pieces import Piece
 
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Captures work on this device; the list counts them."""
+    """Recording works on this device; the list counts the recordings."""
     captures = []
 
-    def capture(function, stream):
-        captures.append(stream)
+    class Pool:
+        def __init__(self):
+            self.number = next(numbers)
+
+    numbers = itertools.count()
+
+    def record(function, pool):
+        captures.append(pool.number)
         results = [r.clone() for r in function()]
 
         def replay():
             for kept, new in zip(results, function(), strict=True):
                 kept.copy_(new)
 
-        return replay, results
+        return [Piece(replay, False, None)], results
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "Pool", Pool)
+    monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(graphs, "current_stream", lambda device: device)
     monkeypatch.setattr(graphs, "usable", lambda x: len(x) > 0)
     graphs.clear()
@@ -36,9 +44,18 @@ def recorded(monkeypatch):
 
 def test_buckets():
     buckets = [graphs.bucket(n) for n in range(1, 1025)]
-    assert all(n <= b <= 1.125 * n for n, b in enumerate(buckets, 1))
-    assert len(set(buckets)) == 16 + 8 * 6
-    assert graphs.bucket(100) == 104
+    assert all(n <= b <= (1 + 1 / 16) * n for n, b in enumerate(buckets, 1))
+    assert len(set(buckets)) == 16 * 7
+    assert [graphs.bucket(n) for n in (1, 8, 64, 86, 100, 256, 257, 512)] == [1, 8, 64, 88, 100, 256, 272, 512]
+
+
+def test_a_detectors_batches_fit_the_recordings(recorded):
+    """Forward and backward of every number of RoIs up to 512, met twice: each is recorded once, and none again."""
+    for _ in range(3):
+        for n in range(1, 513):
+            for direction in ("forward", "backward"):
+                graphs.run(lambda batch, _: [batch[0]], direction, [torch.ones(n)], [], dims=[0])
+    assert len(recorded) == graphs.LIMIT == len(graphs._recordings)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -48,7 +65,7 @@ def test_varying_batches_replay_one_recording(recorded, make_head, channels_last
     plain.load_state_dict(head.state_dict())
     head.cuda_graphs = True
     outputs = []
-    for n in (57, 58, 60, 59, 57):
+    for n in (97, 98, 100, 99, 97):
         x = torch.randn(n, 8, 3, 5)
         x = (x.contiguous(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
         grad = torch.randn_like(x)
@@ -156,49 +173,18 @@ def test_a_thread_records_only_what_it_has_run_itself(recorded):
     assert all(torch.equal(result, torch.full((2,), 6.0)) for result in results)
 
 
-@pytest.fixture
-def fake_cuda(monkeypatch):
-    """What captures call of torch.cuda. A capture's context leaves its own stream behind where it fails, as torch's."""
-    cuda = SimpleNamespace(current="the caller's", captured=[])
-
-    @contextlib.contextmanager
-    def graph(graph, *, pool, stream, capture_error_mode):
-        cuda.captured.append((pool, stream))
-        before, cuda.current = cuda.current, stream
-        yield
-        cuda.current = before
-
-    @contextlib.contextmanager
-    def using(stream):
-        before, cuda.current = cuda.current, stream
-        try:
-            yield
-        finally:
-            cuda.current = before
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "Stream", object)
-    monkeypatch.setattr(torch.cuda, "stream", using)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: cuda.current)
-    yield cuda
+def test_a_pool_goes_with_its_recordings(recorded, make_head, monkeypatch):
+    """Torch gives no memory to a pool whose graphs are all gone."""
+    monkeypatch.setattr(graphs, "LIMIT", 1)
+    head = make_head(8, groups=2, cuda_graphs=True)
+    for size in (2, 2, 3, 3, 2, 2):
+        head(torch.randn(1, 8, size, size))
+        gc.collect()
+        assert len(graphs._pools) <= 1
+    assert len(set(recorded)) == 3
     graphs.clear()
-
-
-def test_recordings_of_a_stream_share_pool_and_stream(fake_cuda):
-    """The allocator gives a pool's memory that is free again to the stream alone that had it before."""
-    for stream in ("one", "other", "one"):
-        graphs.capture(list, stream)
-    captured = fake_cuda.captured
-    assert captured[0] == captured[2]
-    assert not set(captured[0]) & set(captured[1])
-
-
-def test_a_capture_that_fails_gives_the_callers_stream_back(fake_cuda):
-    with pytest.raises(ZeroDivisionError):
-        graphs.capture(lambda: 1 / 0, "stream")
-    assert fake_cuda.current == "the caller's"
+    gc.collect()
+    assert not graphs._pools
 
 
 def test_recordings_made_in_inference_mode_serve_training(recorded, make_head):

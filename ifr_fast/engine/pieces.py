@@ -1,0 +1,175 @@
+"""Records a function as CUDA graphs in which a solve may end early, and replays them.
+
+With the extension's CUDA kernels that is one graph, and the device itself skips what is not needed. Without them it is
+a graph for each segment: the host skips those that it knows not to be needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cache, cached_property
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import choose
+from . import segments
+
+logger = logging.getLogger(choose.PACKAGE)
+
+
+class Pool:
+    """The memory of a stream's recordings, and the streams on which they are recorded.
+
+    The allocator gives memory that is free again to the stream alone that had it before, so all recordings share these.
+    They are made on the current device; torch's own stream for captures stays on the first device that it was used on.
+    """
+
+    def __init__(self) -> None:
+        self.handle: Any = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
+
+    @cached_property
+    def inner(self) -> torch.cuda.Stream:
+        """The stream on which conditional segments are recorded."""
+        return torch.cuda.Stream()
+
+    @cached_property
+    def inner_memory(self) -> torch.cuda.MemPool:
+        """The memory of what they allocate."""
+        return torch.cuda.MemPool()
+
+
+class Piece(NamedTuple):
+    """A graph. skippable: it need not be replayed if no sample runs. status: of the solve whose segment ends here, if
+    another segment follows."""
+
+    replay: Callable[[], None]
+    skippable: bool
+    status: Tensor | None
+
+
+def replay(pieces: Sequence[Piece]) -> None:
+    """Launches the pieces on the current stream, without those that are known not to be needed."""
+    course = segments.Watch()
+    for piece in pieces:
+        if not piece.skippable:
+            course = segments.Watch()
+        elif course.none_runs():
+            continue
+        piece.replay()
+        if piece.status is not None:
+            course.segment_ends(piece.status)
+
+
+def record(function: Callable[[], Sequence[Tensor]], pool: Pool) -> tuple[Sequence[Piece], Sequence[Tensor]]:
+    """Records function's work on the current device. Returns its pieces, and the results that a replay writes."""
+    conditional = conditional_nodes()
+    if conditional is not None and not _refused:
+        try:
+            return _record(function, pool, OneGraph(pool, conditional))
+        except RuntimeError as error:
+            _refused.append(str(error))
+            logger.warning("CUDA graphs without conditional nodes, so a replay may run longer than needed: %s", error)
+    return _record(function, pool, Pieces())
+
+
+_refused: list[str] = []  # why a recording with conditional nodes failed; none is tried again
+
+
+@cache
+def conditional_nodes() -> ModuleType | None:
+    """The module that makes parts of a graph conditional, if this build and driver can."""
+    if not choose.backends()["cuda"].available:
+        return None
+    found = importlib.import_module(f"{choose.__package__}.cuda.conditional")
+    return found if found.available() else None
+
+
+def _record(
+    function: Callable[[], Sequence[Tensor]], pool: Pool, recorder: Pieces | OneGraph
+) -> tuple[Sequence[Piece], Sequence[Tensor]]:
+    # A capture that fails would leave its stream the current one; `caller` restores the old one. thread_local lets
+    # other threads, such as data loaders, go on allocating.
+    caller = torch.cuda.stream(torch.cuda.current_stream())
+    graph: Any = recorder  # it has what torch.cuda.graph calls of a CUDAGraph
+    capture = torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local")
+    with caller, capture, segments.recording(recorder):
+        results = function()
+    return recorder.pieces, results
+
+
+class Pieces:
+    """A graph for each segment. To torch it is the CUDAGraph that is captured: where a segment ends, so does a graph,
+    and another one begins."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self._skippable = False
+
+    def capture_begin(self, *pool: Any, **options: Any) -> None:
+        self._options = pool, options
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.capture_begin(*pool, **options)
+
+    def capture_end(self) -> None:
+        self._finish(None)
+
+    def segment_ends(self, status: Tensor) -> None:
+        self._cut(status)
+
+    def none_runs(self) -> bool:
+        return False
+
+    def solve_ends(self) -> None:
+        self._cut(None)
+
+    def _cut(self, status: Tensor | None) -> None:
+        self._finish(status)
+        self._skippable = status is not None
+        pool, options = self._options
+        self.capture_begin(*pool, **options)
+
+    def _finish(self, status: Tensor | None) -> None:
+        self._graph.capture_end()
+        self.pieces.append(Piece(self._graph.replay, self._skippable, status))
+
+
+class OneGraph:
+    """One graph, in which all segments but a solve's first are conditional. To torch it is a CUDAGraph."""
+
+    def __init__(self, pool: Pool, conditional: ModuleType) -> None:
+        self.pieces: list[Piece] = []
+        self._pool, self._conditional = pool, conditional
+        self._open = ExitStack()  # the segment that is being recorded, if it is conditional
+
+    def capture_begin(self, *pool: Any, **options: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.capture_begin(*pool, **options)
+
+    def capture_end(self) -> None:
+        try:
+            self._open.close()
+        finally:
+            self._graph.capture_end()
+        self.pieces.append(Piece(self._graph.replay, False, None))
+
+    def segment_ends(self, status: Tensor) -> None:
+        self._open.close()
+        inner = self._pool.inner
+        self._conditional.begin(status, inner)
+        self._open.callback(self._conditional.end, inner)
+        self._open.enter_context(torch.cuda.stream(inner))
+        # The graph's own pool serves its stream alone, so what is allocated here comes from another one.
+        self._open.enter_context(torch.cuda.use_mem_pool(self._pool.inner_memory))
+
+    def none_runs(self) -> bool:
+        return False
+
+    def solve_ends(self) -> None:
+        self._open.close()

@@ -1,0 +1,172 @@
+"""Solves on a GPU end early without waiting: on a device that is not there (tools/taped_cuda.py)."""
+
+import logging
+
+import pytest
+import torch
+from taped_cuda import Conditional, device_fixture  # noqa: F401
+
+from ifr_fast import Anderson, Broyden, Implicit, Picard
+from ifr_fast.engine import graphs, pieces, segments
+
+STEPS = 15
+
+
+@pytest.fixture
+def heads(make_head):
+    """A head that runs as on a GPU, and its like, which runs as on a CPU: it stops at once."""
+
+    def make(cuda_graphs=False, **options):
+        options = {"groups": 2, "backend": "eager", "post_gain": 0.2, **options}
+        head, plain = make_head(8, cuda_graphs=cuda_graphs, **options), make_head(8, **options)
+        plain.load_state_dict(head.state_dict())
+        return head, plain
+
+    return make
+
+
+@pytest.fixture
+def as_on_a_cpu(monkeypatch, device):  # noqa: F811
+    """Runs a head as on a CPU."""
+
+    def run(head, x, grad=None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(segments, "on_gpu", lambda z: False)
+            return results(head, x, grad)
+
+    return run
+
+
+def results(head, x, grad=None):
+    """Everything that a call returns, and gradients."""
+    y = head(x)
+    solution = head.last_solution
+    found = [y.detach(), solution.residual, solution.iterations, solution.trace, solution.status]
+    if grad is not None:
+        found += torch.autograd.grad(y, [x, *head.parameters()], grad)
+    return [t.clone() for t in found]
+
+
+def assert_same(actual, expected):
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.equal(a, e), (i, a.shape, (a - e).abs().max())
+
+
+def test_ends_of_segments():
+    assert segments.ends(16) == [3, 7, 11]
+    assert segments.ends(8) == [1, 3, 5]
+    assert segments.ends(7) == []
+    for evaluations in range(1, 70):
+        found = segments.ends(evaluations)
+        assert found == sorted(set(found))
+        assert all(segments.SHORTEST <= b - a for a, b in zip([-1, *found], [*found, evaluations - 1], strict=True)) or (
+            not found
+        )
+
+
+@pytest.mark.parametrize("solver", [Broyden, Anderson, Picard])
+@pytest.mark.parametrize("late", [1, 2, 99], ids="segments late: {}".format)
+def test_a_launched_solve_ends_once_a_copy_says_so(late, solver, device, heads, as_on_a_cpu):  # noqa: F811
+    """late 1: a copy arrives before the next evaluation is launched. Results are those of a solve that stops at once."""
+    head, _ = heads(solver=solver(STEPS, rtol=0.05))
+    x = torch.randn(5, 8, 4, 4)
+    expected = as_on_a_cpu(head, x)
+    needed = int(head.last_solution.iterations.max()) + 1
+    assert 1 < needed <= STEPS
+    device.evaluations, device.sent = 0, []
+    device.arrives = lambda later: later >= late
+    assert_same(results(head, x), expected)
+    boundaries = [end + 1 for end in segments.ends(STEPS + 1)]
+    after = [end for end in boundaries if end >= needed][late - 1 :]
+    assert device.evaluations == (after[0] if after else STEPS + 1)
+
+
+def test_nothing_is_asked_where_no_sample_may_stop(device, heads, monkeypatch):  # noqa: F811
+    x = torch.randn(3, 8, 4, 4)
+    heads(solver=Broyden(STEPS, rtol=0.0))[0](x)
+    heads(solver=Broyden(5))[0](x)  # too short for segments
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    heads(solver=Broyden(STEPS))[0](x)  # in the user's own graph
+    assert device.sent == []
+    assert device.evaluations == 2 * (STEPS + 1) + 6
+
+
+@pytest.mark.parametrize("conditional", [False, True], ids=["pieces", "conditional nodes"])
+@pytest.mark.parametrize("workspace", [None, 20_000], ids=["one chunk", "chunks"])
+def test_a_replay_ends_early(workspace, conditional, device, heads, as_on_a_cpu, monkeypatch):  # noqa: F811
+    """Forward and backward; the chunks of a batch end by themselves; results are those without graphs."""
+    if conditional:
+        monkeypatch.setattr(pieces, "conditional_nodes", lambda: Conditional(device))
+    options = {"solver": Broyden(STEPS, rtol=0.05, workspace=workspace)}
+    options["adjoint"] = Implicit(STEPS, rtol=0.05, workspace=workspace)
+    head, _ = heads(True, **options)
+    plain, _ = heads(**options)
+    plain.load_state_dict(head.state_dict())
+    device.arrives = lambda later: True
+    for i in range(5):
+        x = torch.randn(6, 8, 4, 4) * (1 + i % 2)
+        x[4:] *= 3 * (i % 3)  # samples that take longer, and zeros
+        x.requires_grad_()
+        grad = torch.randn(6, 8, 4, 4)
+        expected = as_on_a_cpu(plain, x, grad)
+        device.evaluations = 0
+        assert_same(results(head, x, grad), expected)
+        slowest = int(head.last_solution.iterations.max()) + 1
+        if i > 1:  # replayed
+            assert device.captures > 0
+            most = next((end + 1 for end in segments.ends(STEPS + 1) if end + 1 >= slowest), STEPS + 1)
+            if workspace is None:
+                assert device.evaluations == most
+            else:
+                assert device.evaluations <= 6 * most
+    recorded = [r for r in graphs._recordings.values() if r.pieces]
+    assert len(recorded) == 2
+    assert all((len(r.pieces) == 1) == conditional for r in recorded)
+
+
+def test_a_replay_never_waits(device, heads, as_on_a_cpu):  # noqa: F811
+    """No copy arrives: it replays everything."""
+    head, _ = heads(True, solver=Broyden(STEPS, rtol=0.05))
+    x = torch.randn(5, 8, 4, 4)
+    expected = as_on_a_cpu(head, x)
+    graphs.clear()
+    for _ in range(3):
+        device.evaluations = 0
+        assert_same(results(head, x), expected)
+    assert device.evaluations == STEPS + 1
+
+
+def test_other_recordings_replays_do_not_end_a_solve(device, heads, as_on_a_cpu):  # noqa: F811
+    """What is known of one replay is not taken for another's."""
+    head, _ = heads(True, solver=Broyden(STEPS, rtol=0.02))
+    easy, hard = torch.zeros(4, 8, 4, 4), 4 * torch.randn(4, 8, 4, 4)
+    expected = [as_on_a_cpu(head, x) for x in (easy, hard)]
+    graphs.clear()
+    device.arrives = lambda later: True
+    for _ in range(4):
+        for x, wanted in zip((easy, hard), expected, strict=True):
+            assert_same(results(head, x), wanted)
+
+
+def test_conditional_nodes_that_fail_are_left_out_with_a_word(device, heads, monkeypatch, caplog):  # noqa: F811
+    class Broken(Conditional):
+        def begin(self, status, inner):
+            raise RuntimeError("no such node")
+
+    monkeypatch.setattr(pieces, "conditional_nodes", lambda: Broken(device))
+    head, plain = heads(True, solver=Broyden(STEPS, rtol=0.05))
+    x = torch.randn(4, 8, 4, 4)
+    with caplog.at_level(logging.WARNING, "ifr_fast"):
+        for size in (4, 5):
+            for _ in range(3):
+                y = head(x[..., :size])
+    assert torch.equal(y, plain(x[..., :5]))
+    assert [r.message for r in caplog.records if "no such node" in r.message] == [caplog.records[0].message]
+    assert device.tapes == []
+
+
+def test_a_capture_that_fails_gives_the_callers_stream_back(device):  # noqa: F811
+    with pytest.raises(ZeroDivisionError):
+        pieces.record(lambda: 1 / 0, pieces.Pool())
+    assert device.current == "the caller's"
+    assert device.tapes == []
