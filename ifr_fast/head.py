@@ -43,9 +43,10 @@ class IFRHead(nn.Module):
         convolution: how the cpu kernels convolve in a solve: "direct" by oneDNN, "winograd" by Winograd's algorithm
             (float32, channels in multiples of 32), "auto" by what was the faster one. weight_cache keeps transformed
             weights. An Unroll, Unrolled and an altered block convolve directly.
-        cuda_graphs: on a GPU, record the solve and its backward pass as CUDA graphs and replay them. This is for small
-            batches, where launching takes longer than computing. Batches are padded to one of eight sizes an octave.
-            Recordings keep their workspace (solvers.Solver) until ifr_fast.graphs.clear().
+        cuda_graphs: on a GPU, record the solve and its backward pass as CUDA graphs and replay them: launching takes no
+            time, and the device itself can end a solve early (the guide, README.md in this folder). Batches are padded
+            to one of sixteen sizes an octave. Recordings keep their workspace (solvers.Solver) until
+            ifr_fast.graphs.clear().
 
     Attributes:
         block: the ResidualBlock.

@@ -77,17 +77,21 @@ class Solver:
             raise ValueError(f"{self} is not resolved: rtol and history_dtype depend on the dtype (resolve)")
         return self.rtol, self.history_dtype
 
-    def chunk(self, samples: int, size: int, device: torch.device, buffers: int = BUFFERS) -> int:
+    def chunk(
+        self, samples: int, size: int, device: torch.device, buffers: int = BUFFERS, *, halved: bool = False
+    ) -> int:
         """How many samples of `size` unknowns to solve at a time: an even split that fits the (resolved) solver's
         workspace.
 
-        buffers: how many tensors of the iterate's size are held beside the history.
+        buffers: how many tensors of the iterate's size are held beside the history. halved: half of the samples may be
+        solved on, beside all of them.
         """
         budget = self.workspace or (32 << 20 if device.type == "cpu" else 1 << 30)
         _, stored = self.resolved()
         iterate = 8 if stored == torch.float64 else 4
         history = self.rows * stored.itemsize
-        most = max(1, budget // max(1, size * (history + buffers * iterate)))
+        sample = size * (history + buffers * iterate)
+        most = max(1, budget // max(1, sample + sample // 2 if halved else sample))
         return -(-samples // -(-samples // most))
 
     @property

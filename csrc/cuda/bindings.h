@@ -53,8 +53,8 @@ inline void bind(py::module_ &m) {
     m.def(name, [function = function](const Solver &a, Address stream) { function(a, stream_at(stream)); });
 
   m.def("has_parts", has_parts);
-  m.def("begin_part", [](Address status, int64_t n, Address outer, Address inner) {
-    begin_part(reinterpret_cast<const int64_t *>(status), n, stream_at(outer), stream_at(inner));
+  m.def("begin_part", [](Address status, int64_t n, int64_t least, int64_t most, Address outer, Address inner) {
+    begin_part(reinterpret_cast<const int64_t *>(status), n, least, most, stream_at(outer), stream_at(inner));
   });
   m.def("end_part", [](Address inner) { end_part(stream_at(inner)); });
 }

@@ -1,5 +1,5 @@
-// Parts of a CUDA graph that a replay runs only while a sample of a solve still runs. The device decides, at a
-// conditional node; the host is not asked.
+// Parts of a CUDA graph that a replay runs only while samples of a solve still run. The device decides, at a conditional
+// node; the host is not asked.
 #include "common.cuh"
 
 namespace ifr::cuda {
@@ -12,11 +12,13 @@ constexpr int OLDEST_DRIVER = 12040;  // that knows conditional nodes
 constexpr int CONDITION_THREADS = 256;
 
 __global__ void __launch_bounds__(CONDITION_THREADS)
-    set_condition(cudaGraphConditionalHandle condition, const int64_t *status, int64_t n) {
-  int runs = 0;
-  for (int64_t i = threadIdx.x; i < n; i += CONDITION_THREADS) runs |= status[i] == MAX_ITER;
-  runs = __syncthreads_or(runs);
-  if (threadIdx.x == 0) cudaGraphSetConditional(condition, runs);
+    set_condition(cudaGraphConditionalHandle condition, const int64_t *status, int64_t n, int64_t least, int64_t most) {
+  int64_t running = 0;
+  for (int64_t first = 0; first < n; first += CONDITION_THREADS) {
+    const int64_t i = first + threadIdx.x;
+    running += __syncthreads_count(i < n && status[i] == MAX_ITER);
+  }
+  if (threadIdx.x == 0) cudaGraphSetConditional(condition, running >= least && running <= most);
 }
 
 // What a stream is recording: the graph, and the nodes that the next one will depend on.
@@ -40,13 +42,14 @@ bool has_parts() {
   return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= OLDEST_DRIVER;
 }
 
-void begin_part(const int64_t *status, int64_t n, Stream outer, Stream inner) {
+void begin_part(const int64_t *status, int64_t n, int64_t least, int64_t most, Stream outer, Stream inner) {
   cudaGraphNodeParams part{};
   part.type = cudaGraphNodeTypeConditional;
   part.conditional.type = cudaGraphCondTypeIf;
   part.conditional.size = 1;
   check(cudaGraphConditionalHandleCreate(&part.conditional.handle, Recorded(outer).graph), "begin_part");
-  launch("begin_part", set_condition, 1, CONDITION_THREADS, 0, 1, outer, part.conditional.handle, status, n);
+  launch("begin_part", set_condition, 1, CONDITION_THREADS, 0, 1, outer, part.conditional.handle, status, n,
+         least, most);
   const Recorded before(outer);
   cudaGraphNode_t node;
   check(cudaGraphAddNode(&node, before.graph, before.nodes, before.edges, before.count, &part), "begin_part");
@@ -64,7 +67,9 @@ void end_part(Stream inner) {
 #else
 
 bool has_parts() { return false; }
-void begin_part(const int64_t *, int64_t, Stream, Stream) { throw std::runtime_error("begin_part needs CUDA 13"); }
+void begin_part(const int64_t *, int64_t, int64_t, int64_t, Stream, Stream) {
+  throw std::runtime_error("begin_part needs CUDA 13");
+}
 void end_part(Stream) { throw std::runtime_error("end_part needs CUDA 13"); }
 
 #endif

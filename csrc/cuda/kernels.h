@@ -69,10 +69,10 @@ void finish(const Solver &, Stream);
 bool fits_cluster(int64_t size, int rows, int window, DType history_type);
 void cluster_step(const Solver &, Stream);
 
-// Parts of the graph that `outer` records, to be run only while one of n samples has the status of one that runs. What
-// `inner` is told between begin_part and end_part is the part. has_parts: this build and the driver know them.
+// Parts of the graph that `outer` records, to be run only if of n samples least … most have the status of one that runs.
+// What `inner` is told between begin_part and end_part is the part. has_parts: this build and the driver know them.
 bool has_parts();
-void begin_part(const int64_t *status, int64_t n, Stream outer, Stream inner);
+void begin_part(const int64_t *status, int64_t n, int64_t least, int64_t most, Stream outer, Stream inner);
 void end_part(Stream inner);
 
 // How a GroupNorm chain over n samples of NHWC is cut.

@@ -7,6 +7,7 @@ soon as the host knows without waiting (segments.py). Until then finished sample
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from . import segments
 # If at most this share of the evaluated samples still runs, only those are evaluated from now on. Gathering them costs
 # a fraction of one evaluation.
 WORTHWHILE = 3 / 4
+# A recording of so many samples can go on with half of them. The convolutions of fewer leave most of a GPU idle.
+FEWEST = 32
 
 
 def solve(
@@ -41,43 +44,83 @@ def solve(
     solver: resolved. from_zero: z is zero everywhere. first: f(z), if it is known.
     affine: f is affine. Residuals are then relative to the first one, since ‖f‖ of an affine f grows with the error and
     would make the wildest iterate the best.
-    select: maps indices of samples to f of these samples. On a CPU it saves evaluating samples that have stopped.
+    select: maps indices of samples to f of these samples. It saves evaluating samples that have stopped: on a CPU, and
+    in a recording.
     """
     rtol, stored = solver.resolved()
     evaluations = solver.max_iter + 1
     state = kernels.new_state(z, rows=solver.rows, evaluations=evaluations, history_dtype=stored, from_zero=from_zero)
-    index = None  # the samples that are evaluated; None for all
-    course, ends = segments.course(z, rtol), segments.ends(evaluations)
-    for k in range(evaluations):
-        if course and course.none_runs():
-            break
-        if k == 0 and first is not None:
-            fz = first
-        elif index is None:
-            fz = f(z, state)
-        else:
-            order = memory_order(z)
-            fz = torch.empty_like(z)
-            fz.permute(order).index_copy_(0, index, f(pick(z, index), None).permute(order))
-        if isinstance(fz, Tensor) and (fz.stride() != z.stride() or fz.dtype != z.dtype):
-            fz = torch.empty_like(z).copy_(fz)
-        step = Step(solver.method, solver.window, k, k == solver.max_iter, rtol, affine)
-        running = kernels.step(state, fz, z, step)
-        if running == 0:
-            state.trace[k + 1 :] = state.trace[k]
-            break
-        most = WORTHWHILE * (len(z) if index is None else len(index))
-        if select and running is not None and running <= most and not kernels.SKIPS_STOPPED:
-            index = (state.status == RUNNING).nonzero().squeeze(1)
-            f = select(index)
-        if course and k in ends:
-            course.segment_ends(state.status)
+    course = segments.course(z, rtol)
+    _Run(solver, kernels, affine, select, course).evaluate(f, state, z, first=first)
     if course:
         course.solve_ends()
     kernels.finish(state, z)
     if course:
         state.trace = segments.carried_on(state.trace, state.iterations)
     return state
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What does not change in a solve. Names as in `solve`."""
+
+    solver: Solver
+    kernels: Kernels
+    affine: bool
+    select: Callable[[Tensor], Callable[[Tensor, Any], Any]] | None
+    course: segments.Course | None
+
+    def evaluate(
+        self, f: Callable[[Tensor, Any], Any], state: State, z: Tensor, start: int = 0, first: Tensor | None = None
+    ) -> None:
+        """The evaluations from `start` on."""
+        solver, kernels, select, course = self.solver, self.kernels, self.select, self.course
+        rtol, _ = solver.resolved()
+        evaluations = solver.max_iter + 1
+        ends = segments.ends(evaluations)
+        index = None  # the samples that are evaluated; None for all
+        for k in range(start, evaluations):
+            if course and course.none_runs():
+                break
+            if k == 0 and first is not None:
+                fz = first
+            elif index is None:
+                fz = f(z, state)
+            else:
+                order = memory_order(z)
+                fz = torch.empty_like(z)
+                fz.permute(order).index_copy_(0, index, f(pick(z, index), None).permute(order))
+            if isinstance(fz, Tensor) and (fz.stride() != z.stride() or fz.dtype != z.dtype):
+                fz = torch.empty_like(z).copy_(fz)
+            step = Step(solver.method, solver.window, k, k == solver.max_iter, rtol, self.affine)
+            running = kernels.step(state, fz, z, step)
+            if running == 0:
+                state.trace[k + 1 :] = state.trace[k]
+                break
+            most = WORTHWHILE * (len(z) if index is None else len(index))
+            if select and running is not None and running <= most and not kernels.SKIPS_STOPPED:
+                index = (state.status == RUNNING).nonzero().squeeze(1)
+                f = select(index)
+            if not course or k not in ends:
+                continue
+            if select and course.branches and len(z) >= FEWEST and k == ends[len(ends) // 2]:
+                self._halve(f, state, z, k + 1)
+                break
+            course.segment_ends(state.status)
+
+    def _halve(self, f: Callable[[Tensor, Any], Any], state: State, z: Tensor, start: int) -> None:
+        """The evaluations from `start` on, of half of the samples if no more than these still run: the device decides
+        which. The indices of samples that have stopped fill up the half."""
+        assert self.course is not None
+        assert self.select is not None
+        half = len(z) // 2
+        with self.course.branch(state.status, half + 1, len(z)):
+            self.evaluate(f, state, z, start)
+        with self.course.branch(state.status, 1, half):
+            index = (state.status != RUNNING).byte().argsort(stable=True)[:half]
+            some, z_some = state.select(z, index)
+            replace(self, select=None).evaluate(self.select(index), some, z_some, start)
+            state.rejoin(z, some, z_some, index)
 
 
 def solution(state: State) -> Solution:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -34,14 +34,17 @@ class Pool:
         self.handle: Any = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
 
-    @cached_property
-    def inner(self) -> torch.cuda.Stream:
-        """The stream on which conditional segments are recorded."""
-        return torch.cuda.Stream()
+        self._inner: list[torch.cuda.Stream] = []
+
+    def inner(self, depth: int) -> torch.cuda.Stream:
+        """The stream on which conditional parts of a graph are recorded that lie within `depth` others."""
+        while len(self._inner) <= depth:
+            self._inner.append(torch.cuda.Stream())
+        return self._inner[depth]
 
     @cached_property
     def inner_memory(self) -> torch.cuda.MemPool:
-        """The memory of what they allocate."""
+        """The memory that these parts allocate."""
         return torch.cuda.MemPool()
 
 
@@ -108,6 +111,8 @@ class Pieces:
     """A graph for each segment. To torch it is the CUDAGraph that is captured: where a segment ends, so does a graph,
     and another one begins."""
 
+    branches = False
+
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
         self._skippable = False
@@ -126,6 +131,9 @@ class Pieces:
     def none_runs(self) -> bool:
         return False
 
+    def branch(self, status: Tensor, least: int, most: int) -> AbstractContextManager[None]:
+        raise NotImplementedError("a graph without conditional nodes has no branches")
+
     def solve_ends(self) -> None:
         self._cut(None)
 
@@ -143,33 +151,57 @@ class Pieces:
 class OneGraph:
     """One graph, in which all segments but a solve's first are conditional. To torch it is a CUDAGraph."""
 
+    branches = True
+
     def __init__(self, pool: Pool, conditional: ModuleType) -> None:
         self.pieces: list[Piece] = []
         self._pool, self._conditional = pool, conditional
-        self._open = ExitStack()  # the segment that is being recorded, if it is conditional
+        self._memory = ExitStack()
+        # For every branch that is being recorded, and for what surrounds them: its segment, if that is conditional.
+        self._open = [ExitStack()]
+        self._depth = 0  # conditional parts of the graph, within each other, that are being recorded
 
     def capture_begin(self, *pool: Any, **options: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
         self._graph.capture_begin(*pool, **options)
+        # The graph's own pool serves its stream alone. What is allocated on others comes from this one.
+        self._memory.enter_context(torch.cuda.use_mem_pool(self._pool.inner_memory))
 
     def capture_end(self) -> None:
-        try:
-            self._open.close()
-        finally:
-            self._graph.capture_end()
+        with ExitStack() as last:
+            last.callback(self._graph.capture_end)
+            last.push(self._memory)
+            for segment in self._open:
+                last.push(segment)
         self.pieces.append(Piece(self._graph.replay, False, None))
 
     def segment_ends(self, status: Tensor) -> None:
-        self._open.close()
-        inner = self._pool.inner
-        self._conditional.begin(status, inner)
-        self._open.callback(self._conditional.end, inner)
-        self._open.enter_context(torch.cuda.stream(inner))
-        # The graph's own pool serves its stream alone, so what is allocated here comes from another one.
-        self._open.enter_context(torch.cuda.use_mem_pool(self._pool.inner_memory))
+        self._open[-1].close()
+        self._open[-1].enter_context(self._part(status, 1, len(status)))
 
     def none_runs(self) -> bool:
         return False
 
+    @contextmanager
+    def branch(self, status: Tensor, least: int, most: int) -> Iterator[None]:
+        self._open[-1].close()
+        with self._part(status, least, most), ExitStack() as segment:
+            self._open.append(segment)
+            yield
+            self._open.pop()
+
     def solve_ends(self) -> None:
-        self._open.close()
+        self._open[-1].close()
+
+    @contextmanager
+    def _part(self, status: Tensor, least: int, most: int) -> Iterator[None]:
+        """What is recorded within is a conditional part of what the current stream records."""
+        inner = self._pool.inner(self._depth)
+        self._conditional.begin(status, least, most, inner)
+        self._depth += 1
+        try:
+            with torch.cuda.stream(inner):
+                yield
+        finally:
+            self._depth -= 1
+            self._conditional.end(inner)

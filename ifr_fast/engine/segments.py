@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import local
 from typing import Protocol
 
@@ -24,7 +24,12 @@ SHORTEST = 2  # evaluations in a segment
 
 
 class Course(Protocol):
-    """Is told where a solve's segments end, and says whether the solve may end too."""
+    """Is told where a solve's segments end, and says whether the solve may end too.
+
+    branches: whether the device can choose between two ways to go on (`branch`).
+    """
+
+    branches: bool
 
     def segment_ends(self, status: Tensor) -> None:
         """A segment has been launched, and another one follows. status (n,): the solve's, on its device."""
@@ -32,12 +37,17 @@ class Course(Protocol):
     def none_runs(self) -> bool:
         """Whether every sample is known to have stopped."""
 
+    def branch(self, status: Tensor, least: int, most: int) -> AbstractContextManager[None]:
+        """What is launched within runs only if at least `least` samples of this status run, and at most `most`."""
+
     def solve_ends(self) -> None:
         """The solve's last segment has been launched. What follows must always run."""
 
 
 class Watch:
     """The course of a solve that is launched now."""
+
+    branches = False
 
     def __init__(self) -> None:
         self._sent: deque[Sent] = deque()
@@ -50,6 +60,9 @@ class Watch:
         while not self._known and self._sent and self._sent[0].arrived():
             self._known = not (self._sent.popleft().status == RUNNING).any()
         return self._known
+
+    def branch(self, status: Tensor, least: int, most: int) -> AbstractContextManager[None]:
+        raise NotImplementedError("the host does not know how many samples run")
 
     def solve_ends(self) -> None:
         self._sent.clear()
@@ -93,6 +106,11 @@ def course(z: Tensor, rtol: float) -> Course | None:
     if _recorder.course is not None:
         return _recorder.course if rtol > 0 else None
     return Watch() if on_gpu(z) and rtol > 0 and not torch.cuda.is_current_stream_capturing() else None
+
+
+def branches() -> bool:
+    """Whether solves on this thread are being recorded with branches."""
+    return _recorder.course is not None and _recorder.course.branches
 
 
 def on_gpu(z: Tensor) -> bool:

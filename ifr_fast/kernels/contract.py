@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -168,10 +169,16 @@ def memory_order(x: Tensor) -> list[int]:
     return [0, 2, 3, 1] if is_channels_last(x) else list(range(x.dim()))
 
 
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    """The samples of x at `index`, in x's memory layout."""
+def pick(x: Tensor, index: Tensor, dim: int = 0) -> Tensor:
+    """The samples of x at `index`, in x's memory layout. They are counted by dimension `dim`."""
     order = memory_order(x)
-    return x.permute(order).index_select(0, index).permute([order.index(d) for d in range(x.dim())])
+    return x.permute(order).index_select(dim, index).permute([order.index(d) for d in range(x.dim())])
+
+
+def put(x: Tensor, index: Tensor, samples: Tensor, dim: int = 0) -> None:
+    """Writes the samples that `pick` gave back to x."""
+    order = memory_order(x)
+    x.permute(order).index_copy_(dim, index, samples.permute(order))
 
 
 def address(tensor: Tensor, name: str, dtype: torch.dtype, count: int, device: torch.device) -> int:
@@ -238,6 +245,30 @@ class SolverState:
                 for name, t in zip(names, tensors, strict=True)
             ]
         return found
+
+    def select(self, z: Tensor, index: Tensor) -> tuple[Any, Tensor]:
+        """The state and the iterate of the samples at `index` alone. What kernels have added since stays behind."""
+        some, z_some = copy(self), pick(z, index)
+        some.n = len(index)
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, Tensor):
+                made = name in self.made
+                setattr(some, name, z_some if tensor is z else pick(tensor, index, _samples(name)) if made else None)
+        some.seal()
+        return some, z_some
+
+    def rejoin(self, z: Tensor, some: SolverState, z_some: Tensor, index: Tensor) -> None:
+        """Takes over what the samples at `index`, selected before, have become."""
+        put(z, index, z_some)
+        for name in self.made:
+            tensor = getattr(self, name)
+            if tensor is not z:
+                put(tensor, index, getattr(some, name), _samples(name))
+
+
+def _samples(name: str) -> int:
+    """The dimension that counts samples in the state's tensor of this name."""
+    return 1 if name == "trace" else 0
 
 
 class State(SolverState):

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from .._torch import is_fake
 from ..adjoints import Adjoint, Memory, Problem
 from ..checks import check_devices, check_tensor
-from ..engine import graphs
+from ..engine import graphs, segments
 from ..engine.call import Call
 from ..engine.linearise import BlockMap, staged
 from ..engine.loop import solve as solve_chunk
@@ -173,7 +173,8 @@ def _chunks(
     wider = -(-params[0].shape[0] // x.shape[1])  # mid_channels / channels, rounded up
     outside, inside = kernels.BUFFERS
     buffers = 3 + outside + inside * wider + linearised * (4 + 3 * wider)
-    step = solver.chunk(len(x), math.prod(x.shape[1:]), x.device, buffers) if len(x) else 1
+    size, halved = math.prod(x.shape[1:]), segments.branches()
+    step = solver.chunk(len(x), size, x.device, buffers, halved=halved) if len(x) else 1
     return (slice(start, start + step) for start in range(0, len(x), step))
 
 

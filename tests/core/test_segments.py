@@ -26,7 +26,7 @@ def heads(make_head):
 
 
 @pytest.fixture
-def as_on_a_cpu(monkeypatch, device):  # noqa: F811
+def as_on_a_cpu(monkeypatch, device):
     """Runs a head as on a CPU."""
 
     def run(head, x, grad=None):
@@ -59,21 +59,21 @@ def test_ends_of_segments():
     for evaluations in range(1, 70):
         found = segments.ends(evaluations)
         assert found == sorted(set(found))
-        assert all(segments.SHORTEST <= b - a for a, b in zip([-1, *found], [*found, evaluations - 1], strict=True)) or (
-            not found
-        )
+        assert all(
+            b - a >= segments.SHORTEST for a, b in zip([-1, *found], [*found, evaluations - 1], strict=True)
+        ) or (not found)
 
 
 @pytest.mark.parametrize("solver", [Broyden, Anderson, Picard])
 @pytest.mark.parametrize("late", [1, 2, 99], ids="segments late: {}".format)
-def test_a_launched_solve_ends_once_a_copy_says_so(late, solver, device, heads, as_on_a_cpu):  # noqa: F811
-    """late 1: a copy arrives before the next evaluation is launched. Results are those of a solve that stops at once."""
+def test_a_launched_solve_ends_once_a_copy_says_so(late, solver, device, heads, as_on_a_cpu):
+    """late 1: a copy arrives before the next evaluation is launched. Results: those of a solve that stops at once."""
     head, _ = heads(solver=solver(STEPS, rtol=0.05))
     x = torch.randn(5, 8, 4, 4)
     expected = as_on_a_cpu(head, x)
     needed = int(head.last_solution.iterations.max()) + 1
     assert 1 < needed <= STEPS
-    device.evaluations, device.sent = 0, []
+    device.batches, device.sent = [], []
     device.arrives = lambda later: later >= late
     assert_same(results(head, x), expected)
     boundaries = [end + 1 for end in segments.ends(STEPS + 1)]
@@ -81,7 +81,7 @@ def test_a_launched_solve_ends_once_a_copy_says_so(late, solver, device, heads, 
     assert device.evaluations == (after[0] if after else STEPS + 1)
 
 
-def test_nothing_is_asked_where_no_sample_may_stop(device, heads, monkeypatch):  # noqa: F811
+def test_nothing_is_asked_where_no_sample_may_stop(device, heads, monkeypatch):
     x = torch.randn(3, 8, 4, 4)
     heads(solver=Broyden(STEPS, rtol=0.0))[0](x)
     heads(solver=Broyden(5))[0](x)  # too short for segments
@@ -93,7 +93,7 @@ def test_nothing_is_asked_where_no_sample_may_stop(device, heads, monkeypatch): 
 
 @pytest.mark.parametrize("conditional", [False, True], ids=["pieces", "conditional nodes"])
 @pytest.mark.parametrize("workspace", [None, 20_000], ids=["one chunk", "chunks"])
-def test_a_replay_ends_early(workspace, conditional, device, heads, as_on_a_cpu, monkeypatch):  # noqa: F811
+def test_a_replay_ends_early(workspace, conditional, device, heads, as_on_a_cpu, monkeypatch):
     """Forward and backward; the chunks of a batch end by themselves; results are those without graphs."""
     if conditional:
         monkeypatch.setattr(pieces, "conditional_nodes", lambda: Conditional(device))
@@ -109,7 +109,7 @@ def test_a_replay_ends_early(workspace, conditional, device, heads, as_on_a_cpu,
         x.requires_grad_()
         grad = torch.randn(6, 8, 4, 4)
         expected = as_on_a_cpu(plain, x, grad)
-        device.evaluations = 0
+        device.batches = []
         assert_same(results(head, x, grad), expected)
         slowest = int(head.last_solution.iterations.max()) + 1
         if i > 1:  # replayed
@@ -124,19 +124,51 @@ def test_a_replay_ends_early(workspace, conditional, device, heads, as_on_a_cpu,
     assert all((len(r.pieces) == 1) == conditional for r in recorded)
 
 
-def test_a_replay_never_waits(device, heads, as_on_a_cpu):  # noqa: F811
+@pytest.mark.parametrize("n", [32, 45])
+@pytest.mark.parametrize("solver", [Broyden, Anderson, Picard])
+def test_a_replay_goes_on_with_half_of_the_samples(solver, n, device, heads, as_on_a_cpu, monkeypatch):
+    """In the middle, if no more than half still run. Results are those of a solve of all."""
+    monkeypatch.setattr(pieces, "conditional_nodes", lambda: Conditional(device))
+    options = {"solver": solver(STEPS, rtol=1e-3), "adjoint": Implicit(solver=solver(STEPS, rtol=1e-3))}
+    head, _ = heads(True, **options)
+    plain, _ = heads(**options)
+    plain.load_state_dict(head.state_dict())
+    padded, half, middle = graphs.bucket(n), graphs.bucket(n) // 2, segments.ends(STEPS + 1)[1] + 1
+    found = set()
+    for slow in (0, n, 5, half, half + 1, 0, 1):
+        x = torch.zeros(n, 8, 3, 3)
+        x[torch.randperm(n)[:slow]] = 2 * torch.randn(slow, 8, 3, 3)
+        x.requires_grad_()
+        grad = torch.randn_like(x)
+        grad[x.detach().flatten(1).abs().sum(1) == 0] = 0
+        expected = as_on_a_cpu(plain, x, grad)
+        device.batches, captures = [], device.captures
+        actual = results(head, x, grad)
+        assert_same(actual[:5], expected[:5])
+        for a, e in zip(actual[5:], expected[5:], strict=True):  # weights' gradients are sums over a padded batch
+            torch.testing.assert_close(a, e)
+        if captures and device.captures == captures:  # a replay
+            running = int((head.last_solution.iterations >= middle).sum())
+            evaluated = device.batches[middle:]
+            found.add(0 if running == 0 else 1 if running <= half else 2)
+            assert all(size == (half if running <= half else padded) for size in evaluated)
+            assert bool(evaluated) == (running > 0)
+    assert len(found) > 1
+
+
+def test_a_replay_never_waits(device, heads, as_on_a_cpu):
     """No copy arrives: it replays everything."""
     head, _ = heads(True, solver=Broyden(STEPS, rtol=0.05))
     x = torch.randn(5, 8, 4, 4)
     expected = as_on_a_cpu(head, x)
     graphs.clear()
     for _ in range(3):
-        device.evaluations = 0
+        device.batches = []
         assert_same(results(head, x), expected)
     assert device.evaluations == STEPS + 1
 
 
-def test_other_recordings_replays_do_not_end_a_solve(device, heads, as_on_a_cpu):  # noqa: F811
+def test_other_recordings_replays_do_not_end_a_solve(device, heads, as_on_a_cpu):
     """What is known of one replay is not taken for another's."""
     head, _ = heads(True, solver=Broyden(STEPS, rtol=0.02))
     easy, hard = torch.zeros(4, 8, 4, 4), 4 * torch.randn(4, 8, 4, 4)
@@ -148,9 +180,9 @@ def test_other_recordings_replays_do_not_end_a_solve(device, heads, as_on_a_cpu)
             assert_same(results(head, x), wanted)
 
 
-def test_conditional_nodes_that_fail_are_left_out_with_a_word(device, heads, monkeypatch, caplog):  # noqa: F811
+def test_conditional_nodes_that_fail_are_left_out_with_a_word(device, heads, monkeypatch, caplog):
     class Broken(Conditional):
-        def begin(self, status, inner):
+        def begin(self, *_):
             raise RuntimeError("no such node")
 
     monkeypatch.setattr(pieces, "conditional_nodes", lambda: Broken(device))
@@ -165,7 +197,7 @@ def test_conditional_nodes_that_fail_are_left_out_with_a_word(device, heads, mon
     assert device.tapes == []
 
 
-def test_a_capture_that_fails_gives_the_callers_stream_back(device):  # noqa: F811
+def test_a_capture_that_fails_gives_the_callers_stream_back(device):
     with pytest.raises(ZeroDivisionError):
         pieces.record(lambda: 1 / 0, pieces.Pool())
     assert device.current == "the caller's"

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ifr_fast import Anderson, Broyden, Implicit, Picard, Status, backends
-from ifr_fast.engine import graphs
+from ifr_fast.engine import graphs, pieces
 
 if not torch.cuda.is_available():
     pytest.skip("torch finds no GPU here", allow_module_level=True)
@@ -265,6 +265,40 @@ def test_batches_of_varying_size_replay(dtype, backend, pair):
         kept.append((y.detach(), y.detach().clone()))
     assert all(torch.equal(y, copied) for y, copied in kept)  # no replay wrote over another's result
     assert any(recording.pieces for recording in graphs._recordings.values())
+
+
+@every_backend
+def test_replays_end_early_with_the_same_results(backend, pair):
+    """Batches of which none, all, few or many samples are slow; by conditional nodes where this build has them."""
+    options = {"solver": Broyden(15, rtol=1e-3), "adjoint": Implicit(15, rtol=1e-3)}
+    head, _ = pair(backend=backend, cuda_graphs=True, **options)
+    eager = copy.deepcopy(head)
+    eager.cuda_graphs = False
+    n = 40
+    for slow in (0, n, 5, n // 2, n // 2 + 1, 0, n):
+        x = features(n)
+        x[slow:] = 0
+        x.requires_grad_()
+        y, expected = head(x), eager(x)
+        assert error(y, expected) < TOLERANCE[torch.float32]
+        for name in ("iterations", "status"):
+            actual, wanted = (getattr(h.last_solution, name) for h in (head, eager))
+            assert (actual != wanted).float().mean() < 0.1, name  # rounding may decide at the tolerance
+        assert error(*(h.last_solution.trace.nan_to_num() for h in (head, eager))) < 1e-2
+        grad = torch.randn_like(x)
+        actual, wanted = (torch.autograd.grad(out, x, grad)[0] for out in (y, expected))
+        assert error(actual, wanted) < GRADIENT[torch.float32]
+
+
+@pytest.mark.skipif(not backends()["cuda"].available, reason=backends()["cuda"].reason)
+def test_recordings_have_conditional_nodes(pair):
+    """Where the extension and the driver have them, nothing falls back."""
+    head, _ = pair(cuda_graphs=True, solver=Broyden(15))
+    for _ in range(3):
+        head(features(4))
+    assert pieces.conditional_nodes() is not None
+    assert pieces._refused == []
+    assert all(len(r.pieces) == 1 for r in graphs._recordings.values())
 
 
 def test_replays_take_no_more_memory(pair):

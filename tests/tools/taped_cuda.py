@@ -53,25 +53,26 @@ class Recording(TorchDispatchMode):
 
 
 class Device:
-    """evaluations: how often F's tail has been computed, in captures, replays and out of them. waiting: copies under
-    way. arrives: whether a copy has arrived, by how many have been asked for since, itself included."""
+    """batches: of how many samples F's tail has been computed, in captures, replays and out of them. sent: copies of
+    statuses. arrives: whether a copy has arrived, by how many have been asked for since, itself included."""
 
     def __init__(self) -> None:
         self.tapes: list[Tape] = []
-        self.evaluations = 0
+        self.batches: list[int] = []
         self.sent: list[Sent] = []
         self.arrives: Callable[[int], bool] = lambda later: False
         self.captures = 0
         self.current = "the caller's"
 
-    def counted(self, *args: Any, **kwargs: Any) -> Any:
-        def count() -> None:
-            self.evaluations += 1
+    @property
+    def evaluations(self) -> int:
+        return len(self.batches)
 
-        count()
+    def counted(self, y: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.batches.append(len(y))
         if self.tapes:
-            self.tapes[-1].append(count)
-        return eager_tail(*args, **kwargs)
+            self.tapes[-1].append(lambda: self.batches.append(len(y)))
+        return eager_tail(y, *args, **kwargs)
 
 
 eager_tail, eager_assess = eager.tail, eager.assess
@@ -113,9 +114,9 @@ class Conditional:
     def __init__(self, device: Device) -> None:
         self.device = device
 
-    def begin(self, status: Tensor, inner: Any) -> None:
+    def begin(self, status: Tensor, least: int, most: int, inner: Any) -> None:
         part = Tape()
-        self.device.tapes[-1].append(lambda: (status == RUNNING).any() and part.replay())
+        self.device.tapes[-1].append(lambda: least <= (status == RUNNING).sum() <= most and part.replay())
         self.device.tapes.append(part)
 
     def end(self, inner: Any) -> None:
@@ -150,7 +151,8 @@ def device_fixture(monkeypatch) -> Iterator[Device]:
     for name, value in {
         "CUDAGraph": lambda: Graph(device), "graph": graph, "graph_pool_handle": object, "Stream": object,
         "stream": using, "current_stream": lambda: device.current, "MemPool": object,
-        "use_mem_pool": lambda pool: contextlib.nullcontext(), "is_current_stream_capturing": lambda: bool(device.tapes),
+        "use_mem_pool": lambda pool: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: bool(device.tapes),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(graphs, "current_stream", lambda _: "the caller's")
