@@ -34,7 +34,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = [p for p in PACKAGE.rglob("*.py") if "integrations" not in p.relative_to(PACKAGE).parts]
 # Outside of them: benchmarks and integrations, in files of any room.
 FILES = [*MODULES, *(ROOT / "integrations").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
-MOST_ARGUMENTS, MOST_LINES, MOST_CALLS = 8, 350, 8
+MOST_ARGUMENTS, MOST_LINES, MOST_CALLS = 8, 350, 9
 
 
 def name_of(path):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._torch import copy_all
 from ..kernels.contract import memory_format
-from .pieces import Piece, Pool, record, replay
+from .pieces import Piece, Pool, record, rehearsal, replay
 
 SIZES = 16  # sizes of buckets in an octave
 
@@ -106,7 +106,8 @@ def run(
             replay(recording.pieces)
             results = recording.results
         else:
-            results = function(recording.batch, recording.shared)
+            with rehearsal():
+                results = function(recording.batch, recording.shared)
             recording.threads.add(_thread.token)
         _recordings[key] = recording
         _recordings.move_to_end(key)

@@ -103,24 +103,31 @@ class _Run:
                 f = select(index)
             if not course or k not in ends:
                 continue
-            if select and course.branches and len(z) >= FEWEST and k == ends[len(ends) // 2]:
-                self._halve(f, state, z, k + 1)
-                break
+            if select and len(z) >= FEWEST and k == ends[len(ends) // 2]:
+                if course.rehearses:
+                    _, some, z_some, f_some = self._half(state, z)
+                    f_some(z_some, some)
+                elif course.branches:
+                    self._branch(f, state, z, k + 1)
+                    break
             course.segment_ends(state.status)
 
-    def _halve(self, f: Callable[[Tensor, Any], Any], state: State, z: Tensor, start: int) -> None:
-        """The evaluations from `start` on, of half of the samples if no more than these still run: the device decides
-        which. The indices of samples that have stopped fill up the half."""
+    def _branch(self, f: Callable[[Tensor, Any], Any], state: State, z: Tensor, start: int) -> None:
+        """The evaluations from `start` on, of half of the samples if no more than these still run."""
         assert self.course is not None
-        assert self.select is not None
         half = len(z) // 2
         with self.course.branch(state.status, half + 1, len(z)):
             self.evaluate(f, state, z, start)
         with self.course.branch(state.status, 1, half):
-            index = (state.status != RUNNING).byte().argsort(stable=True)[:half]
-            some, z_some = state.select(z, index)
-            replace(self, select=None).evaluate(self.select(index), some, z_some, start)
+            index, some, z_some, f_some = self._half(state, z)
+            replace(self, select=None).evaluate(f_some, some, z_some, start)
             state.rejoin(z, some, z_some, index)
+
+    def _half(self, state: State, z: Tensor) -> tuple[Tensor, State, Tensor, Callable[[Tensor, Any], Any]]:
+        """Half of the samples, first of all those that run: their indices, state, iterate and f."""
+        assert self.select is not None
+        index = (state.status != RUNNING).byte().argsort(stable=True)[: len(z) // 2]
+        return index, *state.select(z, index), self.select(index)
 
 
 def solution(state: State) -> Solution:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -72,8 +72,7 @@ def replay(pieces: Sequence[Piece]) -> None:
 
 def record(function: Callable[[], Sequence[Tensor]], pool: Pool) -> tuple[Sequence[Piece], Sequence[Tensor]]:
     """Records function's work on the current device. Returns its pieces, and the results that a replay writes."""
-    conditional = conditional_nodes()
-    if conditional is not None and not _refused:
+    if (conditional := conditional_nodes()) is not None:
         try:
             return _record(function, pool, OneGraph(pool, conditional))
         except RuntimeError as error:
@@ -82,12 +81,21 @@ def record(function: Callable[[], Sequence[Tensor]], pool: Pool) -> tuple[Sequen
     return _record(function, pool, Pieces())
 
 
+def rehearsal() -> AbstractContextManager[None]:
+    """For a run of a function on the inputs with which it will be recorded."""
+    return nullcontext() if conditional_nodes() is None else segments.recording(segments.Rehearsal())
+
+
 _refused: list[str] = []  # why a recording with conditional nodes failed; none is tried again
 
 
-@cache
 def conditional_nodes() -> ModuleType | None:
     """The module that makes parts of a graph conditional, if this build and driver can."""
+    return None if _refused else _conditional_nodes()
+
+
+@cache
+def _conditional_nodes() -> ModuleType | None:
     if not choose.backends()["cuda"].available:
         return None
     found = importlib.import_module(f"{choose.__package__}.cuda.conditional")
@@ -111,7 +119,7 @@ class Pieces:
     """A graph for each segment. To torch it is the CUDAGraph that is captured: where a segment ends, so does a graph,
     and another one begins."""
 
-    branches = False
+    branches, rehearses = False, False
 
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
@@ -151,7 +159,7 @@ class Pieces:
 class OneGraph:
     """One graph, in which all segments but a solve's first are conditional. To torch it is a CUDAGraph."""
 
-    branches = True
+    branches, rehearses = True, False
 
     def __init__(self, pool: Pool, conditional: ModuleType) -> None:
         self.pieces: list[Piece] = []

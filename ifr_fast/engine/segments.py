@@ -26,10 +26,12 @@ SHORTEST = 2  # evaluations in a segment
 class Course(Protocol):
     """Is told where a solve's segments end, and says whether the solve may end too.
 
-    branches: whether the device can choose between two ways to go on (`branch`).
+    branches: whether the device can choose between two ways to go on (`branch`). rehearses: whether a recording with
+    branches is to follow.
     """
 
     branches: bool
+    rehearses: bool
 
     def segment_ends(self, status: Tensor) -> None:
         """A segment has been launched, and another one follows. status (n,): the solve's, on its device."""
@@ -47,7 +49,7 @@ class Course(Protocol):
 class Watch:
     """The course of a solve that is launched now."""
 
-    branches = False
+    branches, rehearses = False, False
 
     def __init__(self) -> None:
         self._sent: deque[Sent] = deque()
@@ -66,6 +68,14 @@ class Watch:
 
     def solve_ends(self) -> None:
         self._sent.clear()
+        self._known = False
+
+
+class Rehearsal(Watch):
+    """The course of solves that will be recorded with branches: libraries make their plans for both ways now, because
+    they must not while a graph is recorded."""
+
+    rehearses = True
 
 
 class Sent:

@@ -7,7 +7,7 @@ import torch
 from taped_cuda import Conditional, device_fixture  # noqa: F401
 
 from ifr_fast import Anderson, Broyden, Implicit, Picard
-from ifr_fast.engine import graphs, pieces, segments
+from ifr_fast.engine import graphs, linearise, pieces, segments
 
 STEPS = 15
 
@@ -154,6 +154,27 @@ def test_a_replay_goes_on_with_half_of_the_samples(solver, n, device, heads, as_
             assert all(size == (half if running <= half else padded) for size in evaluated)
             assert bool(evaluated) == (running > 0)
     assert len(found) > 1
+
+
+def test_every_batch_is_met_before_it_is_recorded(device, heads, monkeypatch):
+    """Libraries plan their convolutions where they first meet a size, and must not while a graph is recorded."""
+    monkeypatch.setattr(pieces, "conditional_nodes", lambda: Conditional(device))
+    head, _ = heads(True, solver=Broyden(STEPS, rtol=1e-3))
+    convolved = []
+    original = linearise.BlockMap._until_tail
+
+    def until_tail(self, z, state, *, keep):
+        convolved.append(len(z))
+        return original(self, z, state, keep=keep)
+
+    monkeypatch.setattr(linearise.BlockMap, "_until_tail", until_tail)
+    met = []
+    for _ in range(2):
+        convolved.clear()
+        head(torch.randn(40, 8, 3, 3))
+        met.append(set(convolved))
+    assert met == [{40, 20}, {40, 20}]
+    assert device.captures == 1
 
 
 def test_a_replay_never_waits(device, heads, as_on_a_cpu):

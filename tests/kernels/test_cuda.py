@@ -1,6 +1,7 @@
 """The CUDA solver's kernels against plain, on a GPU or compiled for the CPU (tools/cuda_emulation); what nvcc makes of
 all CUDA kernels."""
 
+import importlib
 import os
 import re
 import shutil
@@ -337,6 +338,19 @@ def default_archs() -> list[str]:
     archs = re.search(r"DEFAULT_ARCHS = (\[.*\])", (ROOT / "setup.py").read_text())[1]
     known = subprocess.run([NVCC, "--list-gpu-arch"], text=True, capture_output=True, check=True).stdout
     return [arch for arch in re.findall(r'"(\w+)"', archs) if f"compute_{arch.rstrip('af')}" in known]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: test_gpu.py records graphs")
+def test_conditional_parts_of_a_graph_are_asked_for_with_a_status(cuda):
+    """The emulation has no graphs, and says so."""
+    conditional = importlib.import_module(f"{cuda.__name__}.conditional")
+    assert not conditional.available()
+    inner = SimpleNamespace(cuda_stream=0)
+    for status in (torch.ones(4), torch.ones(4, 2, dtype=torch.int64)[:, 0], torch.ones(4, device="meta").long()):
+        with pytest.raises(ValueError, match="status is a Tensor"):
+            conditional.begin(status, 1, 4, inner)
+    with pytest.raises(RuntimeError, match="begin_part needs CUDA 13"):
+        conditional.begin(torch.ones(4, dtype=torch.int64), 1, 4, inner)
 
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc on PATH or in /usr/local/cuda")
