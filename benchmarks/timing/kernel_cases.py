@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing.measure import Call
+from benchmarks.timing.traffic import traffic
 from ifr_fast import Broyden, IFRHead, Implicit
 from ifr_fast.engine.linearise import BlockMap
 from ifr_fast.kernels import choose
@@ -73,31 +74,37 @@ class Bench:
         return Norm(1 + weight / 10, bias / 10, self.size.groups)
 
     def cases(self) -> Iterator[Case]:
-        e, b, h = self.size.elements, self.dtype.itemsize, self.history.itemsize
         evaluations = self.steps + 1
-        case = partial(Case, backend=self.backend)
-        yield case("norm_relu", self.norm_relu, traffic=2 * b * e, per_solve=evaluations)
-        yield case("norm_tail", self.norm_tail, traffic=(2 * b + 4) * e)
-        yield case("norm_relu_vjp", self.norm_relu_vjp, traffic=3 * b * e)
-        yield case("norm_tail_vjp", self.norm_tail_vjp, traffic=(3 * b + 8) * e)
+        yield self.case("norm_relu", self.norm_relu, per_solve=evaluations)
+        yield self.case("norm_tail", self.norm_tail)
+        yield self.case("norm_relu_vjp", self.norm_relu_vjp)
+        yield self.case("norm_tail_vjp", self.norm_tail_vjp)
         if self.backend != "eager":
-            traffic = (2 * b + 4 + h) * e
-            yield case("tail + residual", self.residual_of_tail, traffic=traffic, per_solve=evaluations)
-            yield case("residual of total", self.residual_of_total, traffic=(b + 12 + h) * e)
+            yield self.case("tail + residual", self.residual_of_tail, per_solve=evaluations)
+            yield self.case("residual of total", self.residual_of_total)
             for k in sorted({(self.steps + 1) // 4, (self.steps + 1) // 2, self.steps}):
                 times = self.steps if k == (self.steps + 1) // 2 else 0  # the mean number of rows
-                swept = dict(variant=f"K = {k}", per_solve=times)
-                yield case("gram_row", partial(self.gram_row, k), traffic=k * h * e, **swept)
-                yield case("combine", partial(self.combine, k), traffic=(k * h + 4 + 2 * b) * e, **swept)
-            yield case("rule", self.rule, variant=f"K = {self.steps}", per_solve=evaluations)
-        traffic = (2 * b + 4 + h + 2 * self.steps * h + 4 + 2 * b) * e
-        yield case("step, and a reset", self.step, variant=f"K = {self.steps}", traffic=traffic)
+                yield self.case("gram_row", partial(self.gram_row, k), k, per_solve=times)
+                yield self.case("combine", partial(self.combine, k), k, per_solve=times)
+            yield self.case("rule", self.rule, self.steps, per_solve=evaluations)
+        swept = sum(self.bytes(family, self.steps) for family in ("tail + residual", "gram_row", "combine"))
+        case = partial(Case, backend=self.backend)
+        yield case("step, and a reset", self.step, variant=f"K = {self.steps}", traffic=swept)
         flop = self.size.convolution
         yield case("F", self.f, flop=2 * flop)
         yield case("vjp of F", self.vjp, flop=2 * flop)
         yield case("forward solve", self.forward_solve, flop=2 * evaluations * flop, per_solve=1)
         # Two convolutions linearise F, two make each of the steps' vjps, and four give the gradients at the end.
         yield case("backward solve", self.backward_solve, flop=(2 + 2 * self.steps + 4) * flop)
+
+    def case(self, family: str, make: Callable[[], Call], rows: int = 0, per_solve: int = 0) -> Case:
+        variant = f"K = {rows}" if rows else ""
+        return Case(family, make, self.backend, variant, self.bytes(family, rows), per_solve=per_solve)
+
+    def bytes(self, family: str, rows: int) -> int:
+        """What a kernel moves that sweeps so many rows."""
+        found = traffic(self.size.elements, self.dtype.itemsize, self.history.itemsize, rows)
+        return sum(found[family].values())
 
     def norm_relu(self) -> Call:
         return partial(self.kernels.norm_relu, self.draw(), self.norm())
