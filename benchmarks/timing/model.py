@@ -1,210 +1,43 @@
-"""A solve's time on a GPU as predicted on paper, from the kernels as compiled. No figure of this file is measured.
+"""A solve's time on a GPU as predicted on paper, from the kernels as compiled. No figure here is measured.
 
     python benchmarks/timing/model.py
     python benchmarks/timing/model.py --chip H200 --measured runs/kernels/kernels.json
 
-results/paper/usage.json (tests/tools/kernel_usage.py) says what each kernel takes of a multiprocessor, traffic.py what
-it moves. A kernel's predicted time is the larger of two bounds, and what a launch costs:
-
-    launch + max(memory, waves · wait + memory / resident)
-
-memory: its bytes by the bandwidth of where they are, device memory or L2 cache. waves: its blocks over those that fit
-the chip beside each other, rounded up. wait: what a block waits in vain by itself, for first words and for sums. While
-it waits, the other resident blocks of its multiprocessor move their bytes. Blocks of stopped samples only look.
-
-A convolution is cuDNN's: whole waves of tiles of 128 positions × 256 channels. --measured prints what
-benchmarks/timing/kernels.py found beside what is predicted.
+launch_model.py predicts each launch; a solve is their sum. --measured prints what benchmarks/timing/kernels.py found
+beside what is predicted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
 from benchmarks.report.formats import table
-from benchmarks.timing.traffic import traffic
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-CHANNELS, POSITIONS, ACTIVATION = 256, 196, 2  # of a RoI; bytes of an activation
-MICRO = 1e6
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Rates a second. cache: bytes of what was read last that L2 still has. clock: of a convolution's multiprocessors
-    over the clock that a long product falls to, which power limits."""
-
-    arch: int
-    multiprocessors: int
-    memory: float
-    l2: float
-    product: float
-    cache: float = 35e6
-    clock: float = 1.755 / 1.475
-
-
-CHIPS = {
-    # 798 TFLOP/s in bfloat16 and a copy at 3.0 TB/s: measured on an H100 SXM elsewhere (3.35 TB/s by its data sheet).
-    # 5.5 TB/s of L2: published microbenchmarks have 5.5 to 7. L2 is 50 MB in two halves, which share part of it.
-    # 1.755 GHz: the clock of a lightly loaded chip. 1.475 GHz is where 132 · 4096 FLOP a cycle make 798 TFLOP/s.
-    "H100": Chip(90, 132, memory=3.0e12, l2=5.5e12, product=798e12),
-    # The H100's chip with 4.8 TB/s by its data sheet, of which a copy is taken to reach the same share.
-    "H200": Chip(90, 132, memory=4.3e12, l2=5.5e12, product=798e12),
-}
-
-# Estimates in µs, of no measurement of ours.
-LAUNCH = 2.5  # from a kernel's start to its first block's first access, and from its last block's end to its own
-LOOK = 0.5  # a trip to memory: a block of a stopped sample makes one
-SUM = 0.2  # threads of a block add up what they hold
-GAP, GAP_PROGRAMMATIC = 1.0, 0.3  # between kernels of a graph; where the next one was started ahead of the last's end
-SETUP = 60.0  # weights in bfloat16, z⁰, the first z + X, the state, and at the end the best iterate and copies
-PADDING = 30.0  # more of it where x is copied into a larger bucket
-# A block's trips to memory that wait for each other, and its sums.
-WAITS = {
-    "norm_relu": (2, 2),  # the status, then y; mean and variance
-    "tail + residual": (3, 5),  # z is read late; two norms, then ‖g‖² and ‖f‖²
-    "gram_row": (2, 1),
-    "rule": (4, 10),  # partial sums, matrices, results; Broyden's recursion has ten dependent sums
-    "combine": (3, 0),  # the status, then coefficients, then rows
-    "cluster_step": (4, 14),  # the rule, two meetings of the cluster, and z
-    "norm_tail": (3, 4),
-    "norm_relu_vjp": (3, 2),
-    "norm_tail_vjp": (3, 4),
-    "residual of total": (2, 1),
-}
-# Tensors that the last kernel or convolution has just written, and so are in L2 yet. All others are in memory.
-IN_L2 = {
-    "norm_relu": {"y", "out"},
-    "tail + residual": {"y", "shortcut"},
-    "norm_tail": {"y", "shortcut"},
-    "norm_relu_vjp": {"grad", "grad_y"},
-    "norm_tail_vjp": {"grad_y"},
-    "residual of total": {"grad"},
-}
-CLUSTER = 8  # blocks, on as many multiprocessors of one GPC, which has 16 to 18
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is run. backend: of usage.json, "triton" or "cuda". one_sweep: the cluster kernel instead of gram_row, rule
-    and combine. history: bytes of one number. stop: from this evaluation on (counted from 0) only the share `running`
-    of the samples runs. segments: the solve ends where one of so many equal parts ends, `lag` parts after the last
-    sample has stopped. bucket: samples that a graph is recorded for, n by default. programmatic: kernels of this
-    package are started ahead (programmatic dependent launch). norm_blocks: resident blocks of the norms, in place of
-    what was compiled. given: µs of a kernel in place of the model's."""
-
-    n: int = 100
-    backend: str = "triton"
-    one_sweep: bool = False
-    history: int = 2
-    steps: int = 15
-    stop: int | None = None
-    running: float = 0.0
-    segments: int = 1
-    lag: int = 0
-    bucket: int | None = None
-    programmatic: bool = False
-    norm_blocks: int | None = None
-    given: dict[str, float] = field(default_factory=dict)
-
-    def share(self, evaluation: int) -> float:
-        """Of the samples that still run."""
-        return 1.0 if self.stop is None or evaluation < self.stop else self.running
-
-    def evaluations(self) -> int:
-        """How many are run before the solve ends."""
-        most = self.steps + 1
-        if self.stop is None or self.running:
-            return most
-        ends = [math.ceil(most * part / self.segments) for part in range(1, self.segments + 1)]
-        first = next(i for i, end in enumerate(ends) if end >= self.stop)
-        return ends[min(first + self.lag, self.segments - 1)]
-
-    def sweeps(self) -> tuple[str, ...]:
-        return ("cluster_step",) if self.one_sweep else ("gram_row", "rule", "combine")
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """Of one launch, or of some together: bytes from device memory and from L2, and µs."""
-
-    launches: int = 0
-    memory: float = 0
-    l2: float = 0
-    us: float = 0
-
-    def __add__(self, other: Predicted) -> Predicted:
-        return Predicted(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-
-@cache
-def usage() -> dict[str, Any]:
-    return json.loads((RESULTS / "paper/usage.json").read_text())
-
-
-def compiled(run: Run, chip: Chip, family: str, number: int) -> dict[str, Any]:
-    """The row of usage.json for the family's launch `number` of a solve (from 1). Where no 8-bit history is there, the
-    16-bit kernel stands in."""
-    rows = [r for r in usage()["kernels"] if (r["arch"], r["backend"], r["family"]) == (chip.arch, run.backend, family)]
-    rows = [r for r in rows if r["history"].startswith("float8") == (run.history == 1)] or rows
-    inside = [r for r in rows if r["numbers"][0] <= number <= r["numbers"][1]] or rows
-    if not inside:
-        raise LookupError(f"usage.json has no {family} of {run.backend} for sm_{chip.arch}")
-    return inside[0]
-
-
-def bytes_of(run: Run, chip: Chip, family: str, rows: int, samples: float, *, cold: bool) -> tuple[float, float]:
-    """From device memory and from L2. cold: nothing is in L2, as kernels.py measures."""
-    moved = traffic(round(samples * CHANNELS * POSITIONS), ACTIVATION, run.history, rows)[family]
-    total = sum(moved.values())
-    if cold:
-        return total, 0
-    near = sum(size for name, size in moved.items() if name in IN_L2.get(family, ()))
-    if family in ("gram_row", "cluster_step"):
-        near = moved["history"] / rows  # the newest row
-    if family == "combine":
-        near = min(moved["history"], chip.cache)  # what gram_row read last
-    return total - near, near
-
-
-def kernel(run: Run, chip: Chip, family: str, rows: int, share: float, *, cold: bool = False) -> Predicted:
-    """A launch over the bucket, of which `share` runs. rows: of the history, which the launch sweeps; for others, the
-    number of the launch."""
-    samples = run.bucket or run.n
-    memory, l2 = bytes_of(run, chip, family, rows, share * samples, cold=cold)
-    if family in run.given:
-        return Predicted(1, memory, l2, 2 + (run.given[family] - 2) * share)
-    took = compiled(run, chip, family, rows)
-    resident = took["blocks_per_sm"]
-    if run.norm_blocks and (family.startswith("norm") or family.startswith("tail")):
-        resident = run.norm_blocks
-    places = chip.multiprocessors // CLUSTER * CLUSTER if family == "cluster_step" else chip.multiprocessors
-    blocks = took["blocks"] / usage()["n"] * samples
-    trips, sums = WAITS[family]
-    moving = (memory / chip.memory + l2 / chip.l2) * MICRO
-    waiting = math.ceil(blocks * share / (places * resident)) * (trips * LOOK + sums * SUM)
-    looking = math.ceil(blocks * (1 - share) / (places * resident)) * LOOK
-    return Predicted(1, memory, l2, LAUNCH + max(moving, waiting + moving / resident) + looking)
-
-
-def convolution(run: Run, chip: Chip) -> Predicted:
-    """One of a bucket. All samples are convolved, those that have stopped too."""
-    rows, columns, efficiency, ramp = 128, 256, 0.95, 4.0
-    samples = run.bucket or run.n
-    tiles = math.ceil(samples * POSITIONS / rows) * math.ceil(CHANNELS / columns)
-    rate = chip.product / chip.multiprocessors * efficiency * chip.clock
-    tile = 2 * rows * columns * 9 * CHANNELS / rate * MICRO
-    filled = tiles * 9 * CHANNELS * (rows + columns) * 2  # operands, read into shared memory
-    return Predicted(1, 0, filled, math.ceil(tiles / chip.multiprocessors) * tile + ramp)
+from benchmarks.timing.launch_model import (
+    CHIPS,
+    GAP,
+    GAP_PROGRAMMATIC,
+    LAUNCH,
+    MICRO,
+    PADDING,
+    RESULTS,
+    SETUP,
+    WAITS,
+    Chip,
+    Predicted,
+    Run,
+    convolution,
+    forward,
+    kernel,
+    usage,
+)
 
 
 def evaluation(run: Run, chip: Chip, k: int) -> Iterator[tuple[str, Predicted]]:
@@ -220,6 +53,18 @@ def evaluation(run: Run, chip: Chip, k: int) -> Iterator[tuple[str, Predicted]]:
         yield "gaps", Predicted(0, us=GAP_PROGRAMMATIC if early else GAP)
 
 
+def once(run: Run, chip: Chip) -> Iterator[tuple[str, Predicted]]:
+    """Launches that a solve has beside its evaluations': an 8-bit history's first scale takes some."""
+    rows, gap = forward(run, chip), GAP_PROGRAMMATIC if run.programmatic else GAP
+    tails = sum(r["launches"] for r in rows if r["family"] == "tail + residual") - usage()["steps"] - 1
+    for _ in range(tails):
+        yield "tail + residual", kernel(run, chip, "tail + residual", 1, 1.0)
+        yield "gaps", Predicted(0, us=gap)
+    for row in (r for r in rows if r["family"] not in (*WAITS, "finish")):
+        yield row["family"], Predicted(row["launches"], us=row["launches"] * LAUNCH)
+        yield "gaps", Predicted(0, us=row["launches"] * gap)
+
+
 def total(predictions: Iterator[tuple[str, Predicted]]) -> dict[str, Predicted]:
     found: dict[str, Predicted] = {}
     for family, predicted in predictions:
@@ -232,6 +77,7 @@ def solve(run: Run, chip: Chip) -> dict[str, Predicted]:
 
     def everything() -> Iterator[tuple[str, Predicted]]:
         yield "setup", Predicted(0, us=SETUP + (PADDING if (run.bucket or run.n) > run.n else 0))
+        yield from once(run, chip)
         for k in range(run.evaluations()):
             yield from evaluation(run, chip, k)
 

@@ -1,4 +1,4 @@
-"""benchmarks/timing/model.py: a solve's predicted time."""
+"""benchmarks/timing/model.py and launch_model.py: a solve's predicted time."""
 
 import json
 import random
@@ -66,8 +66,8 @@ def test_whatever_is_saved_makes_a_solve_shorter():
 
 def test_kernels_share_the_solve():
     for name, ending in ENDINGS.items():
-        parts = model.solve(replace(BEST, **ending), H100)
-        evaluations = replace(BEST, **ending).evaluations()
+        run = replace(BEST, history=2, **ending)
+        parts, evaluations = model.solve(run, H100), run.evaluations()
         launches = {family: part.launches for family, part in parts.items()}
         expected = {"convolution": 2 * evaluations, "norm_relu": evaluations, "tail + residual": evaluations}
         expected |= {"cluster_step": min(15, evaluations), "gaps": 0, "setup": 0}
