@@ -28,20 +28,21 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind an installed ifr_fast
 
 from benchmarks.report.environment import environment
+from benchmarks.report.files import write_json
 from benchmarks.timing import measure
 from benchmarks.timing.contenders import BASE, Contender, Setting, contenders, gpu_contenders
+from benchmarks.timing.features import smooth_features
 from benchmarks.timing.measure import AnyConvolution, Call, Timed
 from benchmarks.timing.speed_picture import save_picture
 from benchmarks.timing.speed_report import Row, print_report, report
@@ -51,6 +52,7 @@ from ifr_fast.kernels.convolutions import MULTIPLE
 
 BACK_TO_BACK = 10  # runs of a lone convolution at most: a short one takes less than its launch, or to wake the threads
 LEAST_SECONDS = 0.01  # that they take together on a CPU
+SELDOM = 5  # seconds between reports of an unfinished run
 CONVOLUTIONS = Path(__file__).with_name("timing") / "convolutions.py"
 CONVOLUTIONS_SHARE = 0.1  # of the budget, for each table of convolutions by themselves
 AVX2 = {"IFR_FAST_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -66,6 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--n-backward", type=int, help="largest batch size of forward+backward (4; on a GPU 512)")
     add("--channels", type=int, default=256, help="(%(default)s)")
     add("--size", type=int, default=14, help="height and width (%(default)s)")
+    add("--short", action="store_true", help="only the rows that matter most, forward, for every N (86 100 256)")
     add("--steps", type=int, default=15, help="of every solver, forward and backward (%(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="on a CPU (%(default)s)")
     add("--budget", type=float, default=150, help="seconds in all, where 3 runs of each fit (%(default)s)")
@@ -80,7 +83,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     defaults = {
         "table": 100 if gpu else 16,
         "n_backward": 512 if gpu else 4,
-        "n": [1, 8, 32, 64, 100, 128, 256, 512] if gpu else [1, 4, 16],
+        "n": [86, 100, 256] if options.short else [1, 8, 32, 64, 100, 128, 256, 512] if gpu else [1, 4, 16],
     }
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -92,13 +95,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if min(options.n) < 1:
         parser.error(f"--n: expected batch sizes of at least 1, got {min(options.n)}")
     return options
-
-
-def smooth_features(n: int, channels: int, size: int, generator: torch.Generator) -> Tensor:
-    """(n, channels, size, size) like RoI features: low-passed noise through a ReLU, rms 1."""
-    noise = torch.randn(n, channels, size + 4, size + 4, generator=generator, device=generator.device)
-    features = F.avg_pool2d(noise, 5, stride=1).relu()
-    return features / features.square().mean().sqrt()
 
 
 class Inputs:
@@ -133,16 +129,19 @@ class Inputs:
 
 
 def planned(options: argparse.Namespace, everything: list[Contender]) -> Iterator[Row]:
-    """The rows: all contenders at the table's batch size, a few at the others."""
-    backward_sizes = [n for n in options.n if n <= options.n_backward]
-    for mode, sizes, table in (
-        (FORWARD, options.n, options.table),
-        (BACKWARD, backward_sizes, min(options.table, options.n_backward)),
-    ):
+    """The rows: all contenders at the table's batch size, a few at the others. The short form has few at all sizes."""
+    passes = [(FORWARD, options.n, options.table)]
+    if options.short:
+        everything = [contender for contender in everything if contender.in_short]
+    else:
+        backward_sizes = [n for n in options.n if n <= options.n_backward]
+        passes.append((BACKWARD, backward_sizes, min(options.table, options.n_backward)))
+    for mode, sizes, table in passes:
         for n in sorted({*sizes, table}):
             for contender in everything:
                 has_mode = contender.backward if mode == BACKWARD else contender.forward
-                if (n == table or contender.in_sweep) and (has_mode or contender.unavailable):
+                wanted = n == table or contender.in_sweep or options.short
+                if wanted and (has_mode or contender.unavailable):
                     yield Row(contender, n, mode, in_table=n == table, unavailable=contender.unavailable)
 
 
@@ -201,7 +200,7 @@ def repeated(convolution: AnyConvolution, device: torch.device, times: int) -> C
 def convolutions_alone(options: argparse.Namespace) -> list[dict]:
     """What timing/convolutions.py finds with all of the processor's instructions and, where these are more, with AVX2.
     Libraries read the variables that choose instructions when they are loaded: each takes a process of its own."""
-    if options.device.type != "cpu" or not backends()["cpu"].available:
+    if options.device.type != "cpu" or options.short or not backends()["cpu"].available:
         return []
     channels = [c for c in (options.channels, options.channels // 2) if c and c % MULTIPLE == 0]
     sizes = [f"{n}x{c}x{options.size}x{options.size}" for c in channels for n in options.n]
@@ -240,25 +239,47 @@ def main(arguments: list[str] | None = None) -> dict:
         everything += gpu_contenders(setting, features)
     convolutions = convolutions_alone(options)
     rows = list(planned(options, everything))
+    alone, ceilings, path = {}, {}, options.out / "speed.json"
+
+    def write() -> dict:
+        """Also of an unfinished run, which may be killed."""
+        taken = time.perf_counter() - started
+        found = report(rows, alone, ceilings, convolutions, vars(options), facts, taken)
+        write_json(path, found)
+        return found
+
+    write_at_times = seldom(write)
     bar = tqdm(rows, "warming up", dynamic_ncols=True)
     for row in bar:
         bar.set_postfix_str(row.label + (", compiling" if row.contender.compiled else ""), refresh=False)
         if not row.unavailable:
             warm_up(row, inputs, device)
+        write_at_times()
     measured = [row for row in rows if not row.unavailable]
-    alone = lone_convolutions(measured, device)
-    ceilings = measure.ceilings(device) if device.type == "cuda" else {}
+    alone |= lone_convolutions(measured, device)
+    ceilings |= measure.ceilings(device) if device.type == "cuda" else {}
     left = options.budget - (time.perf_counter() - started)
     timed = [*(row.timed for row in measured), *alone.values(), *(c.timed for c in ceilings.values())]
-    measure.time_in_turns(timed, device, left, before_round=inputs.renew)
+    measure.time_in_turns(timed, device, left, before_round=inputs.renew, after_run=write_at_times)
 
-    found = report(rows, alone, ceilings, convolutions, vars(options), facts, time.perf_counter() - started)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
+    found = write()
     save_picture(options.out / "speed.png", found)
     print_report(found)
-    print(f"wrote {options.out / 'speed.json'} and {options.out / 'speed.png'}")
+    print(f"wrote {path} and {options.out / 'speed.png'}")
     return found
+
+
+def seldom(action: Callable[[], object]) -> Callable[[], None]:
+    """A function that acts only where SELDOM has passed since it last did."""
+    last = time.perf_counter()
+
+    def perhaps() -> None:
+        nonlocal last
+        if time.perf_counter() - last > SELDOM:
+            action()
+            last = time.perf_counter()
+
+    return perhaps
 
 
 if __name__ == "__main__":

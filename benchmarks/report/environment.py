@@ -32,6 +32,7 @@ def environment(device: torch.device) -> dict[str, str]:
         found["no compiled kernels for CPUs"] = backends()["cpu"].reason
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
+        found["compute capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
         found["cuda"], found["cudnn"] = torch.version.cuda, str(torch.backends.cudnn.version())
         found["float32 convolutions"] = "TF32" if torch.backends.cudnn.allow_tf32 else "IEEE"
         found |= nvidia_smi(device)

@@ -48,9 +48,9 @@ class Contender:
     forward(x) gives a call that returns y; backward(x, cotangent) one that returns y and the gradients of x and the
     parameters. x: (N, C, H, W) of this dtype and layout. residual(x, y): each sample's relative residual at y, (N,),
     where something is solved; by the specification in float32, whatever dtype the row computes in. in_sweep: the row is
-    timed for every N, not only in the table. compiled: the first call compiles. graph: on a GPU the first call runs
-    eagerly, the second is recorded, later ones replay. note: what a reader of the row must know. unavailable: why there
-    are no calls.
+    timed for every N, not only in the table; in_short: in the short form too. compiled: the first call compiles. graph:
+    on a GPU the first call runs eagerly, the second is recorded, later ones replay. note: what a reader of the row must
+    know. unavailable: why there are no calls.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Contender:
     dtype: torch.dtype = torch.float32
     layout: torch.memory_format = torch.contiguous_format
     in_sweep: bool = False
+    in_short: bool = False
     compiled: bool = False
     graph: bool = False
     note: str = ""
@@ -101,6 +102,7 @@ def contenders(setting: Setting) -> list[Contender]:
     """All rows, the base of the ratios first."""
     steps = setting.steps
     bf16, channels_last = torch.bfloat16, torch.channels_last
+    narrow = {"dtype": bf16, "layout": channels_last}
     exact = {"max_iter": steps, "rtol": 0}
     stored = {**exact, "history_dtype": bf16}
     quarter = Broyden(**QUARTER_STEPS), QUARTER_STEPS, setting.quarter
@@ -112,11 +114,11 @@ def contenders(setting: Setting) -> list[Contender]:
     on_cpu = setting.device.type == "cpu"
 
     return [
-        of_module(BASE, setting.stack(), in_sweep=True),
+        of_module(BASE, setting.stack(), in_sweep=True, in_short=True),
         of_module("4 convolutions, NHWC", wide, layout=channels_last),
         *([winograd_stack(setting)] if on_cpu else []),
         of_module("4 convolutions, compiled", torch.compile(setting.stack(), dynamic=False), compiled=True),
-        of_module(BF16_STACK, narrow_stack(setting), dtype=bf16, layout=channels_last, in_sweep=True),
+        of_module(BF16_STACK, narrow_stack(setting), in_sweep=True, in_short=True, **narrow),
         of_module("unroll of 4", unroll, residual=partial(block_residual, specified(unroll))),
         ifr(IFR, Broyden(**exact), exact, in_sweep=True),
         *([ifr(IFR_DIRECT, Broyden(**exact), exact, {"convolution": "direct"}, in_sweep=True)] if on_cpu else []),
@@ -124,8 +126,8 @@ def contenders(setting: Setting) -> list[Contender]:
         ifr("IFR Anderson", Anderson(**exact), exact),
         ifr("IFR Picard", Picard(**exact), exact),
         ifr(QUARTER, *quarter, in_sweep=True),
-        ifr(BF16, Broyden(**exact), exact, dtype=bf16, layout=channels_last, in_sweep=True),
-        ifr(QUARTER_BF16, *quarter, dtype=bf16, layout=channels_last),
+        ifr(BF16, Broyden(**exact), exact, in_sweep=True, in_short=True, **narrow),
+        ifr(QUARTER_BF16, *quarter, **narrow),
         Contender(
             RELEASED,
             partial(released, block, steps),
@@ -133,6 +135,7 @@ def contenders(setting: Setting) -> list[Contender]:
             partial(block_residual, block),
             count(params),
             in_sweep=True,
+            in_short=True,
         ),
         # torchdeq counts Broyden's steps but Anderson's evaluations, of which there is one more.
         by_torchdeq(TORCHDEQ, steps, block, params),
@@ -148,12 +151,12 @@ def gpu_contenders(setting: Setting, features: Tensor) -> list[Contender]:
     replayed = {"graph": True, "note": REPLAYED}
     compiled = torch.compile(narrow_stack(setting), dynamic=False)
 
-    def by_backend(backend: str) -> Contender:
-        name = f"IFR Broyden, {backend} kernels, NHWC, bf16, graph"
+    def by_backend(backend: str, graph: bool = True) -> Contender:
+        name = f"IFR Broyden, {backend} kernels, NHWC, bf16" + (", graph" if graph else "")
         if not backends()[backend].available:
-            return Contender(name, unavailable=backends()[backend].reason)
-        options = {"backend": backend, "cuda_graphs": True}
-        return by_ifr(setting, name, broyden, exact, options, **narrow, **replayed)
+            return Contender(name, unavailable=backends()[backend].reason, in_short=True)
+        options = {"backend": backend, "cuda_graphs": graph}
+        return by_ifr(setting, name, broyden, exact, options, in_short=True, **narrow, **(replayed if graph else {}))
 
     head = setting.head()
     params = [t.detach().to(torch.bfloat16) for t in head.block.tensors()]
@@ -166,10 +169,10 @@ def gpu_contenders(setting: Setting, features: Tensor) -> list[Contender]:
     quarter = Broyden(**QUARTER_STEPS), QUARTER_STEPS, {**graphs, **setting.quarter}
     return [
         of_module(COMPILED_STACK, compiled, compiled=True, **narrow),
-        by_ifr(setting, GRAPH, broyden, exact, graphs, in_sweep=True, **narrow, **replayed),
+        by_ifr(setting, GRAPH, broyden, exact, graphs, in_sweep=True, in_short=True, **narrow, **replayed),
         by_ifr(setting, "IFR Anderson, NHWC, bf16, graph", anderson, exact, graphs, **narrow, **replayed),
         by_ifr(setting, f"{QUARTER_BF16}, graph", *quarter, **narrow, **replayed),
-        *map(by_backend, ("triton", "cuda", "eager")),
+        *(by_backend(name, graph) for name in ("triton", "cuda", "eager") for graph in (True, False)),
         by_ifr(setting, "IFR Broyden, graph", broyden, exact, graphs, **replayed),
         stopping_early(setting, features, **narrow),
         by_torchdeq(TORCHDEQ_BF16, setting.steps, block, params, residual=residual, **narrow),
@@ -181,12 +184,13 @@ def stopping_early(setting: Setting, features: Tensor, **fields) -> Contender:
     try:
         gain, radii = calibrated(setting, features, radius=0.6)
     except Exception as error:
-        return Contender(EARLY, unavailable=f"calibration failed: {type(error).__name__}: {error}")
+        return Contender(EARLY, unavailable=f"calibration failed: {type(error).__name__}: {error}", in_short=True)
     loose = {"max_iter": setting.steps, "rtol": 1e-2}
     radius = f"{radii.median():.2f} ({radii.min():.2f}–{radii.max():.2f})"
     note = f"GN3's gain {gain:.3g} gives the spectral radius {radius}; stops at 1e-2"
     options = {"post_gain": gain, "cuda_graphs": True}
-    return by_ifr(setting, EARLY, Broyden(**loose), loose, options, graph=True, note=f"{note}; {REPLAYED}", **fields)
+    fields = {"graph": True, "note": f"{note}; {REPLAYED}", "in_short": True, **fields}
+    return by_ifr(setting, EARLY, Broyden(**loose), loose, options, **fields)
 
 
 def calibrated(setting: Setting, features: Tensor, radius: float) -> tuple[float, Tensor]:

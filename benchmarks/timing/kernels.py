@@ -11,7 +11,6 @@ everything once at toy sizes, under Triton's interpreter where there is no GPU.
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -26,6 +25,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
 from benchmarks.report.environment import environment
+from benchmarks.report.files import write_json
 from benchmarks.timing import measure
 from benchmarks.timing.kernel_cases import ROIS, Bench, Case, Size, convolution_cases
 from benchmarks.timing.kernel_report import print_tables, rate
@@ -154,7 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
     found["not_run"] = []
 
     def write() -> None:
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        rate(found)
+        write_json(path, found)
 
     if device.type == "cuda" and not options.dry:
         ceilings = measure.ceilings(device)
@@ -174,7 +175,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{label} failed:\n{entry['traceback']}", file=sys.stderr, flush=True)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # raises where the device answers no more: nothing else would run
-    rate(found)
     found["elapsed_seconds"] = time.perf_counter() - started
     write()
     print_tables(found)

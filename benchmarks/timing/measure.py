@@ -259,7 +259,12 @@ def ceilings(device: torch.device, *, side: int = 8192, copied: int = 1 << 30) -
 
 
 def time_in_turns(
-    timed: Sequence[Timed], device: torch.device, budget: float, *, before_round: Call = lambda: None
+    timed: Sequence[Timed],
+    device: torch.device,
+    budget: float,
+    *,
+    before_round: Call = lambda: None,
+    after_run: Call = lambda: None,
 ) -> None:
     """Time all calls in `budget` seconds, each at least LEAST times whatever the budget.
 
@@ -276,6 +281,7 @@ def time_in_turns(
             if len(timed[i].samples) < LEAST or start < deadline:
                 timed[i].take(round, device)
             costs.append(time.perf_counter() - start)
+            after_run()
             bar.update()
         return costs
 

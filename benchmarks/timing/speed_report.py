@@ -30,6 +30,10 @@ class Row:
     residual: Tensor | None = None
 
     @property
+    def was_timed(self) -> bool:
+        return self.timed is not None and bool(self.timed.samples)
+
+    @property
     def label(self) -> str:
         return f"{self.contender.name}, N = {self.n}, {self.mode}"
 
@@ -43,12 +47,14 @@ def report(
     facts: dict[str, str],
     elapsed: float,
 ) -> dict:
-    """All that speed.json holds. Times in seconds, memory in bytes, ceilings in FLOP or bytes a second. convolutions:
-    what timing/convolutions.py found, by instruction set."""
-    stacks = {(r.n, r.mode): r.timed for r in rows if r.contender.name == BASE and not r.unavailable}
+    """All that speed.json holds, by now. Times in seconds, memory in bytes, ceilings in FLOP or bytes a second.
+    convolutions: what timing/convolutions.py found, by instruction set."""
+    stacks = {(r.n, r.mode): r.timed for r in rows if r.contender.name == BASE and r.was_timed}
+    lone = {convolution: timed for convolution, timed in lone.items() if timed.samples}
     entries = [describe(row, lone, stacks.get((row.n, row.mode))) for row in rows]
     everything = [*entries, *(row for found in convolutions for row in found["rows"])]
-    rates = {name: ceiling.rate for name, ceiling in ceilings.items()}
+    rates = {name: ceiling.rate for name, ceiling in ceilings.items() if ceiling.timed.samples}
+    ready = has_targets(settings) and rates.keys() == ceilings.keys()
     return {
         "settings": {k: v if isinstance(v, int | float | list) else str(v) for k, v in settings.items()},
         "environment": facts,
@@ -57,7 +63,7 @@ def report(
         "ceilings": rates,
         "rows": entries,
         "convolutions": convolutions,
-        "targets": targets(everything, aims(settings, rates)) if has_targets(settings) else [],
+        "targets": targets(everything, aims(settings, rates)) if ready else [],
     }
 
 
@@ -65,19 +71,22 @@ def describe(row: Row, lone: dict[AnyConvolution, Timed], stack: Timed | None) -
     """A row of the report. Ratios are (first quartile, median, third quartile) of the rounds' own ratios."""
     entry = {"name": row.contender.name, "n": row.n, "mode": row.mode, "in_table": row.in_table}
     entry["note"] = row.contender.note
-    if row.unavailable:
-        return {**entry, "unavailable": row.unavailable}
+    if not row.was_timed:
+        return {**entry, "unavailable": row.unavailable or "not timed yet"}
     samples, residual = row.timed.samples, row.residual
+    of_stack = ratios(row.timed.walls, stack.walls) if stack else []
+    convolutions = row.convolutions if row.convolutions.keys() <= lone.keys() else {}
+    of_convolutions = ratios(row.timed.walls, alone(row, lone)) if convolutions else []
     return {
         **entry,
         "median": row.timed.median,
         "processor_median": quartiles(sample.processor for sample in samples.values())[1],
         "rounds": list(samples),
         "seconds": [sample.wall for sample in samples.values()],
-        "ratio_to_stack": quartiles(ratios(row.timed.walls, stack.walls)) if stack else None,
-        "ratio_to_convolutions": quartiles(ratios(row.timed.walls, alone(row, lone))) if row.convolutions else None,
+        "ratio_to_stack": quartiles(of_stack) if of_stack else None,
+        "ratio_to_convolutions": quartiles(of_convolutions) if of_convolutions else None,
         "convolutions": [
-            {"call": str(c), "count": count, "alone": lone[c].median} for c, count in row.convolutions.items()
+            {"call": str(c), "count": count, "alone": lone[c].median} for c, count in convolutions.items()
         ],
         "peak_extra_bytes": row.peak_bytes,
         "residual_median": None if residual is None else residual.median().item(),

@@ -1,36 +1,42 @@
 """benchmarks/gpu_check.py and kernels.py, as far as they go without a GPU."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from emulated_cuda import cuda_fixture  # noqa: F401
 
-from benchmarks import gpu_check
-from benchmarks.gpu_check import Outcome, Stage
-from benchmarks.timing import kernel_cases, kernel_report, kernels
+from benchmarks import gpu_check, speed
+from benchmarks.timing import kernel_cases, kernel_report, kernels, profile_solve, smoke
+from benchmarks.timing.stages import Outcome, Stage
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def stage(name: str, script: str, *, least=0.0, most=60.0, **fields) -> Stage:
-    return Stage(name, lambda _: [sys.executable, "-c", script], least, most, **fields)
-
-
 @pytest.fixture
-def run(tmp_path):
-    """Runs stages; gives the outcomes by name, and how many there were at every report."""
+def plan(tmp_path, monkeypatch) -> gpu_check.Plan:
+    """Of a machine with a GPU, an nvcc and a sanitizer, where no ifr_fast is installed."""
+    monkeypatch.setattr(gpu_check, "is_installed", lambda folder: "")
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path: f"/bin/{name}")
+    plan = gpu_check.Plan(tmp_path / "out", tmp_path)
+    facts = {"gpu": "some GPU", "compute capability": "9.0"}
+    plan.outcomes["environment"] = Outcome("environment", "passed", results=facts)
+    return plan
 
-    def run(*stages: Stage, budget=60.0) -> tuple[dict[str, Outcome], list[int]]:
-        reports = []
-        outcomes = gpu_check.run_stages(stages, budget, tmp_path / "log", lambda found: reports.append(len(found)))
-        return {outcome.name: outcome for outcome in outcomes}, reports
 
-    return run
+def after(plan: gpu_check.Plan, build: str, **reasons: str) -> dict[str, Stage]:
+    """The stages by name, after a build that came out so and smoke tests that found backends lacking."""
+    found = {"triton": "", "cuda": "", "eager": "", **reasons}
+    plan.outcomes["build"] = Outcome("build", build)
+    plan.outcomes["smoke"] = Outcome("smoke", "passed", results={"backends": {**found, "cuda": "no compiled part"}})
+    if build == "passed":
+        plan.outcomes["smoke_cuda"] = Outcome("smoke_cuda", "passed", results={"backends": found})
+    return {stage.name: stage for stage in plan.stages()}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -40,118 +46,156 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path):
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 2
     assert process.stderr == "gpu_check.py: torch finds no GPU here, and all that this does needs one\n"
-    assert process.stdout == ""
-    assert not out.exists()
+    found = {s["name"]: s for s in json.loads((out / "gpu_check.json").read_text())["stages"]}
+    assert found.pop("environment")["state"] == "passed"
+    assert {(s["state"], s["detail"]) for s in found.values()} == {("not run", gpu_check.NO_GPU)}
 
 
-def test_failing_and_hanging_stages_cost_the_others_nothing(run, tmp_path):
-    left = tmp_path / "left.json"
-    # The hanging stage starts a process that would hold on to the log.
-    hanging = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    started = time.monotonic()
-    outcomes, reports = run(
-        stage("failing", "print('before'); raise ValueError('on purpose')"),
-        stage("hanging", hanging, most=2),
-        stage("missing", "", missing="not installed: something"),
-        stage("working", f"open({str(left)!r}, 'w').write('[1]'); print('done, at last')", leaves=left),
-    )
-    assert time.monotonic() - started < 45
-    states = {name: outcome.state for name, outcome in outcomes.items()}
-    assert states == {"failing": "failed", "hanging": "timed out", "missing": "not run", "working": "passed"}
-    assert "Traceback" in outcomes["failing"].tail
-    assert outcomes["failing"].detail == "ValueError: on purpose"
-    assert outcomes["missing"].detail == "not installed: something"
-    assert (outcomes["working"].detail, outcomes["working"].results, outcomes["working"].tail) == (
-        "done, at last", [1], "",
-    )  # fmt: skip
-    assert reports == [1, 2, 3, 4]
-    log = (tmp_path / "log").read_text()
-    assert all(words in log for words in ("===== failing", "before", "on purpose", "===== working", "done, at last"))
+@pytest.mark.parametrize(("capability", "archs"), [("9.0", "90a"), ("8.0", "80"), ("10.0", "100"), ("12.0", "120")])
+def test_it_is_built_for_the_gpu_at_hand(capability, archs, plan):
+    plan.outcomes["environment"].results["compute capability"] = capability
+    build = next(stage for stage in plan.stages() if stage.name == "build")
+    assert build.missing() == ""
+    assert build.variables()["IFR_FAST_ARCHS"] == archs
+    assert build.variables()["IFR_FAST_CUDA"] == "1"
+    assert build.background
+    assert build.folder == BENCHMARKS.parent
 
 
-def test_stages_leave_later_ones_their_time(run):
-    sleeping = "import time; time.sleep(600)"
-    outcomes, _ = run(
-        stage("greedy", sleeping, most=100),
-        stage("late", "pass", least=12),
-        stage("last", sleeping, most=0.5),
-        budget=14,
-    )
-    assert outcomes["greedy"].state == "timed out"
-    assert 1 < outcomes["greedy"].seconds < 8
-    assert outcomes["late"].state == "passed"
-    assert outcomes["last"].state == "not run"
+def test_a_build_is_what_later_stages_run(plan, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    stages = after(plan, "passed")
+    paths = stages["profile_cuda"].variables()["PYTHONPATH"].split(os.pathsep)
+    assert paths == [str(plan.library), os.path.abspath("elsewhere")]
+    assert stages["gpu_tests"].variables()["PYTHONPATH"].startswith(str(plan.library))
+    assert stages["gpu_tests"].variables()["OMP_NUM_THREADS"] == "1"
+    assert not any(stage.missing() for stage in stages.values())
 
 
-def test_results_of_an_earlier_run_are_not_taken_for_a_stages_own(run, tmp_path):
-    old = tmp_path / "old.json"
-    old.write_text("[]")
-    outcomes, _ = run(stage("silent", "", leaves=old), stage("torn", f"open({str(old)!r}, 'w').write('[')", leaves=old))
-    assert outcomes["silent"].results is None
-    assert outcomes["torn"].results is None
-    assert "old.json is incomplete" in outcomes["torn"].detail
+@pytest.mark.parametrize("state", ["failed", "timed out", "not run"])
+def test_without_a_build_tritons_stages_run_from_the_sources(state, plan):
+    stages = after(plan, state)
+    assert {name for name, stage in stages.items() if stage.missing()} == {
+        "smoke_cuda", "profile_cuda", "profile_cuda_graph", "kernels_cuda", "cuda_tests", "racecheck",
+    }  # fmt: skip
+    assert stages["profile_triton"].variables()["PYTHONPATH"].split(os.pathsep)[0] == str(BENCHMARKS.parent)
+    assert [str(w) for w in stages["memcheck"].command(9)][-4:-1] == ["--backends", "triton", "--out"]
 
 
-@pytest.mark.parametrize(
-    ("output", "expected"),
-    [
-        ("test_a.py::x PASSED\n===== 1 failed, 2 passed in 3.21s =====\nend\n", "1 failed, 2 passed in 3.21s"),
-        ("========= ERROR SUMMARY: 0 errors\n", "ERROR SUMMARY: 0 errors"),
-        ("a\n  b  \n\n", "b"),
-        ("", "it printed nothing"),
-    ],
-)
-def test_a_stage_in_one_line(output, expected):
-    assert gpu_check.summary(output) == expected
+def test_an_installed_package_is_not_built_anew(plan, monkeypatch):
+    monkeypatch.setattr(gpu_check, "is_installed", lambda folder: "/somewhere/ifr_fast")
+    plan.__post_init__()
+    stages = {stage.name: stage for stage in plan.stages()}
+    assert "installed" in stages["build"].missing()
+    assert not stages["smoke_cuda"].missing()
+    assert "PYTHONPATH" not in stages["speed"].variables()
 
 
-def test_table_of_bars(capsys):
+def test_where_triton_cannot_serve_its_stages_say_why(plan):
+    stages = after(plan, "passed", triton="no triton here")
+    assert stages["profile_triton"].missing() == stages["gpu_tests"].missing() == "no triton here"
+    assert not stages["profile_cuda"].missing()
+    assert not stages["forward"].missing()
+
+
+def test_planned_stages_fit_the_budget(plan):
+    stages = after(plan, "passed")
+    longest_wait = stages["build"].most - stages["smoke"].least
+    assert sum(stage.least for stage in stages.values()) + longest_wait < 570 <= 600 - 2 * 10
+    assert all(stage.least <= stage.most for stage in stages.values())
+    for stage in stages.values():
+        words = [str(word) for word in stage.command(100)]
+        folder = stage.folder or plan.scratch
+        assert all((folder / word).exists() for word in words if word.endswith(".py")), words
+    assert gpu_check.parse(["--out", "x"]).budget == 570
+
+
+def test_programs_take_the_options_that_stages_give_them(plan, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    serving = dict.fromkeys(("triton", "cuda", "eager"), SimpleNamespace(available=True))
+    for module in (kernels, profile_solve):
+        monkeypatch.setattr(module, "backends", lambda: serving)
+    programs = {Path(m.__file__).name: m for m in (speed, kernels, profile_solve, smoke)}
+    met = set()
+    for stage in after(plan, "passed").values():
+        words = [str(word) for word in stage.command(100)]
+        for i, word in enumerate(words):
+            if module := programs.get(Path(word).name):
+                options = module.parse(words[i + 1 :])
+                met.add(module)
+                if stage.leaves:
+                    assert stage.leaves in (options.out, *(options.out / f"{m}.json" for m in ("speed", "kernels")))
+    assert met == set(programs.values())
+
+
+@pytest.mark.full
+def test_every_stage_is_rehearsed_without_a_gpu(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, BENCHMARKS / "gpu_check.py", "--dry", "--out", out]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
+    stages = {s["name"]: s for s in json.loads((out / "gpu_check.json").read_text())["stages"]}
+    idle = {"build", "gpu_tests", "memcheck", "racecheck"}
+    assert {name for name, s in stages.items() if s["state"] == "not run"} <= idle
+    assert {s["state"] for name, s in stages.items() if name not in idle} == {"passed"}
+    assert all(s["results"] for name, s in stages.items() if name not in idle)
+    assert {path.name for path in out.iterdir()} == {"gpu_check.json", "gpu_check.log", "speed.json", "speed.png"}
+
+
+WITHOUT_COMPILED_PART = """
+import sys, torch
+sys.modules["ifr_fast._native"] = None  # an import of it fails
+import ifr_fast
+found = {name: backend.available for name, backend in ifr_fast.backends().items()}
+assert found["eager"] and found["triton"] and not found["cpu"] and not found["cuda"], found
+for backend in ("auto", "eager", "triton"):
+    head = ifr_fast.IFRHead(16, groups=4, solver=ifr_fast.Broyden(2), adjoint=ifr_fast.Implicit(2), backend=backend)
+    x = torch.randn(1, 16, 4, 4, requires_grad=True)
+    head(x).sum().backward()
+    assert x.grad.isfinite().all()
+from benchmarks import speed
+from benchmarks.timing import kernels, profile_solve, smoke
+from benchmarks.report.environment import environment
+print(environment(torch.device("cpu"))["no compiled kernels for CPUs"])
+"""
+
+
+def test_the_sources_serve_without_their_compiled_part(tmp_path):
+    """On a machine where the build fails."""
+    pytest.importorskip("triton")
+    variables = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCHMARKS.parent)}
+    command = [sys.executable, "-c", WITHOUT_COMPILED_PART]
+    process = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "does not import" in process.stdout
+
+
+def test_table_of_bars():
     def swept(family: str, variant: str, reached: float, n: int = 512) -> dict:
         return {"family": family, "variant": variant, "n": n, "dtype": "bfloat16", "of_copy": reached}
 
     cases = [swept("gram_row", "K = 4", 0.9), swept("gram_row", "K = 15", 0.85), swept("gram_row", "K = 8", 0.1, n=1)]
     cases += [swept("combine", "K = 4", 0.7), {**swept("combine", "K = 8", 0.1), "dtype": "float32"}]
-    target = {"what": "graph / floor", "bound": "≤ 1.6", "value": 1.5, "met": True}
+    floor = {"what": "graph / floor", "bound": "≤ 1.6", "value": 1.5, "met": True}
+    stack = {"what": "graph / stack", "bound": "≤ 1.2", "value": 1.3, "met": False}
+    unknown = {"value": None, "met": None}
     outcomes = [
+        Outcome("profile_triton", "passed", 9, tail="a kernel\n" * 10_000),
         Outcome("kernels_triton", "passed", 60, "50 ran", results={"cases": cases}),
         Outcome("kernels_cuda", "not run", detail="no nvcc"),
-        Outcome("speed", "passed", 100, "took 100 s", results={"targets": [target]}),
+        Outcome("memcheck", "failed", 9, "1 error", tail="x\nwhere the error is"),
+        # The whole benchmark was cut off: what it has not measured, the short one may have.
+        Outcome("speed", "timed out", 100, "cut off", results={"targets": [{**floor, **unknown}, stack]}),
+        Outcome("forward", "passed", 50, "ok", results={"targets": [floor, {**stack, **unknown}]}),
     ]
-    bars = gpu_check.bars(outcomes)
-    assert [(bar["value"], bar["met"]) for bar in bars] == [
-        (1.5, True), (0.85, True), (0.7, False), (None, None), (None, None),
-    ]  # fmt: skip
-    gpu_check.print_table(outcomes)
-    printed = capsys.readouterr().out
-    assert [line.split()[-1] for line in printed.splitlines()[-5:]] == ["met", "met", "MISSED", "measured", "measured"]
-    assert "no nvcc" in printed
-    assert all(bar["met"] is None for bar in gpu_check.bars([]))
-
-
-def test_planned_stages_fit_the_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "gpu_backends", lambda: {"triton": "", "cuda": "no nvcc", "eager": ""})
-    stages = {s.name: s for s in gpu_check.planned(tmp_path, tmp_path)}
-    assert sum(s.least for s in stages.values()) < 470 < 8 * 60
-    assert stages["kernels_cuda"].missing == "no nvcc"
-    for s in stages.values():
-        if not s.missing:
-            words = [str(word) for word in s.command(100)]
-            assert all(Path(word).exists() for word in words if word.endswith(".py")), words
-
-
-def test_the_benchmarks_take_the_options_that_stages_give_them(tmp_path, monkeypatch):
-    from benchmarks import speed
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "gpu_backends", lambda: {"triton": "", "cuda": "", "eager": ""})
-    monkeypatch.setattr(kernels, "backends", lambda: dict.fromkeys(kernels.BACKENDS, Outcome("", "")))
-    monkeypatch.setattr(Outcome, "available", True, raising=False)
-    for s in gpu_check.planned(tmp_path, tmp_path):
-        words = [str(word) for word in s.command(100)]
-        for module in (speed, kernels):
-            if (script := Path(module.__file__).name) in (names := [Path(word).name for word in words]):
-                options = module.parse(words[names.index(script) + 1 :])
-                assert options.out.parent in (tmp_path, tmp_path.parent)
+    outcomes = {outcome.name: outcome for outcome in outcomes}
+    bars = {bar["what"]: (bar["value"], bar["met"]) for bar in gpu_check.bars(outcomes)}
+    assert list(bars.values()) == [(1.5, True), (1.3, False), (0.85, True), (0.7, False), (None, None), (None, None)]
+    table = gpu_check.table(outcomes)
+    assert len(table) < 12_000
+    assert [line.split()[-1] for line in table.splitlines()[-4:]] == ["met", "MISSED", "measured", "measured"]
+    assert all(words in table for words in ("no nvcc", "a kernel", "where the error is"))
+    assert all(bar["met"] is None for bar in gpu_check.bars({}))
 
 
 @pytest.fixture

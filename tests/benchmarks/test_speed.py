@@ -237,7 +237,7 @@ def gpu_rows(monkeypatch, seed):
 def test_a_gpus_rows_compute(gpu_rows, seed):
     """All of them, forward and backward, in the dtypes and layouts that they ask for."""
     assert {GRAPH, EARLY, COMPILED_STACK, TORCHDEQ_BF16} < set(gpu_rows)
-    assert len(gpu_rows) == 10
+    assert len(gpu_rows) == 13
     for name, contender in gpu_rows.items():
         if (name == TORCHDEQ_BF16 and contender.unavailable) or "triton kernels" in name or "cuda kernels" in name:
             continue

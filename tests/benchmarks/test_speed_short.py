@@ -1,0 +1,79 @@
+"""speed.py's short form, and what it leaves when it is cut off."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import speed
+from benchmarks.timing import contenders, measure
+from benchmarks.timing.contenders import BASE, BF16, BF16_STACK, EARLY, GRAPH, RELEASED, Setting
+from benchmarks.timing.targets import FORWARD
+
+CPU = torch.device("cpu")
+TOY = [
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--channels",
+    "8",
+    "--size",
+    "6",
+    "--steps",
+    "3",
+    "--n",
+    "2",
+    "3",
+    "--table",
+    "3",
+]
+
+
+def test_the_short_form_has_the_same_rows_for_every_batch(tmp_path):
+    found = speed.main(["--short", *TOY, "--budget", "1", "--out", str(tmp_path)])
+    assert json.loads(json.dumps(found)) == json.loads((tmp_path / "speed.json").read_text())
+    rows = [(e["n"], e["name"]) for e in found["rows"]]
+    assert rows == [(n, name) for n in (2, 3) for name in (BASE, BF16_STACK, BF16, RELEASED)]
+    for entry in found["rows"]:
+        assert entry["mode"] == FORWARD
+        assert entry["ratio_to_convolutions"][1] > 0
+        assert (entry["residual_worst"] is not None) == (entry["name"] in (BF16, RELEASED))
+    assert found["convolutions"] == []
+
+
+def test_on_a_gpu_it_has_every_backend_both_ways(monkeypatch, seed):
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    setting = Setting(8, 3, seed, CPU)
+    x = speed.smooth_features(3, 8, 6, torch.Generator().manual_seed(seed))
+    names = {c.name for c in [*contenders.contenders(setting), *contenders.gpu_contenders(setting, x)] if c.in_short}
+    ways = {f"IFR Broyden, {b} kernels, NHWC, bf16" + g for b in ("triton", "cuda", "eager") for g in ("", ", graph")}
+    assert names == {BASE, BF16_STACK, BF16, GRAPH, EARLY, RELEASED, *ways}
+
+
+def test_its_batches_are_those_the_paper_model_tells_apart():
+    assert speed.parse(["--device", "cpu", "--short"]).n == [86, 100, 256]
+
+
+@pytest.mark.parametrize("after", [1, 5, 12])
+def test_a_run_that_is_cut_off_leaves_what_it_has(after, tmp_path, monkeypatch):
+    """In any place of the first rounds, and while rows are warmed up."""
+    taken, take = [], measure.Timed.take
+
+    def cut_off(self, round, device):
+        if len(taken) == after:
+            raise KeyboardInterrupt
+        taken.append(self)
+        take(self, round, device)
+
+    monkeypatch.setattr(measure.Timed, "take", cut_off)
+    monkeypatch.setattr(speed, "SELDOM", 0)
+    monkeypatch.setattr(speed, "save_picture", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        speed.main(["--short", *TOY, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "speed.json").read_text())
+    timed = [e for e in found["rows"] if "unavailable" not in e]
+    assert len(found["rows"]) == 8
+    assert len(timed) == min(after, 8)
+    assert {e["unavailable"] for e in found["rows"] if "unavailable" in e} <= {"not timed yet"}
+    assert all(len(e["seconds"]) == 1 for e in timed)
