@@ -65,6 +65,10 @@ class Plan:
     def built(self) -> bool:
         return "build" in self.outcomes and self.outcomes["build"].state == "passed"
 
+    @property
+    def unbuilt(self) -> str:
+        return "" if self.found or self.built else "there is no built ifr_fast"
+
     def no_gpu(self) -> str:
         facts = self.results("environment")
         return NO_GPU if facts and "gpu" not in facts and not self.dry else ""
@@ -147,7 +151,7 @@ class Plan:
 
     def smoke(self, name: str, least: float, most: float, *backends: str) -> Stage:
         def missing() -> str:
-            return self.lacking("cuda") or ("" if self.found or self.built else "there is no built ifr_fast")
+            return self.lacking("cuda") or self.unbuilt
 
         toys = ["--n", "1", "3"] if self.dry else []
         options = ["--backends", *(["eager"] if self.dry else backends), "--out", self.json(name), *toys]
@@ -179,7 +183,7 @@ class Plan:
 
         def options(seconds: float) -> list:
             device, toys = ("cpu", ["--n", "2", "3", "--table", "2", *TOY]) if self.dry else ("cuda", [])
-            budget = max(1, round(seconds - (15 if short else 45)))
+            budget = 2 if self.dry else max(10, round(seconds - (15 if short else 45)))
             return ["--device", device, "--budget", budget, "--out", folder, *short, *toys]
 
         fields = {"leaves": folder / "speed.json", "missing": lambda: lacking_packages("matplotlib", "tqdm")}
@@ -196,7 +200,8 @@ class Plan:
         def missing() -> str:
             absent = lacking_packages("pytest", "hypothesis") or ("" if paths else f"there are no tests/{pattern}")
             if self.dry:
-                return "it is all skipped without a GPU" if name == "gpu_tests" else absent
+                own = {"gpu_tests": "it is all skipped without a GPU", "cuda_tests": self.unbuilt}
+                return absent or own.get(name, "")
             return absent or self.lacking(backend)
 
         command = [sys.executable, "-m", "pytest", *options, *paths]
@@ -313,7 +318,8 @@ def check(options: argparse.Namespace, stages: list[Stage], plan: Plan) -> int:
         stopped.set()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, stop)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            signal.signal(number, stop)
     report()
     chosen = [stage for stage in stages if stage.name not in options.skip]
     run_stages(chosen, options.budget, outcomes, report, plan.scratch, log, stopped)

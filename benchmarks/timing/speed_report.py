@@ -155,6 +155,8 @@ def verdict_on(noise: dict) -> str:
         facts.append(f"threads ran {noise['share']:.0%} of the time (≥ {LEAST_SHARE:.0%})")
     if noise["spread"] is not None:
         facts.append(f"IFR / stack spread {noise['spread']:.0%} (≤ {MOST_SPREAD:.0%})")
+    if not facts:
+        return "nothing here tells whether the machine was quiet"
     return ("TOO BUSY to mean anything: " if noise["busy"] else "quiet: ") + ", ".join(facts)
 
 
