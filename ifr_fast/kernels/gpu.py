@@ -7,14 +7,14 @@ its coefficients, the best one is remembered as coefficients, and F's last opera
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .contract import RUNNING, Norm, SolverState, address, describe, optional
-from .fields import check_activation, given, parameters
+from .contract import RUNNING, Norm, SolverState, address, describe
+from .fields import check_activation, given, new_statistics, parameters
 
 MOST_ROWS = 64  # of a history: its K×K matrices are held on chip
 
@@ -48,7 +48,8 @@ class DeviceState(SolverState):
     of the best one, z = start + Σ_j total_j g_j. improved (n,): the sample's last evaluation was its best; left alone
     once it has stopped. injection, r: X, and z + X in F's dtype for the next evaluation (None until `shift` sets them).
     norm_partials (n, parts, 2), gram_partials (n, splits, rows): sums that the rule's kernel finishes. value: set by
-    `finish`; Picard, whose history is one row, keeps the best iterate there.
+    `finish`; Picard, whose history is one row, keeps the best iterate there. fitting: what was checked, and need not be
+    again where the next step brings the same objects. It holds them, so that no others can have their ids.
 
     Raises ValueError for more rows than MOST_ROWS.
     """
@@ -78,7 +79,31 @@ class DeviceState(SolverState):
         self.r: Tensor | None = None
         self.norm_partials: Tensor | None = None
         self.gram_partials: Tensor | None = None
+        self.fitting: dict[Hashable, Any] = {}
         self.seal()
+
+    def check_size(self, tensor: Tensor, name: str, dtype: torch.dtype) -> None:
+        """ValueError where the tensor has not one number of dtype for each of the iterate's."""
+        if self.fitting.get(name) is not tensor:
+            address(tensor, name, dtype, self.n * self.size, self.device)
+            self.fitting[name] = tensor
+
+    def like(self, tensor: Tensor, name: str, y: Tensor) -> Tensor:
+        """like(), but once for a tensor that every step brings as it should be."""
+        key = name, y.shape, y.device
+        if self.fitting.get(key) is tensor:
+            return tensor
+        found = like(tensor, name, y)
+        if found is tensor:
+            self.fitting[key] = tensor
+        return found
+
+    def reserve_statistics(self, y: Tensor, norm: Norm) -> list[Tensor]:
+        """Room for a norm's statistics that no one reads after the step."""
+        key = "statistics", y.shape, norm.groups
+        if key not in self.fitting:
+            self.fitting[key] = new_statistics(y, norm, None)
+        return self.fitting[key]
 
     def reserve_norms(self, parts: int) -> Tensor:
         """norm_partials, with room for the norms' sums in so many parts; a solve's kernels share it."""
@@ -90,16 +115,23 @@ class DeviceState(SolverState):
 def activation(y: Tensor, groups: int) -> Tensor:
     """y in the layout that the kernels read, checked: a convolution or autograd may hand over another one."""
     check_activation(y, groups, ACTIVATIONS)
-    return like(y, "y", y)
+    return aligned(y.contiguous(memory_format=torch.channels_last), "y", y)
 
 
 def like(tensor: Tensor, name: str, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """tensor, checked and in dtype (None: its own), laid out as the kernels read y."""
     if tensor.shape != y.shape or tensor.device != y.device:
         raise ValueError(f"{name} is {describe(tensor)}: expected y's shape {tuple(y.shape)} on {y.device}")
-    tensor = tensor.to(dtype or tensor.dtype).contiguous(memory_format=torch.channels_last)
-    address(tensor, name, tensor.dtype, y.numel(), y.device)
-    return tensor
+    if dtype is not None:
+        tensor = tensor.to(dtype)
+    return aligned(tensor.contiguous(memory_format=torch.channels_last), name, y)
+
+
+def aligned(tensor: Tensor, name: str, y: Tensor) -> Tensor:
+    """tensor, checked to be as large as y, at an address that 16 divides: in a caller's slice it may be at another one,
+    for which Triton would compile other variants."""
+    at = address(tensor, name, tensor.dtype, y.numel(), y.device)
+    return tensor.clone() if at % 16 else tensor
 
 
 def checked(
@@ -111,10 +143,14 @@ def checked(
 ) -> Tensor:
     """y as the kernels read it; ValueError where what belongs to it would not fit."""
     y = activation(y, first.groups)
-    parameters(y, first, second)
-    if statistics is not None:
-        given(y, first, second, statistics)
-    optional(status_of(state), "state.status", torch.int64, y.shape[0], y.device)
+    key = (y.shape, y.dtype, id(first), id(second), id(status_of(state)), *map(id, statistics or ()))
+    if state is None or key not in state.fitting or y.device != state.device:
+        parameters(y, first, second)
+        if statistics is not None:
+            given(y, first, second, statistics)
+        if state is not None:
+            address(state.status, "state.status", torch.int64, y.shape[0], y.device)
+            state.fitting[key] = first, second, state.status, *(statistics or ())
     return y
 
 

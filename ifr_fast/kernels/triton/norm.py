@@ -7,19 +7,21 @@ and reads the map a second time.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import EPS, Norm, address
+from ..contract import EPS, Norm, describe
+from ..fields import new_statistics
 from ..gpu import DeviceState, Tail, checked, like, status_of
+from .launch import Launch, kernel
 from .tiles import (
     RUNNING,
     Budget,
-    Tile,
     affine,
     group_moments,
     groups_at,
@@ -38,22 +40,19 @@ TAIL = Budget(elements=16384, warps=32, registers=4)
 def norm_relu(
     y: Tensor, norm: Norm, *, consume: bool = False, state: DeviceState | None = None
 ) -> tuple[Tensor, list[Tensor]]:
+    """With a state the statistics are the step's: the next one writes over them."""
     y, status = checked(y, norm, None, state), status_of(state)
-    n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
-    out, statistics = y if consume else torch.empty_like(y), _statistics(y, norm, None)
-    tile = whole_tile(positions, channels, norm.groups, y.itemsize, RELU)
-    if tile is not None:
-        norm_relu_whole[(n * tile.blocks,)](
-            y, norm.weight, norm.bias, out, *statistics, status, positions, EPS,
-            **tile.constants(channels, norm.groups),
-        )  # fmt: skip
-        return out, statistics
-    tile = split_tile(positions, channels, norm.groups)
-    _split_statistics(tile, y, None, norm, None, statistics, status)
-    norm_relu_apply[(n * tile.blocks,)](
-        y, norm.weight, norm.bias, *statistics, out, status, positions, tile.blocks,
-        **tile.constants(channels, norm.groups),
-    )  # fmt: skip
+    n, channels, height, width = y.shape
+    out = y if consume else torch.empty_like(y)
+    statistics = new_statistics(y, norm, None) if state is None else state.reserve_statistics(y, norm)
+    plan = _plan("relu", channels, height * width, norm.groups, y.itemsize)
+    if plan.whole:
+        tensors = (y, norm.weight, norm.bias, out, *statistics, status)
+        plan.end(n * plan.blocks, tensors, (height * width, EPS))
+    else:
+        _split_statistics(plan, y, None, norm, None, statistics, status)
+        tensors = (y, norm.weight, norm.bias, *statistics, out, status)
+        plan.end(n * plan.blocks, tensors, (height * width, plan.blocks))
     return out, statistics
 
 
@@ -68,7 +67,7 @@ def norm_tail(
 ) -> tuple[Tensor, list[Tensor]]:
     y = checked(y, first, second, state)
     out = y if consume and y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
-    statistics = _statistics(y, first, second)
+    statistics = new_statistics(y, first, second)
     _tail(Tail(y, shortcut, first, second), statistics, Sink(out, None, None, status_of(state), 0))
     return out, statistics
 
@@ -77,8 +76,39 @@ def residual_tail(state: DeviceState, tail: Tail, z: Tensor, row: int) -> None:
     """Computes f = norm_tail(tail) and its residual g = f - z. Stores g, rounded, as the history's row `row` (unless
     row < 0), and sums of g² and f² in state.norm_partials. f itself is never in memory."""
     y = checked(tail.y, tail.first, tail.second, state)
-    address(state.history, "state.history", state.history.dtype, state.rows * y.numel(), y.device)
-    _tail(tail._replace(y=y), None, Sink(None, like(z, "z", y), state, state.status, row))
+    if y.numel() != state.n * state.size:
+        raise ValueError(f"y is {describe(y)}: expected {state.n} samples of {state.size} numbers")
+    _tail(Tail(y, *tail[1:]), None, Sink(None, state.like(z, "z", y), state, state.status, row))
+
+
+class Plan(NamedTuple):
+    """The launches of a norm, for maps of one size. blocks: tiles in a sample. end: stores the result. moments,
+    combine: on the split path, what comes before it."""
+
+    blocks: int
+    whole: bool
+    end: Launch
+    moments: Launch
+    combine: Launch
+
+
+@lru_cache(maxsize=1024)
+def _plan(end: Literal["relu", "tail"], channels: int, positions: int, groups: int, itemsize: int) -> Plan:
+    budget, whole, apply = {
+        "relu": (RELU, norm_relu_whole, norm_relu_apply),
+        "tail": (TAIL, norm_tail_whole, norm_tail_apply),
+    }[end]
+    tile = whole_tile(positions, channels, groups, itemsize, budget)
+    is_whole = tile is not None
+    tile = tile or split_tile(positions, channels, groups)
+    constants = tile.constants(channels, groups)
+    return Plan(
+        tile.blocks,
+        is_whole,
+        Launch(whole if is_whole else apply, **constants),
+        Launch(partial_moments, **constants),
+        Launch(combine_moments, GROUPS=groups, BLOCK=1024, num_warps=4),
+    )
 
 
 class Sink(NamedTuple):
@@ -95,35 +125,25 @@ def _tail(tail: Tail, statistics: list[Tensor] | None, sink: Sink) -> None:
     """Computes the tail into the sink. statistics: tensors to fill, or None."""
     y, shortcut, first, second = tail
     out, z, state, status, row = sink
-    shortcut = None if shortcut is None else like(shortcut, "shortcut", y)
-    n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
-    affines = (first.weight, first.bias, *((None, None) if second is None else second[:2]))
-    tile = whole_tile(positions, channels, first.groups, y.itemsize, TAIL)
-    whole = tile is not None
-    if tile is None:
-        tile = split_tile(positions, channels, first.groups)
-        statistics = _statistics(y, first, second) if statistics is None else statistics
-        _split_statistics(tile, y, shortcut, first, second, statistics, status)
+    if shortcut is not None:
+        shortcut = like(shortcut, "shortcut", y) if state is None else state.like(shortcut, "shortcut", y)
+    n, channels, height, width = y.shape
+    plan = _plan("tail", channels, height * width, first.groups, y.itemsize)
+    if not plan.whole:
+        statistics = new_statistics(y, first, second) if statistics is None else statistics
+        _split_statistics(plan, y, shortcut, first, second, statistics, status)
     history, norm_partials, rows = None, None, 0
     if state is not None:
-        state.reserve_norms(tile.blocks)
-        history, norm_partials, rows = state.history, state.norm_partials, state.rows
+        norm_partials = state.reserve_norms(plan.blocks)
+        history, rows = state.history, state.rows
+    affines = (first.weight, first.bias, *((None, None) if second is None else second[:2]))
     four = [*(statistics or []), None, None, None, None][:4]
-    written = (out, z, history, norm_partials, status, positions, rows, row)
-    constants = tile.constants(channels, first.groups)
-    if whole:
-        norm_tail_whole[(n * tile.blocks,)](y, shortcut, *affines, *four, *written, EPS, **constants)
-    else:
-        norm_tail_apply[(n * tile.blocks,)](y, shortcut, *affines, *four, *written, tile.blocks, **constants)
-
-
-def _statistics(y: Tensor, first: Norm, second: Norm | None) -> list[Tensor]:
-    shape = (2 if second is None else 4, y.shape[0], first.groups)
-    return list(torch.empty(shape, dtype=torch.float32, device=y.device))
+    tensors = (y, shortcut, *affines, *four, out, z, history, norm_partials, status)
+    plan.end(n * plan.blocks, tensors, (height * width, rows, row, EPS if plan.whole else plan.blocks))
 
 
 def _split_statistics(
-    tile: Tile,
+    plan: Plan,
     y: Tensor,
     shortcut: Tensor | None,
     first: Norm,
@@ -132,25 +152,17 @@ def _split_statistics(
     status: Tensor | None,
 ) -> None:
     """Fills statistics: mean and 1/σ of y and, if there is a second norm, of relu(gn_first(y) + shortcut)."""
-    n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
-    partials = torch.empty((n, tile.blocks, first.groups, 3), dtype=torch.float32, device=y.device)
-    arguments = (partials, status, positions, tile.blocks)
-    constants = tile.constants(channels, first.groups)
-    partial_moments[(n * tile.blocks,)](y, None, None, None, None, None, *arguments, **constants)
-    _combine(partials, statistics[:2], status)
+    n, programs, sizes = y.shape[0], y.shape[0] * plan.blocks, (y.shape[2] * y.shape[3], plan.blocks)
+    partials = torch.empty((n, plan.blocks, first.groups, 3), dtype=torch.float32, device=y.device)
+    plan.moments(programs, (y, None, None, None, None, None, partials, status), sizes)
+    plan.combine(n * first.groups, (partials, *statistics[:2], status), (plan.blocks, EPS))
     if second is not None:
-        partial_moments[(n * tile.blocks,)](
-            y, shortcut, first.weight, first.bias, *statistics[:2], *arguments, **constants
-        )
-        _combine(partials, statistics[2:], status)
+        affine = (first.weight, first.bias, *statistics[:2])
+        plan.moments(programs, (y, shortcut, *affine, partials, status), sizes)
+        plan.combine(n * first.groups, (partials, *statistics[2:], status), (plan.blocks, EPS))
 
 
-def _combine(partials: Tensor, statistics: list[Tensor], status: Tensor | None) -> None:
-    n, parts, groups, _ = partials.shape
-    combine_moments[(n * groups,)](partials, *statistics, status, parts, EPS, GROUPS=groups, BLOCK=1024, num_warps=4)
-
-
-@triton.jit(do_not_specialize=["positions"])
+@kernel(wide=["y", "weight", "bias", "out"])
 def norm_relu_whole(
     y, weight, bias, out, mean, rstd, status, positions, eps,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -172,7 +184,7 @@ def norm_relu_whole(
     tl.store(out + base + offset, x.to(out.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["positions", "rows", "row"])
+@kernel(wide=["y", "r", "weight", "bias", "weight2", "bias2", "out", "z", "history"])
 def norm_tail_whole(
     y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, out, z, history, norm_partials, status,
     positions, rows, row, eps,
@@ -209,7 +221,7 @@ def norm_tail_whole(
     _emit(u, offset, mask, n, positions * CHANNELS, out, z, history, norm_partials, rows, row)
 
 
-@triton.jit(do_not_specialize=["positions", "splits"])
+@kernel(wide=["y", "r", "weight", "bias"])
 def partial_moments(
     y, r, weight, bias, mean, rstd, partials, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -238,7 +250,7 @@ def partial_moments(
     tl.store(partials + at * 3 + 2, m2, there)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@kernel(wide=())
 def combine_moments(partials, mean, rstd, status, parts, eps, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
     """A group's mean and 1/σ from partials (n, parts, groups, 3), by Chan's formula."""
     n, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
@@ -269,7 +281,7 @@ def combine_moments(partials, mean, rstd, status, parts, eps, GROUPS: tl.constex
     tl.store(rstd + at, tl.rsqrt(tl.sum(squares) / total + eps))
 
 
-@triton.jit(do_not_specialize=["positions", "splits"])
+@kernel(wide=["y", "weight", "bias", "out"])
 def norm_relu_apply(
     y, weight, bias, mean, rstd, out, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -286,7 +298,7 @@ def norm_relu_apply(
     tl.store(out + base + offset, x.to(out.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["positions", "rows", "row", "splits"])
+@kernel(wide=["y", "r", "weight", "bias", "weight2", "bias2", "out", "z", "history"])
 def norm_tail_apply(
     y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, out, z, history, norm_partials, status,
     positions, rows, row, splits,

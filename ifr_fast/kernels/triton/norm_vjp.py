@@ -8,6 +8,9 @@ weights and biases are summed over positions here, and over samples by torch.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from ..contract import Norm
 from ..gpu import DeviceState, checked, like, status_of
+from .launch import Launch, kernel
 from .tiles import (
     RUNNING,
     Budget,
@@ -60,17 +64,49 @@ def norm_tail_vjp(
     if second is None:
         grad_y, grads = _norm_vjp(grad, y, first, statistics, params, status, relu=False)
         return grad_y, None if shortcut is None else grad, grads
-    n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
-    tile = whole_tile(positions, channels, first.groups, y.itemsize, TAIL_PARAMS if params else TAIL)
-    if tile is None:
-        return _split_tail_vjp(grad, y, shortcut, first, second, statistics, params, status)
+    n, channels, height, width = y.shape
+    plan = _plan("tail params" if params else "tail", channels, height * width, first.groups, y.itemsize)
+    if plan.whole is None:
+        return _split_tail_vjp(plan, grad, y, shortcut, (first, second), statistics, params, status)
     grad_y, grad_shortcut = torch.empty_like(y), None if shortcut is None else torch.empty_like(grad)
     sums = torch.empty((n, 4, channels), dtype=torch.float32, device=y.device) if params else None
-    norm_tail_vjp_whole[(n * tile.blocks,)](
-        grad, y, shortcut, *first[:2], *second[:2], *statistics, grad_y, grad_shortcut, sums, status, positions,
-        **tile.constants(channels, first.groups),
-    )  # fmt: skip
+    inputs = (grad, y, shortcut, *first[:2], *second[:2], *statistics)
+    plan.whole(n * plan.blocks, (*inputs, grad_y, grad_shortcut, sums, status), (height * width,))
     return grad_y, grad_shortcut, _over_samples(sums)
+
+
+class Plan(NamedTuple):
+    """The launches of a norm's vjp, for maps of one size. blocks: tiles in a sample. whole: the whole path's only one.
+    The split path's: sums, add, apply; for two norms sums, add, middle, add, apply."""
+
+    blocks: int
+    whole: Launch | None
+    sums: Launch
+    middle: Launch
+    apply: Launch
+    add: Launch
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    kind: Literal["norm", "relu", "tail", "tail params"], channels: int, positions: int, groups: int, itemsize: int
+) -> Plan:
+    tail = kind.startswith("tail")
+    budget = TAIL_PARAMS if kind == "tail params" else TAIL if tail else NORM
+    tile = whole_tile(positions, channels, groups, itemsize, budget)
+    is_whole = tile is not None
+    tile = tile or split_tile(positions, channels, groups, *([TAIL.registers] if tail else []))
+    constants = tile.constants(channels, groups)
+    one = constants | {"RELU": kind == "relu"}
+    whole = Launch(norm_tail_vjp_whole, **constants) if tail else Launch(norm_vjp_whole, **one)
+    return Plan(
+        tile.blocks,
+        whole if is_whole else None,
+        Launch(second_vjp_sums, **constants) if tail else Launch(norm_vjp_sums, **one),
+        Launch(second_vjp_apply, **constants),
+        Launch(norm_vjp_apply, **one),
+        Launch(add_sums, GROUPS=groups, BLOCK_N=1024, num_warps=4),
+    )
 
 
 def _norm_vjp(
@@ -83,47 +119,46 @@ def _norm_vjp(
     *,
     relu: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
+    n, channels, height, width = y.shape
     grad_y = torch.empty_like(y)
-    tile = whole_tile(positions, channels, norm.groups, y.itemsize, NORM)
-    whole = tile is not None
-    tile = tile or split_tile(positions, channels, norm.groups)
-    constants = tile.constants(channels, norm.groups) | {"RELU": relu}
-    parts = n if whole else n * tile.blocks
+    plan = _plan("relu" if relu else "norm", channels, height * width, norm.groups, y.itemsize)
+    programs = n * plan.blocks
+    parts = n if plan.whole else programs
     grads = torch.empty((parts, 2, channels), dtype=torch.float32, device=y.device) if params else None
     inputs = (grad, y, norm.weight, norm.bias, *statistics)
-    if whole:
-        norm_vjp_whole[(n * tile.blocks,)](*inputs, grad_y, grads, status, positions, **constants)
+    if plan.whole:
+        plan.whole(programs, (*inputs, grad_y, grads, status), (height * width,))
         return grad_y, _over_samples(grads)
-    partials = torch.empty((n, tile.blocks, norm.groups, 2), dtype=torch.float32, device=y.device)
-    norm_vjp_sums[(n * tile.blocks,)](*inputs, partials, grads, status, positions, tile.blocks, **constants)
-    sums = _add(partials, status)
-    norm_vjp_apply[(n * tile.blocks,)](*inputs, sums, grad_y, status, positions, tile.blocks, **constants)
+    partials = torch.empty((n, plan.blocks, norm.groups, 2), dtype=torch.float32, device=y.device)
+    sizes = (height * width, plan.blocks)
+    plan.sums(programs, (*inputs, partials, grads, status), sizes)
+    sums = _add(plan, partials, status)
+    plan.apply(programs, (*inputs, sums, grad_y, status), sizes)
     return grad_y, _over_samples(grads)
 
 
 def _split_tail_vjp(
+    plan: Plan,
     grad: Tensor,
     y: Tensor,
     shortcut: Tensor | None,
-    first: Norm,
-    second: Norm,
+    norms: tuple[Norm, Norm],
     statistics: list[Tensor],
     params: bool,
     status: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    n, channels, positions = y.shape[0], y.shape[1], y.shape[2] * y.shape[3]
-    tile = split_tile(positions, channels, first.groups, TAIL.registers)
-    grid, constants = (n * tile.blocks,), tile.constants(channels, first.groups)
+    first, second = norms
+    n, channels, height, width = y.shape
+    programs, sizes = n * plan.blocks, (height * width, plan.blocks)
     grad_y, grad_u = torch.empty_like(y), torch.empty_like(grad)
-    partials = torch.empty((n, tile.blocks, first.groups, 2), dtype=torch.float32, device=y.device)
-    grads = torch.empty((n * tile.blocks, 4, channels), dtype=torch.float32, device=y.device) if params else None
-    inputs, sizes = (grad, y, shortcut, *first[:2], *second[:2], *statistics), (status, positions, tile.blocks)
-    second_vjp_sums[grid](*inputs, partials, grads, *sizes, **constants)
-    sums = _add(partials, status)
-    second_vjp_apply[grid](*inputs, sums, grad_u, partials, grads, *sizes, **constants)
-    sums = _add(partials, status)
-    norm_vjp_apply[grid](grad_u, y, *first[:2], *statistics[:2], sums, grad_y, *sizes, **constants, RELU=False)
+    partials = torch.empty((n, plan.blocks, first.groups, 2), dtype=torch.float32, device=y.device)
+    grads = torch.empty((programs, 4, channels), dtype=torch.float32, device=y.device) if params else None
+    inputs = (grad, y, shortcut, *first[:2], *second[:2], *statistics)
+    plan.sums(programs, (*inputs, partials, grads, status), sizes)
+    sums = _add(plan, partials, status)
+    plan.middle(programs, (*inputs, sums, grad_u, partials, grads, status), sizes)
+    sums = _add(plan, partials, status)
+    plan.apply(programs, (grad_u, y, *first[:2], *statistics[:2], sums, grad_y, status), sizes)
     return grad_y, None if shortcut is None else grad_u, _over_samples(grads)
 
 
@@ -135,14 +170,14 @@ def _over_samples(grads: Tensor | None) -> list[Tensor]:
     return [] if grads is None else list(grads.sum(0))
 
 
-def _add(partials: Tensor, status: Tensor | None) -> Tensor:
+def _add(plan: Plan, partials: Tensor, status: Tensor | None) -> Tensor:
     n, parts, groups, _ = partials.shape
     sums = torch.empty((n, groups, 2), dtype=torch.float32, device=partials.device)
-    add_sums[(n * groups,)](partials, sums, status, parts, GROUPS=groups, BLOCK_N=1024, num_warps=4)
+    plan.add(n * groups, (partials, sums, status), (parts,))
     return sums
 
 
-@triton.jit(do_not_specialize=["positions"])
+@kernel(wide=["grad", "y", "weight", "bias", "grad_y", "grads"])
 def norm_vjp_whole(
     grad, y, weight, bias, mean, rstd, grad_y, grads, status, positions,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -169,7 +204,7 @@ def norm_vjp_whole(
     tl.store(grad_y + base + offset, g.to(grad_y.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["positions"])
+@kernel(wide=["grad", "y", "r", "weight", "bias", "weight2", "bias2", "grad_y", "grad_r", "grads"])
 def norm_tail_vjp_whole(
     grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, grad_y, grad_r, grads, status, positions,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -201,7 +236,7 @@ def norm_tail_vjp_whole(
     tl.store(grad_y + base + offset, g.to(grad_y.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["positions", "splits"])
+@kernel(wide=["grad", "y", "weight", "bias", "grads"])
 def norm_vjp_sums(
     grad, y, weight, bias, mean, rstd, partials, grads, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -226,7 +261,7 @@ def norm_vjp_sums(
     _store_group_sums(g, x, partials, slot, GROUPS, BLOCK_G)
 
 
-@triton.jit(do_not_specialize=["positions", "splits"])
+@kernel(wide=["grad", "y", "weight", "bias", "grad_y"])
 def norm_vjp_apply(
     grad, y, weight, bias, mean, rstd, sums, grad_y, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -249,7 +284,7 @@ def norm_vjp_apply(
     tl.store(grad_y + base + offset, g.to(grad_y.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["positions", "splits"])
+@kernel(wide=["grad", "y", "r", "weight", "bias", "weight2", "bias2", "grads"])
 def second_vjp_sums(
     grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, partials, grads, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -272,7 +307,7 @@ def second_vjp_sums(
     _store_group_sums(g, v, partials, slot, GROUPS, BLOCK_G)
 
 
-@triton.jit(do_not_specialize=["positions", "splits"])
+@kernel(wide=["grad", "y", "r", "weight", "bias", "weight2", "bias2", "grad_u", "grads"])
 def second_vjp_apply(
     grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, sums, grad_u, partials, grads, status,
     positions, splits,
@@ -301,7 +336,7 @@ def second_vjp_apply(
     _store_group_sums(g, x, partials, slot, GROUPS, BLOCK_G)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@kernel(wide=())
 def add_sums(partials, sums, status, parts, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sums over the parts: (n, parts, groups, 2) → (n, groups, 2)."""
     n, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from ..contract import Status
-from .tiles import RUNNING
+from .launch import kernel
+from .tiles import RUNNING, power_of_2
 
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)  # the largest relative residual reported
 CONVERGED, DIVERGED, NONFINITE = (
@@ -32,22 +33,13 @@ class RuleTile(NamedTuple):
 
 
 def rule_tile(method: str, rows: int, window: int) -> RuleTile:
-    k = triton.next_power_of_2(rows)
-    m = triton.next_power_of_2(max(min(window, rows) - 1, 1)) if method == "anderson" else 1
+    k = power_of_2(rows)
+    m = power_of_2(max(min(window, rows) - 1, 1)) if method == "anderson" else 1
     warps = 1 if k <= 16 else 4 if k == 32 else 8
     return RuleTile(k, m, min(128, 4096 // k), warps)
 
 
-# Triton must not compile variants by an address's alignment or an integer's value: no access here is wide, and all
-# these values change between calls.
-TENSORS = [
-    "norm_partials", "gram_partials", "gram", "p", "q", "step", "total", "best",
-    "norms", "residual", "trace", "status", "iterations", "improved",
-]  # fmt: skip
-INTEGERS = ["n", "rows", "parts", "splits", "evaluation", "row", "window", "affine"]
-
-
-@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=TENSORS)
+@kernel(wide=())
 def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
                 norms, residual, trace, status, iterations, improved,
                 n, rows, parts, splits, evaluation, row, window, affine, rtol, divergence, ridge,

@@ -7,6 +7,7 @@ so a sample's sums are formed in the same order in every batch.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,19 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import DIVERGENCE, Step, address, check_step, describe, ridge
-from ..gpu import STATE, DeviceState, Tail, Total
+from ..contract import DIVERGENCE, Method, Step, check_step, describe, ridge
+from ..gpu import STATE, DeviceState, Tail, Total, aligned
+from .launch import Launch, kernel
 from .norm import residual_tail
 from .rules import rule_kernel, rule_tile
-from .tiles import RUNNING
+from .tiles import RUNNING, power_of_2
 
 BLOCK = 1024  # elements of a block
+RIDGE = ridge(torch.float32)
 MAX_PARTS = 256  # parts of a sample's sums, which the kernel `rule` adds up
 
 
 def blocks_per_part(size: int) -> int:
     """How many blocks a program sums: one, unless a sample would have more than MAX_PARTS parts. A power of two."""
-    return triton.next_power_of_2(triton.cdiv(size, BLOCK * MAX_PARTS))
+    return power_of_2(-(-size // (BLOCK * MAX_PARTS)))
 
 
 def alignment(size: int) -> int:
@@ -51,12 +54,12 @@ class Sweep(NamedTuple):
 def gram_sweep(count: int, itemsize: int, align: int, blocks: int) -> Sweep:
     """A thread reads 32 bytes per row if rows are aligned: half the shuffles and sums of 16."""
     registers = 128 if align > 1 and blocks == 1 else 224  # a loop over blocks is unrolled
-    return Sweep(BLOCK, min(triton.next_power_of_2(count), 8), itemsize if align > 1 else 4, registers)
+    return Sweep(BLOCK, min(power_of_2(count), 8), itemsize if align > 1 else 4, registers)
 
 
 def combine_sweep(count: int, itemsize: int, align: int) -> Sweep:
     """Half a block, so that one RoI's 50176 elements keep 98 programs busy. A thread reads 256 bytes at a time."""
-    return Sweep(BLOCK // 2, min(triton.next_power_of_2(count), 32 // itemsize), 2, 128 if align > 1 else 224)
+    return Sweep(BLOCK // 2, min(power_of_2(count), 32 // itemsize), 2, 128 if align > 1 else 224)
 
 
 def step(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, step: Step) -> None:
@@ -74,11 +77,11 @@ def step(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, step: Step) ->
 def check(state: DeviceState, z: Tensor) -> None:
     """Raises ValueError if a tensor of the solve has a wrong size: the kernels would read past its end."""
     state.addresses(STATE)
-    address(z, "z", torch.float32, state.n * state.size, state.device)
-    for name in ("injection", "r"):
-        tensor = getattr(state, name)
-        if tensor is not None:
-            address(tensor, f"state.{name}", tensor.dtype, state.n * state.size, z.device)
+    state.check_size(z, "z", torch.float32)
+    if (x := state.injection) is not None and state.fitting.get("injection") is not x:
+        state.injection = state.fitting["injection"] = _laid_out(x, "injection", z)
+    if state.r is not None:
+        state.check_size(state.r, "state.r", state.r.dtype)
 
 
 def residual(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, step: Step) -> None:
@@ -88,54 +91,73 @@ def residual(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, step: Step
         residual_tail(state, f, z, row)
         return
     addends = f.addends if isinstance(f, Total) else (f,)
-    three = [*(_laid_out(a, z) for a in addends), None, None][:3]
-    blocks = blocks_per_part(state.size)
-    parts = triton.cdiv(state.size, blocks * BLOCK)
-    state.reserve_norms(parts)
-    residual_kernel[(state.n * parts,)](
-        *three, z, state.history, state.norm_partials, state.status, state.size, state.rows, row,
-        ALIGN=alignment(state.size), BLOCK=BLOCK, BLOCKS=blocks, num_warps=4,
-    )  # fmt: skip
+    three = [*(_laid_out(a, "f", z) for a in addends), None, None][:3]
+    parts, launch = _residual_launch(state.size)
+    tensors = (*three, z, state.history, state.reserve_norms(parts), state.status)
+    launch(state.n * parts, tensors, (state.size, state.rows, row))
+
+
+@lru_cache(maxsize=1024)
+def _residual_launch(size: int) -> tuple[int, Launch]:
+    """Parts of a sample, one a program."""
+    blocks = blocks_per_part(size)
+    constants = {"ALIGN": alignment(size), "BLOCK": BLOCK, "BLOCKS": blocks, "num_warps": 4}
+    return -(-size // (blocks * BLOCK)), Launch(residual_kernel, **constants)
 
 
 def gram_row(state: DeviceState, z: Tensor, step: Step) -> None:
     """Stores in gram_partials the partial inner products of the newest stored residual with the window's rows."""
     row, history = step.row(state), state.history
     first = max(0, row - step.window + 1)
-    blocks, align = blocks_per_part(state.size), alignment(state.size)
-    splits = triton.cdiv(state.size, blocks * BLOCK)
+    splits, groups, launch = _gram_launch(state.size, row - first + 1, history.itemsize)
     if state.gram_partials is None:
         state.gram_partials = torch.empty(state.n, splits, state.rows, dtype=torch.float32, device=history.device)
-    sweep = gram_sweep(row - first + 1, history.itemsize, align, blocks)
-    groups = triton.cdiv(row - first + 1, sweep.GROUP)
-    gram_row_kernel[(state.n * splits * groups,)](
-        history, state.gram_partials, state.status, state.size, state.rows, row, first,
-        ALIGN=align, BLOCKS=blocks, **sweep._asdict(),
-    )  # fmt: skip
+    tensors = (history, state.gram_partials, state.status)
+    launch(state.n * splits * groups, tensors, (state.size, state.rows, row, first))
+
+
+@lru_cache(maxsize=1024)
+def _gram_launch(size: int, count: int, itemsize: int) -> tuple[int, int, Launch]:
+    """Splits of a sample, and groups of rows. A program serves one of each."""
+    blocks, align = blocks_per_part(size), alignment(size)
+    sweep = gram_sweep(count, itemsize, align, blocks)
+    launch = Launch(gram_row_kernel, ALIGN=align, BLOCKS=blocks, **sweep._asdict())
+    return -(-size // (blocks * BLOCK)), -(-count // sweep.GROUP), launch
 
 
 def rule(state: DeviceState, z: Tensor, step: Step) -> None:
     """Finishes the sums, judges the running samples (eager.assess) and, but in the last step, chooses their steps."""
     splits, parts = (0 if t is None else t.shape[1] for t in (state.gram_partials, state.norm_partials))
-    tile = rule_tile(step.method, state.rows, step.window)
-    rule_kernel[(state.n,)](
+    tensors = (
         state.norm_partials, state.gram_partials, state.gram, state.p, state.q, state.step, state.total, state.best,
         state.norms, state.residual, state.trace, state.status, state.iterations, state.improved,
-        state.n, state.rows, parts, splits, step.evaluation, step.row(state), step.window,
-        int(step.affine), step.rtol, DIVERGENCE, ridge(state.gram.dtype), METHOD=step.method, **tile._asdict(),
     )  # fmt: skip
+    numbers = (
+        state.n, state.rows, parts, splits, step.evaluation, step.row(state), step.window,
+        int(step.affine), step.rtol, DIVERGENCE, RIDGE,
+    )  # fmt: skip
+    _rule_launch(step.method, state.rows, step.window)(state.n, tensors, numbers)
+
+
+@lru_cache(maxsize=1024)
+def _rule_launch(method: Method, rows: int, window: int) -> Launch:
+    return Launch(rule_kernel, METHOD=method, **rule_tile(method, rows, window)._asdict())
 
 
 def combine(state: DeviceState, z: Tensor, step: Step) -> None:
     """Moves the running samples: z from its coefficients over the rows so far, and z + X for the next evaluation."""
-    if state.value is not z:
-        blocks = triton.cdiv(state.size, BLOCK)
-        advance_kernel[(state.n * blocks,)](
-            z, state.value, state.history, state.status, state.improved, state.injection, state.r, state.size,
-            ALIGN=alignment(state.size), BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
-    else:
+    if state.value is z:
         _combine(state, z, step.row(state) + 1, best=False)
+    else:
+        blocks, launch = _advance_launch(state.size)
+        kept = (state.value, state.history, state.status, state.improved)
+        launch(state.n * blocks, (z, *kept, state.injection, state.r), (state.size,))
+
+
+@lru_cache(maxsize=1024)
+def _advance_launch(size: int) -> tuple[int, Launch]:
+    """Blocks of a sample, one a program."""
+    return -(-size // BLOCK), Launch(advance_kernel, ALIGN=alignment(size), BLOCK=BLOCK, num_warps=4)
 
 
 def finish(state: DeviceState, z: Tensor) -> None:
@@ -151,26 +173,30 @@ def _combine(state: DeviceState, z: Tensor, count: int, *, best: bool) -> None:
     """Computes z from the first `count` rows, with the best iterate's coefficients or the current one's."""
     coefficients, flags = (state.best, state.improved) if best else (state.total, state.status)
     injection, r = (None, None) if best else (state.injection, state.r)
-    align = alignment(state.size)
-    sweep = combine_sweep(count, state.history.itemsize, align)
-    groups = triton.next_power_of_2(triton.cdiv(count, sweep.GROUP))
-    combine_kernel[(state.n * triton.cdiv(state.size, sweep.BLOCK),)](
-        z, state.start, state.history, coefficients, flags, injection, r, state.size, state.rows, count,
-        ALIGN=align, GROUPS=groups, BEST=best, **sweep._asdict(),
-    )  # fmt: skip
+    blocks, launch = _combine_launch(state.size, count, state.history.itemsize, best)
+    tensors = (z, state.start, state.history, coefficients, flags, injection, r)
+    launch(state.n * blocks, tensors, (state.size, state.rows, count))
 
 
-def _laid_out(tensor: Tensor, z: Tensor) -> Tensor:
-    """tensor in z's memory layout. Convolutions and autograd may return another one."""
+@lru_cache(maxsize=1024)
+def _combine_launch(size: int, count: int, itemsize: int, best: bool) -> tuple[int, Launch]:
+    """Blocks of a sample, one a program."""
+    align = alignment(size)
+    sweep = combine_sweep(count, itemsize, align)
+    groups = power_of_2(-(-count // sweep.GROUP))
+    return -(-size // sweep.BLOCK), Launch(combine_kernel, ALIGN=align, GROUPS=groups, BEST=best, **sweep._asdict())
+
+
+def _laid_out(tensor: Tensor, name: str, z: Tensor) -> Tensor:
+    """tensor in z's memory layout, checked. Convolutions and autograd may return another one."""
     if tensor.shape != z.shape or tensor.device != z.device:
-        raise ValueError(f"f is {describe(tensor)}: expected z's shape {tuple(z.shape)} on {z.device}")
+        raise ValueError(f"{name} is {describe(tensor)}: expected z's shape {tuple(z.shape)} on {z.device}")
     if tensor.stride() != z.stride():
         tensor = torch.empty_like(z, dtype=tensor.dtype).copy_(tensor)
-    address(tensor, "f", tensor.dtype, z.numel(), z.device)
-    return tensor
+    return aligned(tensor, name, z)
 
 
-@triton.jit(do_not_specialize=["size", "rows", "row"])
+@kernel(wide=["a", "b", "c", "z", "history"])
 def residual_kernel(a, b, c, z, history, partials, status, size, rows, row,
                     ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     """One program per part of a sample. partials (n, parts, 2): its ‖g‖² and ‖f‖², with f = a + b + c not rounded."""
@@ -200,7 +226,7 @@ def residual_kernel(a, b, c, z, history, partials, status, size, rows, row,
     tl.store(partials + (sample * parts + part) * 2 + 1, tl.sum(f2, 0))
 
 
-@triton.jit(do_not_specialize=["size", "rows", "row", "first"])
+@kernel(wide=["history"])
 def gram_row_kernel(history, partials, status, size, rows, row, first,
                     ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """One program per split of a sample and group of rows. Fills columns first … row of partials (n, splits, rows)."""
@@ -229,7 +255,7 @@ def gram_row_kernel(history, partials, status, size, rows, row, first,
     tl.store(partials + (sample * splits + split) * rows + j, tl.sum(total, 1), j <= row)
 
 
-@triton.jit(do_not_specialize=["size", "rows", "count"])
+@kernel(wide=["z", "start", "history", "injection", "r"])
 def combine_kernel(z, start, history, coefficients, flags, injection, r, size, rows, count, ALIGN: tl.constexpr,
                    BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BEST: tl.constexpr):  # fmt: skip
     """A program per block: z = start + Σ_{j < count} coefficient_j g_j for running samples (flags: status); r = z + X.
@@ -265,7 +291,7 @@ def combine_kernel(z, start, history, coefficients, flags, injection, r, size, r
         _store_shifted(total, injection, r, here, inside)
 
 
-@triton.jit(do_not_specialize=["size"])
+@kernel(wide=["z", "value", "history", "injection", "r"])
 def advance_kernel(z, value, history, status, improved, injection, r, size,
                    ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A program per block: z += g for running samples. If z is its sample's best, value keeps it. r = z + X."""

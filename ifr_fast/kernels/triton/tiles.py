@@ -42,14 +42,19 @@ class Tile(NamedTuple):
         return {"CHANNELS": channels, "GROUPS": groups, **sides, "num_warps": self.warps, "maxnreg": self.registers}
 
 
+def power_of_2(n: int) -> int:
+    """The least power of two that is not below n ≥ 1. (Triton's own takes microseconds.)"""
+    return 1 << (n - 1).bit_length()
+
+
 def whole_tile(positions: int, channels: int, groups: int, itemsize: int, budget: Budget) -> Tile | None:
     """A tile of all positions and some whole groups. It has at least 64 bytes a position and 4096 elements, if the map
     has as many.
 
     None if even one group exceeds the budget.
     """
-    size, count = triton.next_power_of_2(channels // groups), triton.next_power_of_2(groups)
-    side = triton.next_power_of_2(positions)
+    size, count = power_of_2(channels // groups), power_of_2(groups)
+    side = power_of_2(positions)
     if side * size > budget.elements:
         return None
     block = 1
@@ -57,15 +62,15 @@ def whole_tile(positions: int, channels: int, groups: int, itemsize: int, budget
         block *= 2
     while side * block * size > budget.elements:
         block //= 2
-    return Tile(side, block, size, triton.cdiv(groups, block), *_threads(side * block * size, budget))
+    return Tile(side, block, size, -(-groups // block), *_threads(side * block * size, budget))
 
 
 def split_tile(positions: int, channels: int, groups: int, registers: int = 4) -> Tile:
     """A tile of consecutive positions with all their channels. registers: as in Budget."""
-    size, count = triton.next_power_of_2(channels // groups), triton.next_power_of_2(groups)
-    side = min(max(1, SPLIT // (count * size)), triton.next_power_of_2(positions))
+    size, count = power_of_2(channels // groups), power_of_2(groups)
+    side = min(max(1, SPLIT // (count * size)), power_of_2(positions))
     threads = _threads(side * count * size, Budget(SPLIT, 16, registers))
-    return Tile(side, count, size, triton.cdiv(positions, side), *threads)
+    return Tile(side, count, size, -(-positions // side), *threads)
 
 
 def _threads(elements: int, budget: Budget) -> tuple[int, int]:

@@ -1,0 +1,79 @@
+"""Launches Triton's kernels at little cost. All of Triton's private names are used here.
+
+`kernel[grid](…)`, Triton's own launch, binds and specialises every argument anew, which takes longer than many of these
+kernels run. A `Launch` does that once for each device and combination of dtypes, remembers the compiled kernel that
+Triton returns, and hands the arguments to that one from then on. Triton's own launch serves where that is not possible:
+in versions of Triton that lack the names, under its interpreter, and while a profiler has hooked itself into launches.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+# The versions of which it is known how a compiled kernel takes its arguments.
+DIRECT = triton.__version__.startswith("3.6.")
+
+
+def kernel(*, wide: Sequence[str]) -> Callable[[Callable[..., Any]], Any]:
+    """triton.jit for a kernel whose parameters are tensors, then numbers, then constants.
+
+    wide: the tensors that are accessed many bytes at a time. Triton compiles other variants where 16 does not divide
+    their addresses. Nothing else makes a difference, neither the other tensors' addresses nor an integer's value: a
+    solve of other samples must not need other variants, which would be compiled in the middle of a capture.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        parameters = inspect.signature(function).parameters
+        constants = {name for name, parameter in parameters.items() if "constexpr" in str(parameter.annotation)}
+        return triton.jit(do_not_specialize=[*parameters.keys() - constants - set(wide)])(function)
+
+    return decorate
+
+
+class Launch:
+    """A kernel with its constants and options (num_warps, maxnreg), ready to be launched on the current device."""
+
+    def __init__(self, function: Any, **constants: Any) -> None:
+        self.function, self.constants = function, constants
+        self.compiled: dict[tuple[Any, ...], tuple[Any, ...] | None] = {}
+        self.direct = DIRECT and isinstance(function, JITFunction)
+        if self.direct:
+            self.tail = [constants[p.name] for p in function.params if p.is_constexpr]
+            self.wide = [p.num for p in function.params if not (p.is_constexpr or p.do_not_specialize)]
+
+    def __call__(self, programs: int, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
+        if not self.direct:
+            self.function[(programs,)](*tensors, *numbers, **self.constants)
+            return
+        device = driver.active.get_current_device()
+        key = (device, *[None if t is None else t.dtype for t in tensors])
+        addresses = 0
+        for i in self.wide:
+            if (tensor := tensors[i]) is not None:
+                addresses |= tensor.data_ptr()
+        found = self.compiled.get(key)
+        if found is None or addresses % 16 or hooked():
+            compiled = self.function[(programs,)](*tensors, *numbers, **self.constants)
+            if compiled is not None and not addresses % 16:
+                self.compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
+            return
+        run, function, metadata, _ = found
+        stream = driver.active.get_current_stream(device)
+        # Grid, stream, what to run and how, hooks and their argument; then every parameter, constants too.
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *tensors, *numbers, *self.tail)
+
+
+def hooked() -> bool:
+    """Whether something wants to be told of launches, as profilers do."""
+    runtime = triton.knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
