@@ -2,6 +2,7 @@
 
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,22 +67,22 @@ def statistics():
 # Every function of tensors: how to call it with all of them by name, and their names. Activations are converted and
 # laid out where need be, so that another dtype or layout of theirs is no error.
 def norm_relu(k, y, weight, bias):
-    k.norm_relu(y, Norm(weight, bias, GROUPS))
+    return k.norm_relu(y, Norm(weight, bias, GROUPS))
 
 
 def norm_relu_vjp(k, grad, y, weight, bias, mean, rstd):
-    k.norm_relu_vjp(grad, y, Norm(weight, bias, GROUPS), [mean, rstd], params=True)
+    return k.norm_relu_vjp(grad, y, Norm(weight, bias, GROUPS), [mean, rstd], params=True)
 
 
 def norm_tail(k, y, shortcut, **norms):
     first, second = (Norm(norms[f"{name} weight"], norms[f"{name} bias"], GROUPS) for name in ("first", "second"))
-    k.norm_tail(y, shortcut, first, second)
+    return k.norm_tail(y, shortcut, first, second)
 
 
 def norm_tail_vjp(k, grad, y, shortcut, **others):
     first, second = (Norm(others[f"{name} weight"], others[f"{name} bias"], GROUPS) for name in ("first", "second"))
     given = [others[name] for name in ("mean", "rstd", "second mean", "second rstd")]
-    k.norm_tail_vjp(grad, y, shortcut, first, second, given, params=True)
+    return k.norm_tail_vjp(grad, y, shortcut, first, second, given, params=True)
 
 
 def arguments(function):
@@ -142,6 +143,42 @@ def test_cuda_norms(cuda, function, name, wrong):
 def test_triton_norms(function, name, wrong):
     pytest.importorskip("triton")
     check_norms(import_module("ifr_fast.kernels.triton"), function, name, wrong)
+
+
+@needs_no_gpu
+@wrongs
+@cases
+def test_triton_norms_within_a_solve(function, name, wrong):
+    """What was checked in a step before is not checked again. It does not vouch for another tensor."""
+    pytest.importorskip("triton")
+    triton, state = import_module("ifr_fast.kernels.triton"), device_state(activation())
+    names = ("norm_relu", "norm_relu_vjp", "norm_tail", "norm_tail_vjp")
+    within = SimpleNamespace(**{name: partial(getattr(triton, name), state=state) for name in names})
+    function(within, **arguments(function))
+    check_norms(within, function, name, wrong)
+
+
+@needs_no_gpu
+@wrongs
+def test_triton_norms_check_a_new_status(wrong):
+    pytest.importorskip("triton")
+    triton, state, norm = import_module("ifr_fast.kernels.triton"), device_state(activation()), Norm(*pair(), GROUPS)
+    triton.norm_relu(activation(), norm, state=state)
+    state.status = WRONG[wrong](state.status)
+    refuses(lambda: triton.norm_relu(activation(), norm, state=state), "state.status")
+
+
+@needs_no_gpu
+@cases
+def test_triton_norms_at_any_address(function, name):
+    """A caller's slice may begin between two multiples of 16 bytes."""
+    pytest.importorskip("triton")
+    triton, given = import_module("ifr_fast.kernels.triton"), arguments(function)
+    moved = torch.empty(given[name].numel() + 1)[1:].as_strided(given[name].shape, given[name].stride())
+    moved = moved.copy_(given[name])
+    assert moved.data_ptr() % 16
+    expected, actual = (function(triton, **tensors) for tensors in (given, {**given, name: moved}))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("function", [norm_relu, norm_relu_vjp, norm_tail, norm_tail_vjp])
@@ -215,12 +252,13 @@ def test_cuda_step(cuda, name, wrong):
 
 @needs_no_gpu
 @wrongs
+@pytest.mark.parametrize("evaluation", [0, 1])
 @pytest.mark.parametrize("name", ["f", "z", *STATE])
-def test_triton_step(name, wrong):
+def test_triton_step(name, wrong, evaluation):
     pytest.importorskip("triton")
     if name == "f" and wrong in ("dtype", "gapped"):
         pytest.skip("converted")
-    check_step(import_module("ifr_fast.kernels.triton"), device_state, name, wrong, 0)
+    check_step(import_module("ifr_fast.kernels.triton"), device_state, name, wrong, evaluation)
 
 
 @pytest.mark.parametrize("evaluation", [-1, 5])
