@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -93,7 +94,7 @@ def chip(monkeypatch):
     monkeypatch.setattr(driver, "_active", fake)
     with monkeypatch.context() as compiled:
         compiled.setenv("TRITON_INTERPRET", "0")
-        chip.kernel = launch.kernel(wide=["x"])(copied)
+        chip.kernel = launch.jit(wide=["x"])(copied)
     return chip
 
 
@@ -240,6 +241,15 @@ def test_threads_on_their_own_devices(chip):
         assert {(a[0], a[3], a[4], a[11]) for a in launches} == {
             (device + 1, 1000 + device, ("copied", device), device)
         }
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("cc") is None, reason="cc compiles Triton's launcher and the driver's stand-in")
+def test_the_driver_is_handed_what_triton_hands_it():
+    """By Triton's real launcher, from real kernels; the tool compares."""
+    kernels = dict(re.findall(r"(\w+): (\d+) launches", run("launched_parameters.py")))
+    assert len(kernels) >= 8
+    assert min(map(int, kernels.values())) >= 40
 
 
 def test_variants_do_not_depend_on_the_number_of_samples():

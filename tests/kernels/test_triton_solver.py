@@ -239,6 +239,22 @@ def test_r_is_the_iterate_plus_injection(device, rule, dtype):
     assert all(not torch.equal(a, b) for a, b in pairwise(seen))
 
 
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_an_injection_of_another_layout_and_address(device, contiguous):
+    """A caller's slice may begin anywhere."""
+    z0, x = nhwc(2, 5, 7, 9, device=device), nhwc(2, 5, 7, 9, device=device)
+    moved = torch.empty(x.numel() + 1, device=device)[1:].as_strided(x.shape, x.stride()).copy_(x)
+    assert moved.data_ptr() % 16
+    values = []
+    for injection in (x, moved.contiguous() if contiguous else moved):
+
+        def f(z, state, injection=injection):
+            return 0.5 * shift(z, injection, torch.float32, state).cos()
+
+        values.append(solve(f, z0.clone(), resolved(Broyden(4, rtol=0.0)), TRITON).value)
+    assert torch.equal(*values)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtypes", ["f", "fb", "bf", "ffb", "hfb"])
 @pytest.mark.parametrize("last", [False, True])
@@ -269,8 +285,11 @@ def test_a_total_of_another_layout(device):
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_long_samples_have_bounded_parts(device, monkeypatch):
+def test_long_samples_have_bounded_parts(device, monkeypatch, request):
     """A program sums several blocks, the last of them partly filled, and the rule's kernel many parts."""
+    for remembered in (solver._residual_launch, solver._gram_launch):
+        remembered.cache_clear()
+        request.addfinalizer(remembered.cache_clear)
     monkeypatch.setattr(solver, "MAX_PARTS", 5)
     z = nhwc(2, 9, 40, 41, device=device)
     state = DeviceState(z, rows=3, evaluations=4, history_dtype=torch.float32)

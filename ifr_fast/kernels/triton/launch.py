@@ -1,9 +1,9 @@
 """Launches Triton's kernels at little cost. All of Triton's private names are used here.
 
-`kernel[grid](…)`, Triton's own launch, binds and specialises every argument anew, which takes longer than many of these
-kernels run. A `Launch` does that once for each device and combination of dtypes, remembers the compiled kernel that
-Triton returns, and hands the arguments to that one from then on. Triton's own launch serves where that is not possible:
-in versions of Triton that lack the names, under its interpreter, and while a profiler has hooked itself into launches.
+`kernel[grid](…)`, Triton's own launch, binds and specialises every argument anew, which is most of its cost. A `Launch`
+has that done once for each device and combination of dtypes, remembers the compiled kernel that Triton returns, and
+hands the arguments to that one from then on. Triton's own launch serves where that will not do: in other versions of
+Triton, under its interpreter, for tensors at addresses that 16 does not divide, and while a profiler is told of launches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 DIRECT = triton.__version__.startswith("3.6.")
 
 
-def kernel(*, wide: Sequence[str]) -> Callable[[Callable[..., Any]], Any]:
+def jit(*, wide: Sequence[str]) -> Callable[[Callable[..., Any]], Any]:
     """triton.jit for a kernel whose parameters are tensors, then numbers, then constants.
 
     wide: the tensors that are accessed many bytes at a time. Triton compiles other variants where 16 does not divide
@@ -42,7 +42,7 @@ class Launch:
 
     def __init__(self, function: Any, **constants: Any) -> None:
         self.function, self.constants = function, constants
-        self.compiled: dict[tuple[Any, ...], tuple[Any, ...] | None] = {}
+        self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.direct = DIRECT and isinstance(function, JITFunction)
         if self.direct:
             self.tail = [constants[p.name] for p in function.params if p.is_constexpr]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..contract import EPS, Norm, describe
 from ..fields import new_statistics
 from ..gpu import DeviceState, Tail, checked, like, status_of
-from .launch import Launch, kernel
+from .launch import Launch, jit
 from .tiles import (
     RUNNING,
     Budget,
@@ -162,7 +162,7 @@ def _split_statistics(
         plan.combine(n * first.groups, (partials, *statistics[2:], status), (plan.blocks, EPS))
 
 
-@kernel(wide=["y", "weight", "bias", "out"])
+@jit(wide=["y", "weight", "bias", "out"])
 def norm_relu_whole(
     y, weight, bias, out, mean, rstd, status, positions, eps,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -184,7 +184,7 @@ def norm_relu_whole(
     tl.store(out + base + offset, x.to(out.dtype.element_ty), mask)
 
 
-@kernel(wide=["y", "r", "weight", "bias", "weight2", "bias2", "out", "z", "history"])
+@jit(wide=["y", "r", "weight", "bias", "weight2", "bias2", "out", "z", "history"])
 def norm_tail_whole(
     y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, out, z, history, norm_partials, status,
     positions, rows, row, eps,
@@ -221,7 +221,7 @@ def norm_tail_whole(
     _emit(u, offset, mask, n, positions * CHANNELS, out, z, history, norm_partials, rows, row)
 
 
-@kernel(wide=["y", "r", "weight", "bias"])
+@jit(wide=["y", "r", "weight", "bias"])
 def partial_moments(
     y, r, weight, bias, mean, rstd, partials, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -250,7 +250,7 @@ def partial_moments(
     tl.store(partials + at * 3 + 2, m2, there)
 
 
-@kernel(wide=())
+@jit(wide=())
 def combine_moments(partials, mean, rstd, status, parts, eps, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
     """A group's mean and 1/σ from partials (n, parts, groups, 3), by Chan's formula."""
     n, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
@@ -281,7 +281,7 @@ def combine_moments(partials, mean, rstd, status, parts, eps, GROUPS: tl.constex
     tl.store(rstd + at, tl.rsqrt(tl.sum(squares) / total + eps))
 
 
-@kernel(wide=["y", "weight", "bias", "out"])
+@jit(wide=["y", "weight", "bias", "out"])
 def norm_relu_apply(
     y, weight, bias, mean, rstd, out, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -298,7 +298,7 @@ def norm_relu_apply(
     tl.store(out + base + offset, x.to(out.dtype.element_ty), mask)
 
 
-@kernel(wide=["y", "r", "weight", "bias", "weight2", "bias2", "out", "z", "history"])
+@jit(wide=["y", "r", "weight", "bias", "weight2", "bias2", "out", "z", "history"])
 def norm_tail_apply(
     y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, out, z, history, norm_partials, status,
     positions, rows, row, splits,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..contract import Norm
 from ..gpu import DeviceState, checked, like, status_of
-from .launch import Launch, kernel
+from .launch import Launch, jit
 from .tiles import (
     RUNNING,
     Budget,
@@ -177,7 +177,7 @@ def _add(plan: Plan, partials: Tensor, status: Tensor | None) -> Tensor:
     return sums
 
 
-@kernel(wide=["grad", "y", "weight", "bias", "grad_y", "grads"])
+@jit(wide=["grad", "y", "weight", "bias", "grad_y", "grads"])
 def norm_vjp_whole(
     grad, y, weight, bias, mean, rstd, grad_y, grads, status, positions,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -204,7 +204,7 @@ def norm_vjp_whole(
     tl.store(grad_y + base + offset, g.to(grad_y.dtype.element_ty), mask)
 
 
-@kernel(wide=["grad", "y", "r", "weight", "bias", "weight2", "bias2", "grad_y", "grad_r", "grads"])
+@jit(wide=["grad", "y", "r", "weight", "bias", "weight2", "bias2", "grad_y", "grad_r", "grads"])
 def norm_tail_vjp_whole(
     grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, grad_y, grad_r, grads, status, positions,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -236,7 +236,7 @@ def norm_tail_vjp_whole(
     tl.store(grad_y + base + offset, g.to(grad_y.dtype.element_ty), mask)
 
 
-@kernel(wide=["grad", "y", "weight", "bias", "grads"])
+@jit(wide=["grad", "y", "weight", "bias", "grads"])
 def norm_vjp_sums(
     grad, y, weight, bias, mean, rstd, partials, grads, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -261,7 +261,7 @@ def norm_vjp_sums(
     _store_group_sums(g, x, partials, slot, GROUPS, BLOCK_G)
 
 
-@kernel(wide=["grad", "y", "weight", "bias", "grad_y"])
+@jit(wide=["grad", "y", "weight", "bias", "grad_y"])
 def norm_vjp_apply(
     grad, y, weight, bias, mean, rstd, sums, grad_y, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -284,7 +284,7 @@ def norm_vjp_apply(
     tl.store(grad_y + base + offset, g.to(grad_y.dtype.element_ty), mask)
 
 
-@kernel(wide=["grad", "y", "r", "weight", "bias", "weight2", "bias2", "grads"])
+@jit(wide=["grad", "y", "r", "weight", "bias", "weight2", "bias2", "grads"])
 def second_vjp_sums(
     grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, partials, grads, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -307,7 +307,7 @@ def second_vjp_sums(
     _store_group_sums(g, v, partials, slot, GROUPS, BLOCK_G)
 
 
-@kernel(wide=["grad", "y", "r", "weight", "bias", "weight2", "bias2", "grad_u", "grads"])
+@jit(wide=["grad", "y", "r", "weight", "bias", "weight2", "bias2", "grad_u", "grads"])
 def second_vjp_apply(
     grad, y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, sums, grad_u, partials, grads, status,
     positions, splits,
@@ -336,7 +336,7 @@ def second_vjp_apply(
     _store_group_sums(g, x, partials, slot, GROUPS, BLOCK_G)
 
 
-@kernel(wide=())
+@jit(wide=())
 def add_sums(partials, sums, status, parts, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sums over the parts: (n, parts, groups, 2) → (n, groups, 2)."""
     n, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS

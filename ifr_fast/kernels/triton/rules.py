@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..contract import Status
-from .launch import kernel
+from .launch import jit
 from .tiles import RUNNING, power_of_2
 
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)  # the largest relative residual reported
@@ -39,7 +39,7 @@ def rule_tile(method: str, rows: int, window: int) -> RuleTile:
     return RuleTile(k, m, min(128, 4096 // k), warps)
 
 
-@kernel(wide=())
+@jit(wide=())
 def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
                 norms, residual, trace, status, iterations, improved,
                 n, rows, parts, splits, evaluation, row, window, affine, rtol, divergence, ridge,

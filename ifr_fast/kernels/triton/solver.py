@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..contract import DIVERGENCE, Method, Step, check_step, describe, ridge
 from ..gpu import STATE, DeviceState, Tail, Total, aligned
-from .launch import Launch, kernel
+from .launch import Launch, jit
 from .norm import residual_tail
 from .rules import rule_kernel, rule_tile
 from .tiles import RUNNING, power_of_2
@@ -196,7 +196,7 @@ def _laid_out(tensor: Tensor, name: str, z: Tensor) -> Tensor:
     return aligned(tensor, name, z)
 
 
-@kernel(wide=["a", "b", "c", "z", "history"])
+@jit(wide=["a", "b", "c", "z", "history"])
 def residual_kernel(a, b, c, z, history, partials, status, size, rows, row,
                     ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     """One program per part of a sample. partials (n, parts, 2): its ‖g‖² and ‖f‖², with f = a + b + c not rounded."""
@@ -226,7 +226,7 @@ def residual_kernel(a, b, c, z, history, partials, status, size, rows, row,
     tl.store(partials + (sample * parts + part) * 2 + 1, tl.sum(f2, 0))
 
 
-@kernel(wide=["history"])
+@jit(wide=["history"])
 def gram_row_kernel(history, partials, status, size, rows, row, first,
                     ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """One program per split of a sample and group of rows. Fills columns first … row of partials (n, splits, rows)."""
@@ -255,7 +255,7 @@ def gram_row_kernel(history, partials, status, size, rows, row, first,
     tl.store(partials + (sample * splits + split) * rows + j, tl.sum(total, 1), j <= row)
 
 
-@kernel(wide=["z", "start", "history", "injection", "r"])
+@jit(wide=["z", "start", "history", "injection", "r"])
 def combine_kernel(z, start, history, coefficients, flags, injection, r, size, rows, count, ALIGN: tl.constexpr,
                    BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BEST: tl.constexpr):  # fmt: skip
     """A program per block: z = start + Σ_{j < count} coefficient_j g_j for running samples (flags: status); r = z + X.
@@ -291,7 +291,7 @@ def combine_kernel(z, start, history, coefficients, flags, injection, r, size, r
         _store_shifted(total, injection, r, here, inside)
 
 
-@kernel(wide=["z", "value", "history", "injection", "r"])
+@jit(wide=["z", "value", "history", "injection", "r"])
 def advance_kernel(z, value, history, status, improved, injection, r, size,
                    ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A program per block: z += g for running samples. If z is its sample's best, value keeps it. r = z + X."""
