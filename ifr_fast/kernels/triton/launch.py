@@ -3,7 +3,7 @@
 `kernel[grid](…)`, Triton's own launch, binds and specialises every argument anew, which is most of its cost. A `Launch`
 has that done once for each device and combination of dtypes, remembers the compiled kernel that Triton returns, and
 hands the arguments to that one from then on. Triton's own launch serves where that will not do: in other versions of
-Triton, under its interpreter, for tensors at addresses that 16 does not divide, and while a profiler is told of launches.
+Triton, under its interpreter, for wide tensors at addresses that 16 does not divide, and while a profiler listens.
 """
 
 from __future__ import annotations
