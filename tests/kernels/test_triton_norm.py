@@ -37,7 +37,12 @@ def choose(monkeypatch):
                 monkeypatch.setattr(module, "whole_tile", lambda *args: None)
             monkeypatch.setattr(tiles, "SPLIT", 512)
 
-    return force
+    plans = norms._plan, vjps._plan
+    for plan in plans:
+        plan.cache_clear()
+    yield force
+    for plan in plans:
+        plan.cache_clear()
 
 
 def draw(shape, dtype, device, count):

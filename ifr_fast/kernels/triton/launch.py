@@ -52,7 +52,8 @@ class Launch:
         if not self.direct:
             self.function[(programs,)](*tensors, *numbers, **self.constants)
             return
-        device = driver.active.get_current_device()
+        gpu = driver.active
+        device = gpu.get_current_device()
         key = (device, *[None if t is None else t.dtype for t in tensors])
         addresses = 0
         for i in self.wide:
@@ -65,7 +66,7 @@ class Launch:
                 self.compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
             return
         run, function, metadata, _ = found
-        stream = driver.active.get_current_stream(device)
+        stream = gpu.get_current_stream(device)
         # Grid, stream, what to run and how, hooks and their argument; then every parameter, constants too.
         run(programs, 1, 1, stream, function, metadata, None, None, None, *tensors, *numbers, *self.tail)
 
