@@ -82,6 +82,11 @@ class DeviceState(SolverState):
         self.fitting: dict[Hashable, Any] = {}
         self.seal()
 
+    def select(self, z: Tensor, index: Tensor) -> tuple[DeviceState, Tensor]:
+        some, z_some = super().select(z, index)
+        some.fitting = {}  # nothing of another number of samples has been checked
+        return some, z_some
+
     def check_size(self, tensor: Tensor, name: str, dtype: torch.dtype) -> None:
         """ValueError where the tensor has not one number of dtype for each of the iterate's."""
         if self.fitting.get(name) is not tensor:
