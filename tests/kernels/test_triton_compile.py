@@ -1,6 +1,7 @@
 """compile_triton.py, in a process of its own: this one may interpret Triton's kernels."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,45 @@ def test_faults_are_found(tmp_path, size, stages, warps, fault):
     assert "sm_90: 1 variants" in run.stdout, run.stderr
     assert run.returncode == (0 if fault is None else 1)
     assert (fault or "no fault") in run.stdout
+
+
+NORMS = """
+import torch
+
+from ifr_fast.kernels import triton as kernels
+from ifr_fast.kernels.contract import Norm
+from ifr_fast.kernels.gpu import Tail
+from ifr_fast.kernels.triton.norm import residual_tail
+
+
+def tensor(*shape, dtype=torch.float32):
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=layout)
+
+
+norm = Norm(tensor(256), tensor(256), 32)
+for side in (7, 14, 28):
+    for dtype in (torch.bfloat16, torch.float32):
+        y, z = tensor(100, 256, side, side, dtype=dtype), tensor(100, 256, side, side)
+        state = kernels.new_state(z, rows=15, evaluations=16, history_dtype=torch.bfloat16, from_zero=True)
+        kernels.norm_relu(y, norm, state=state)
+        residual_tail(state, Tail(y, y, norm, norm), z, 0)
+"""
+
+
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.full) for arch in (80, 100))])
+def test_forward_norms_keep_a_multiprocessor_loading(tmp_path, arch):
+    """Three blocks or more, which ask for all of y and the shortcut before they wait for their sample's status."""
+    launches = tmp_path / "launches.py"
+    launches.write_text(NORMS)
+    run = compile_triton(arch, "--launches", launches)
+    print(run.stdout)
+    assert run.returncode == 0, run.stderr
+    found = re.findall(r"(\d+) +(\d+)  (norm_\w+_whole)\(", run.stdout)
+    assert len(found) == 12
+    for blocks, in_flight, kernel in found:
+        assert int(blocks) >= 3, kernel
+        assert int(in_flight) >= 64 << 10, kernel  # latency of 1 µs · 4 TB/s / 132 multiprocessors is half of it
 
 
 def test_a_file_that_launches_nothing_is_a_fault(tmp_path):

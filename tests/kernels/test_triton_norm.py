@@ -262,7 +262,10 @@ def test_other_layouts_are_taken(device):
 @pytest.mark.parametrize("channels", [64, 128, 256, 512])
 @pytest.mark.parametrize("positions", [1, 49, 196, 784, 15200])
 def test_tiles_cover_a_sample_within_their_budget(positions, channels, groups):
-    for budget in (norms.RELU, norms.TAIL, vjps.NORM, vjps.TAIL):
+    for budget in (norms.RELU, norms.TAIL, norms.RESIDUAL, vjps.NORM, vjps.TAIL, vjps.TAIL_PARAMS):
+        split = tiles.split_tile(positions, channels, groups, budget)
+        assert split.positions * split.blocks >= positions
+        assert split.groups >= groups
         for itemsize in (2, 4):
             tile = tiles.whole_tile(positions, channels, groups, itemsize, budget)
             if tile is None:
@@ -271,6 +274,3 @@ def test_tiles_cover_a_sample_within_their_budget(positions, channels, groups):
             assert tile.groups * tile.blocks >= groups
             assert tile.positions * tile.groups * tile.size <= budget.elements
             assert 32 * tile.warps * tile.registers <= tiles.REGISTERS
-    tile = tiles.split_tile(positions, channels, groups)
-    assert tile.positions * tile.blocks >= positions
-    assert tile.groups >= groups

@@ -41,7 +41,8 @@ from ifr_fast.kernels import contract, fields, gpu
 from ifr_fast.kernels import triton as kernels
 from ifr_fast.solvers import Anderson, Broyden, Picard, Solver
 
-# Shared memory that a block may have, and multiprocessors: A100, H100, B200.
+# Shared memory that a block may have, and multiprocessors: A100, H100, B200. A multiprocessor has 1 KiB more, and keeps
+# as much for itself of each block's.
 CHIPS = {80: (166_912, 108), 90: (232_448, 132), 100: (232_448, 148)}
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -67,13 +68,25 @@ class Variant(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Of a compiled variant: registers a thread, bytes of local memory a thread (spills), and of shared memory; does it
-    form matrix products a warp at a time (mma.sync)?"""
+    """Of a compiled variant: registers a thread, bytes of local memory a thread (spills), and of shared memory; threads
+    a block; bytes of global memory that a thread asks for before it may leave; does it form matrix products a warp at a
+    time (mma.sync)?"""
 
     registers: int
     local: int
     shared: int
+    threads: int
+    early: int
     by_warps: bool
+
+    def blocks_per_sm(self, arch: int) -> int:
+        """How many blocks a multiprocessor has room for. It hands out registers by eights."""
+        registers = 65536 // (self.threads * -(-self.registers // 8) * 8)
+        return min(registers, (CHIPS[arch][0] + 1024) // (self.shared + 1024), 2048 // self.threads, 32)
+
+    def in_flight(self, arch: int) -> int:
+        """The bytes that a multiprocessor's blocks ask for at once when they start, masked ones too."""
+        return self.blocks_per_sm(arch) * self.threads * self.early
 
 
 class Recorder:
@@ -177,6 +190,9 @@ def train_package() -> None:
     train(256, 32, 14, 14, FP16)
     train(256, 32, 14, 14, BF16, x_dtype=FP32)
     train(100, 5, 15, 20, BF16)  # nothing is a power of two
+    for channels in (32, 96, 160, 192):  # groups of 1, 3, 5 and 6
+        train(channels, 32, 14, 14, BF16)
+    train(96, 32, 100, 152, BF16)
     for form in ("paper", "plain"):
         train(256, 32, 14, 14, BF16, form=form)
     for rows in (1, 2, 4, 8, 16, 32, 64):
@@ -204,14 +220,23 @@ def measure(variant: Variant, target: GPUTarget) -> Usage:
     """Compiles the variant."""
     source = ASTSource(variant.function, variant.signature, variant.constants, variant.attributes)
     kernel = triton.compile(source, target=target, options=variant.options.__dict__)
-    dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [dump, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        text, code = (_dump(switch, file.name) for switch in ("--dump-resource-usage", "--dump-sass"))
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Usage(used["REG"], used["STACK"] + used["LOCAL"], kernel.metadata.shared, "mma.sync" in kernel.asm["ptx"])
+    widths = re.findall(r"\bLDG\.E(?:\.[SU]?(8|16|64|128))?\b", code[: code.index("EXIT")])
+    early = sum(int(bits or 32) // 8 for bits in widths)
+    local, threads = used["STACK"] + used["LOCAL"], 32 * kernel.metadata.num_warps
+    by_warps = "mma.sync" in kernel.asm["ptx"]
+    return Usage(used["REG"], local, kernel.metadata.shared, threads, early, by_warps)
+
+
+def _dump(switch: str, cubin: str) -> str:
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    path = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"  # cuobjdump calls nvdisasm
+    command = [tools / "cuobjdump", switch, cubin]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": path}).stdout
 
 
 def violations(usage: Usage, arch: int) -> list[str]:
@@ -249,12 +274,14 @@ def check(arch: int, few: bool, launches: Path | None) -> bool:
     package = train_few if few else train_package
     variants = recorder.record(package if launches is None else lambda: runpy.run_path(str(launches)))
     faults = [] if launches else [f"{name}: no run launches it" for name in unlaunched(variants)]
-    print(f"sm_{arch}: {len(variants)} variants\n{'regs':>5} {'local':>6} {'shared':>7}  kernel")
+    heading = f"{'regs':>5} {'local':>6} {'shared':>7} {'blocks':>6} {'flight':>7}  kernel"
+    print(f"sm_{arch}: {len(variants)} variants\n{heading}")
     for variant, usage in compiled(variants, recorder.target):
         if isinstance(usage, str):
             faults.append(f"{variant} {usage}")
         else:
-            print(f"{usage.registers:5} {usage.local:6} {usage.shared:7}  {variant}")
+            resident = f"{usage.blocks_per_sm(arch):6} {usage.in_flight(arch):7}"
+            print(f"{usage.registers:5} {usage.local:6} {usage.shared:7} {resident}  {variant}")
             faults += [f"{variant}: {fault}" for fault in violations(usage, arch)]
     print(f"sm_{arch}: {'no fault' if not faults else ''}", *faults, sep="\n  ")
     return bool(variants) and not faults

@@ -28,13 +28,15 @@ from .tiles import (
     normalised,
     relu,
     split_tile,
+    stopped,
     tile_at,
     whole_tile,
 )
 
 # Budgets of the whole path's tiles. Within them no register is spilled.
-RELU = Budget(elements=32768, warps=32, registers=4)
-TAIL = Budget(elements=16384, warps=32, registers=4)
+RELU = Budget(elements=32768, fixed=16, each=2)
+TAIL = Budget(elements=16384, fixed=48, each=2)
+RESIDUAL = TAIL._replace(fixed=32)  # the tail of a step, which stores no statistics
 
 
 def norm_relu(
@@ -93,14 +95,15 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(end: Literal["relu", "tail"], channels: int, positions: int, groups: int, itemsize: int) -> Plan:
+def _plan(end: Literal["relu", "tail", "residual"], channels: int, positions: int, groups: int, itemsize: int) -> Plan:
     budget, whole, apply = {
         "relu": (RELU, norm_relu_whole, norm_relu_apply),
         "tail": (TAIL, norm_tail_whole, norm_tail_apply),
+        "residual": (RESIDUAL, norm_tail_whole, norm_tail_apply),
     }[end]
     tile = whole_tile(positions, channels, groups, itemsize, budget)
     is_whole = tile is not None
-    tile = tile or split_tile(positions, channels, groups)
+    tile = tile or split_tile(positions, channels, groups, TAIL)
     constants = tile.constants(channels, groups)
     return Plan(
         tile.blocks,
@@ -128,7 +131,8 @@ def _tail(tail: Tail, statistics: list[Tensor] | None, sink: Sink) -> None:
     if shortcut is not None:
         shortcut = like(shortcut, "shortcut", y) if state is None else state.like(shortcut, "shortcut", y)
     n, channels, height, width = y.shape
-    plan = _plan("tail", channels, height * width, first.groups, y.itemsize)
+    end: Literal["tail", "residual"] = "tail" if state is None else "residual"
+    plan = _plan(end, channels, height * width, first.groups, y.itemsize)
     if not plan.whole:
         statistics = new_statistics(y, first, second) if statistics is None else statistics
         _split_statistics(plan, y, shortcut, first, second, statistics, status)
@@ -169,11 +173,11 @@ def norm_relu_whole(
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
     n, group = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS * BLOCK_G
-    if status is not None and tl.load(status + n) != RUNNING:
-        return
     offset, mask, channel, real = tile_at(0, group, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
     base = n * positions * CHANNELS
     x = tl.load(y + base + offset, mask, other=0.0).to(tl.float32)
+    if stopped(status, n):
+        return
     count = positions * (CHANNELS // GROUPS)
     center, m2 = group_moments(x, mask, count)
     scale = tl.rsqrt(m2 / count + eps)
@@ -193,13 +197,13 @@ def norm_tail_whole(
     """Stores those statistics that are not None. `_emit` stores the result."""
     BLOCKS: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
     n, group = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS * BLOCK_G
-    if status is not None and tl.load(status + n) != RUNNING:
-        return
     offset, mask, channel, real = tile_at(0, group, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
     base = n * positions * CHANNELS
     u = tl.load(y + base + offset, mask, other=0.0).to(tl.float32)
     if r is not None:
         shortcut = tl.load(r + base + offset, mask, other=0.0)
+    if stopped(status, n):
+        return
     at, there = groups_at(n, group, GROUPS, BLOCK_G)
     count = positions * (CHANNELS // GROUPS)
     center, m2 = group_moments(u, mask, count)
@@ -207,9 +211,10 @@ def norm_tail_whole(
     if mean is not None:
         tl.store(mean + at, center, there)
         tl.store(rstd + at, scale, there)
-    u = affine(normalised(u, center, scale), weight, bias, channel, real)
+    u = normalised(u, center, scale) * tl.load(weight + channel, real, other=0.0)
     if r is not None:
         u += shortcut.to(tl.float32)
+    u += tl.load(bias + channel, real, other=0.0)
     if weight2 is not None:
         u = relu(u)
         center, m2 = group_moments(u, mask, count)
@@ -230,17 +235,19 @@ def partial_moments(
     M2 is the sum of squares about the mean. If y's statistics are given, the moments are those of relu(gn(y) + r), else
     of y."""
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
-    if status is not None and tl.load(status + n) != RUNNING:
-        return
     offset, mask, channel, real = tile_at(position, 0, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
     base = n * positions * CHANNELS
     x = tl.load(y + base + offset, mask, other=0.0).to(tl.float32)
+    if r is not None:
+        shortcut = tl.load(r + base + offset, mask, other=0.0)
+    if stopped(status, n):
+        return
     if mean is not None:
         at, there = groups_at(n, 0, GROUPS, BLOCK_G)
         center, scale = tl.load(mean + at, there, other=0.0), tl.load(rstd + at, there, other=0.0)
         x = affine(normalised(x, center, scale), weight, bias, channel, real)
         if r is not None:
-            x += tl.load(r + base + offset, mask, other=0.0).to(tl.float32)
+            x += shortcut.to(tl.float32)
         x = relu(x)
     count = tl.minimum(BLOCK_P, positions - position) * (CHANNELS // GROUPS)
     center, m2 = group_moments(x, mask, count)
@@ -287,11 +294,11 @@ def norm_relu_apply(
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
-    if status is not None and tl.load(status + n) != RUNNING:
-        return
     offset, mask, channel, real = tile_at(position, 0, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
     base = n * positions * CHANNELS
     x = tl.load(y + base + offset, mask, other=0.0).to(tl.float32)
+    if stopped(status, n):
+        return
     at, there = groups_at(n, 0, GROUPS, BLOCK_G)
     center, scale = tl.load(mean + at, there, other=0.0), tl.load(rstd + at, there, other=0.0)
     x = relu(affine(normalised(x, center, scale), weight, bias, channel, real))
@@ -305,16 +312,18 @@ def norm_tail_apply(
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
-    if status is not None and tl.load(status + n) != RUNNING:
-        return
     offset, mask, channel, real = tile_at(position, 0, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
     base = n * positions * CHANNELS
     u = tl.load(y + base + offset, mask, other=0.0).to(tl.float32)
+    if r is not None:
+        shortcut = tl.load(r + base + offset, mask, other=0.0)
+    if stopped(status, n):
+        return
     at, there = groups_at(n, 0, GROUPS, BLOCK_G)
     center, scale = tl.load(mean + at, there, other=0.0), tl.load(rstd + at, there, other=0.0)
     u = affine(normalised(u, center, scale), weight, bias, channel, real)
     if r is not None:
-        u += tl.load(r + base + offset, mask, other=0.0).to(tl.float32)
+        u += shortcut.to(tl.float32)
     if weight2 is not None:
         center, scale = tl.load(mean2 + at, there, other=0.0), tl.load(rstd2 + at, there, other=0.0)
         u = affine(normalised(relu(u), center, scale), weight2, bias2, channel, real)
@@ -328,9 +337,11 @@ def _emit(f, offset, mask, n, size, out, z, history, norm_partials, rows, row):
     if z is None:
         tl.store(out + base + offset, f, mask)
     else:
-        g = f - tl.load(z + base + offset, mask, other=0.0)
+        sums = norm_partials + tl.program_id(0).to(tl.int64) * 2
+        at = tl.load(z + base + offset, mask, other=0.0)
+        f = tl.where(mask, f, 0.0)
+        tl.store(sums + 1, tl.sum(f * f))
+        g = f - at
         if row >= 0:
             tl.store(history + (n * rows + row) * size + offset, g.to(history.dtype.element_ty), mask)
-        sums = norm_partials + tl.program_id(0).to(tl.int64) * 2
-        tl.store(sums, tl.sum(tl.where(mask, g * g, 0.0)))
-        tl.store(sums + 1, tl.sum(tl.where(mask, f * f, 0.0)))
+        tl.store(sums, tl.sum(g * g))

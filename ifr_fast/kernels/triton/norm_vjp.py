@@ -34,9 +34,9 @@ from .tiles import (
 )
 
 # Budgets of the whole path's tiles. Within them no register is spilled.
-NORM = Budget(elements=16384, warps=16, registers=4)
-TAIL = Budget(elements=8192, warps=16, registers=8)
-TAIL_PARAMS = TAIL._replace(registers=9)
+NORM = Budget(elements=16384, fixed=0, each=4)
+TAIL = Budget(elements=8192, fixed=0, each=8, blocks=2)
+TAIL_PARAMS = TAIL._replace(each=9)
 
 
 def norm_relu_vjp(
@@ -95,7 +95,7 @@ def _plan(
     budget = TAIL_PARAMS if kind == "tail params" else TAIL if tail else NORM
     tile = whole_tile(positions, channels, groups, itemsize, budget)
     is_whole = tile is not None
-    tile = tile or split_tile(positions, channels, groups, *([TAIL.registers] if tail else []))
+    tile = tile or split_tile(positions, channels, groups, TAIL if tail else NORM)
     constants = tile.constants(channels, groups)
     one = constants | {"RELU": kind == "relu"}
     whole = Launch(norm_tail_vjp_whole, **constants) if tail else Launch(norm_vjp_whole, **one)

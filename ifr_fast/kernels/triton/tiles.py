@@ -6,6 +6,7 @@ here depends on the number of samples, so a sample's sums are formed in the same
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import triton
@@ -15,16 +16,24 @@ from ..contract import RUNNING as _RUNNING
 
 RUNNING = tl.constexpr(_RUNNING)
 
-SPLIT = 8192  # elements of a tile of the split path (norm.py)
-REGISTERS = 65536  # per multiprocessor
+SPLIT = 4096  # elements of a tile of the split path (norm.py)
+REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # that a multiprocessor has room for
 
 
 class Budget(NamedTuple):
-    """Limits of a kernel's tiles: elements, warps, and the registers that a thread holds per element."""
+    """Of a kernel: the most elements of its tiles; the registers that a thread needs, some fixed and some for each
+    element it holds; how many blocks shall share a multiprocessor, so that some load while others compute.
+    tests/tools/compile_triton.py tells what a kernel takes, and whether it spills."""
 
     elements: int
-    warps: int
-    registers: int
+    fixed: int
+    each: int
+    blocks: int = 3
+
+    def narrow(self, size: int) -> Budget:
+        """For groups of `size` channels: where accesses take less than four numbers, each has an address to keep."""
+        more = 2 // math.gcd(size, 4)
+        return self._replace(elements=self.elements // (2 if more else 1), each=self.each + more)
 
 
 class Tile(NamedTuple):
@@ -48,37 +57,54 @@ def power_of_2(n: int) -> int:
 
 
 def whole_tile(positions: int, channels: int, groups: int, itemsize: int, budget: Budget) -> Tile | None:
-    """A tile of all positions and some whole groups. It has at least 64 bytes a position and 4096 elements, if the map
-    has as many.
+    """A tile of all positions and some whole groups. It has at least 32 bytes a position, which are read at once, and
+    4096 elements, if the map has as many; less where otherwise too few blocks would share a multiprocessor.
 
     None if even one group exceeds the budget.
     """
+    budget = budget.narrow(channels // groups)
     size, count = power_of_2(channels // groups), power_of_2(groups)
     side = power_of_2(positions)
     if side * size > budget.elements:
         return None
     block = 1
-    while block < count and (block * size * itemsize < 64 or side * block * size < 4096):
+    while block < count and (block * size * itemsize < 32 or side * block * size < 4096):
         block *= 2
     while side * block * size > budget.elements:
         block //= 2
+    smaller = [block >> i for i in range(block.bit_length())]
+    block = max(
+        smaller, key=lambda b: min(_occupancy(side * b * size, budget)[0], budget.blocks)
+    )  # the first of equals
     return Tile(side, block, size, -(-groups // block), *_threads(side * block * size, budget))
 
 
-def split_tile(positions: int, channels: int, groups: int, registers: int = 4) -> Tile:
-    """A tile of consecutive positions with all their channels. registers: as in Budget."""
+def split_tile(positions: int, channels: int, groups: int, budget: Budget) -> Tile:
+    """A tile of consecutive positions with all their channels."""
+    budget = budget.narrow(channels // groups)
     size, count = power_of_2(channels // groups), power_of_2(groups)
     side = min(max(1, SPLIT // (count * size)), power_of_2(positions))
-    threads = _threads(side * count * size, Budget(SPLIT, 16, registers))
-    return Tile(side, count, size, -(-positions // side), *threads)
+    return Tile(side, count, size, -(-positions // side), *_threads(side * count * size, budget))
+
+
+def _occupancy(elements: int, budget: Budget) -> tuple[int, int]:
+    """How many blocks share a multiprocessor, and the threads of each. A thread holds 16 or 32 elements, so that most
+    blocks fit, and of equal ones most threads; 64 only where too few blocks would fit."""
+
+    def choice(held: int) -> tuple[int, int]:
+        threads = 32 * min(max(elements // (32 * held), 1), 32)
+        needed = budget.fixed + budget.each * max(elements // threads, 1)
+        return min(REGISTERS // (threads * needed), THREADS // threads, BLOCKS) if needed < 256 else 0, threads
+
+    best = max(choice(16), choice(32))
+    return best if best[0] >= budget.blocks else max(best, choice(64))
 
 
 def _threads(elements: int, budget: Budget) -> tuple[int, int]:
-    """The number of warps, and the limit of registers per thread. A thread takes 16 elements: with more, too few warps
-    fit a multiprocessor to hide the latency of its memory. Without a limit ptxas spills registers to fit more warps."""
-    warps = min(max(elements // 512, 1), budget.warps)
-    threads = 32 * warps
-    return warps, min(REGISTERS // threads, max(64, budget.registers * elements // threads), 255)
+    """The number of warps, and the limit of registers per thread at which the blocks fit. Without a limit ptxas takes
+    more, or spills some to fit more warps."""
+    blocks, threads = _occupancy(elements, budget)
+    return threads // 32, min(REGISTERS // (threads * max(blocks, 1)) // 8 * 8, 255)
 
 
 @triton.jit
@@ -99,6 +125,17 @@ def groups_at(n, group, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
     """Offsets [G] of a sample's groups in its statistics, and their mask."""
     g = group + tl.arange(0, BLOCK_G)
     return n * GROUPS + g, g < GROUPS
+
+
+@triton.jit
+def stopped(status, n):
+    """Has the sample stopped? A kernel asks this after its loads, so that it waits for them and the status at once."""
+    if status is None:
+        return False
+    else:
+        code = tl.load(status + n)
+        tl.debug_barrier()  # or the assembler moves loads behind the branch
+        return code != RUNNING
 
 
 @triton.jit
