@@ -32,8 +32,8 @@ LEAST_STEPS = 15  # the smallest max_iter that Implicit takes by default
 class Memory:
     """What Shine needs of the forward solve.
 
-    history (n, rows, size): the stored residuals. p, q (n, rows, rows): the coefficients of Broyden's pairs
-    (kernels/gram.py).
+    history (n, rows, size): the residuals as they are stored. p, q (n, rows, rows): the coefficients of Broyden's pairs
+    (kernels/gram.py) over these rows.
     """
 
     history: Tensor
@@ -229,12 +229,12 @@ class Shine(Adjoint):
         if memory is None:
             raise ValueError("Shine needs the forward solve's memory: the solve kept none")
         flat, rows = _flatten(grad).to(memory.p.dtype), range(memory.history.shape[1])
-        dots = torch.stack([(memory.history[:, j] * flat).sum(1) for j in rows], 1).nan_to_num(0.0)
+        dots = torch.stack([(memory.history[:, j].to(flat.dtype) * flat).sum(1) for j in rows], 1).nan_to_num(0.0)
         coefficients = matvec(memory.q.mT, matvec(memory.p, dots))
         w = flat.clone()
         for j in rows:
             scale = coefficients[:, j : j + 1]
-            w -= torch.where(scale != 0, scale * memory.history[:, j], 0)
+            w -= torch.where(scale != 0, scale * memory.history[:, j].to(flat.dtype), 0)
         w = w.to(grad.dtype)
         return _unsolved(_unflatten(w, grad))
 

@@ -83,7 +83,10 @@ def fixed_point(
     refuse_transforms("fixed_point")
     if is_fake(z0):
         raise NotImplementedError("fixed_point cannot be traced: its solve is no operator (meta tensors give shapes)")
-    kernels = choose.kernels(backend, z0.device.type, iterate)
+    kernels, backward_kernels = (
+        choose.kernels(backend, z0.device.type, iterate, s.resolved()[1])
+        for s in (resolved, gradient.backward_solver.resolve(z0.dtype))
+    )
     with torch.no_grad(), torch.cuda.device_of(z0):
         state, value = _solve(f, start.clone(), resolved, kernels)
     adjoint_residual = torch.full_like(state.residual, torch.nan)
@@ -95,7 +98,7 @@ def fixed_point(
     end = gradient.end(f, leaf)
     if not _depends_on_more(end, leaf):
         return value.to(z0.dtype), solved
-    memory = Memory(state.history, state.p, state.q) if gradient.reuses else None
+    memory = Memory(state.history, *state.pairs()) if gradient.reuses else None
     # Checkpointing's hooks would repeat the forward pass for every product with the Jacobian. So the products use a
     # separate evaluation.
     beside = gradient.solves and _tensors_are_saved_by_hooks()
@@ -112,7 +115,7 @@ def fixed_point(
             return constant if product is None else product + constant
 
         grad = grad.contiguous(memory_format=memory_format(value))
-        w, residual, _ = gradient.cotangent(Equation(affine, grad, z0.dtype, kernels, memory))
+        w, residual, _ = gradient.cotangent(Equation(affine, grad, z0.dtype, backward_kernels, memory))
         adjoint_residual.copy_(residual)
         if gradient.solves:
             _warn_unsolved(residual, gradient.backward_solver.resolve(z0.dtype).resolved()[0])

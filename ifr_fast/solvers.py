@@ -29,8 +29,8 @@ def check_options(options: Any) -> None:
         check_int(name, "workspace", options.workspace, 1)
     given = options.history_dtype
     dtype = getattr(torch, given, given) if isinstance(given, str) else given
-    if not (dtype is None or dtype in (torch.float32, torch.float64, torch.bfloat16)):
-        raise ValueError(f"{name}(history_dtype={given!r}): expected None, float32, float64 or bfloat16")
+    if not (dtype is None or dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float8_e5m2)):
+        raise ValueError(f"{name}(history_dtype={given!r}): expected None, float32, float64, bfloat16 or float8_e5m2")
     object.__setattr__(options, "history_dtype", dtype)
 
 
@@ -42,8 +42,11 @@ class Solver:
     rtol: a sample stops when ‖F(z) - z‖ ≤ rtol·‖F(z)‖. None means 1e-3, or 1e-2 where F is computed in 16 bits. 0 means
     max_iter steps, unless F(z) = z exactly.
     history_dtype: dtype of the stored residuals, a torch.dtype or its name. bfloat16 halves memory and traffic and
-    leaves the trace of the residuals alike; float32 and float64 both mean the iterate's dtype. None means bfloat16
-    where F is computed in 16 bits, else the iterate's dtype.
+    leaves the trace of the residuals alike; float32 and float64 both mean the iterate's dtype. float8_e5m2 halves
+    bfloat16's. It keeps two binary digits after the first, and a scale for every residual: an evaluation's relative
+    residual may be 20 % off bfloat16's where convolutions are in bfloat16, more in float32, on average less than 10 %.
+    Shine's gradients become coarser. On a CPU only the eager kernels serve it, more slowly. None means bfloat16 where F
+    is computed in 16 bits, else the iterate's dtype.
     workspace: bytes that a solve may take beside its results. None means 32 MiB on a CPU and 1 GiB elsewhere. Samples
     are solved in chunks that fit, of one sample at least.
 
@@ -68,7 +71,7 @@ class Solver:
         return replace(
             self,
             rtol=(1e-2 if narrow else 1e-3) if self.rtol is None else self.rtol,
-            history_dtype=torch.bfloat16 if stored == torch.bfloat16 else iterate,
+            history_dtype=stored if stored.itemsize <= 2 else iterate,
         )
 
     def resolved(self) -> tuple[float, torch.dtype]:

@@ -154,28 +154,32 @@ def check(name: str) -> str:
     return name
 
 
-def _serves(name: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether an available backend serves tensors of this dtype on this type of device."""
+def _serves(name: str, device: str, dtype: torch.dtype, history: torch.dtype) -> bool:
+    """Whether an available backend serves tensors of this dtype on this type of device, with a history of that."""
     if name == "eager":
         return True
     if name == "cpu":
-        return device == "cpu" and dtype in (torch.float32, torch.float64, torch.bfloat16)
+        served = (torch.float32, torch.float64, torch.bfloat16)
+        return device == "cpu" and dtype in served and history in served
     here = _gpu().available if device == "cuda" else name == "triton" and device == "cpu" and _interpreted()
     return here and dtype in GPU_DTYPES
 
 
 @lru_cache(maxsize=64)
-def kernels(name: str, device: str, dtype: torch.dtype) -> ModuleType:
-    """The module that serves tensors of `dtype` on devices of type `device`. Raises ValueError if `name` cannot."""
+def kernels(name: str, device: str, dtype: torch.dtype, history: torch.dtype = torch.float32) -> ModuleType:
+    """The module that serves tensors of `dtype` on devices of type `device`, and solves with a history of that dtype.
+    Raises ValueError if `name` cannot."""
     name = check(name)
     found = backends()
-    if name != "auto" and not _serves(name, device, dtype):
-        raise ValueError(f"backend={name!r} serves {found[name].reason}; got {dtype} on {device}")
+    if name != "auto" and not _serves(name, device, dtype, history):
+        narrow = " with a history in 8 bits, which backend='eager' serves here" if history.itemsize == 1 else ""
+        raise ValueError(f"backend={name!r} serves {found[name].reason}; got {dtype} on {device}{narrow}")
     candidates = AUTO.get(device, ("eager",)) if name == "auto" else (name,)
-    chosen = next(c for c in candidates if found[c].available and _serves(c, device, dtype))
+    chosen = next(c for c in candidates if found[c].available and _serves(c, device, dtype, history))
     logger.info("%s on %s (backend=%r): %s kernels, %s", dtype, device, name, chosen, found[chosen].reason)
-    if name == "auto" and not found[candidates[0]].available:
-        logger.warning(
-            "running without the %s kernels, several times slower: %s", candidates[0], found[candidates[0]].reason
-        )
+    first = candidates[0]
+    unserved = chosen != first and history.itemsize == 1
+    if not found[first].available or unserved:
+        reason = "they keep no history in 8 bits" if found[first].available else found[first].reason
+        logger.warning("running without the %s kernels, several times slower: %s", first, reason)
     return importlib.import_module(f".{chosen}", __package__)

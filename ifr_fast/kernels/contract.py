@@ -212,6 +212,11 @@ def describe(tensor: object) -> str:
     return f"a {type(tensor).__name__} of shape {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
 
 
+def new_scales(z: Tensor, rows: int, history_dtype: torch.dtype) -> Tensor | None:
+    """The scales (n, rows) of a history in 8 bits, all 1; None for a wider one, whose rows have none."""
+    return torch.ones(len(z), rows, dtype=z.dtype, device=z.device) if history_dtype.itemsize == 1 else None
+
+
 class SolverState:
     """Base of a solver's states. Gives the addresses of its tensors, checked against what the constructor made.
 
@@ -222,6 +227,9 @@ class SolverState:
     rows: int
     size: int
     history: Tensor
+    scales: Tensor | None
+    p: Tensor
+    q: Tensor
     trace: Tensor
     known: dict[tuple[str, ...], list[int]]
 
@@ -265,6 +273,13 @@ class SolverState:
             if tensor is not z:
                 put(tensor, index, getattr(some, name), _samples(name))
 
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """p and q as coefficients of the history's rows as they are stored, without their scales."""
+        if self.scales is None:
+            return self.p, self.q
+        scales = self.scales.unsqueeze(1)
+        return self.p * scales, self.q * scales
+
 
 def _samples(name: str) -> int:
     """The dimension that counts samples in the state's tensor of this name."""
@@ -274,10 +289,11 @@ def _samples(name: str) -> int:
 class State(SolverState):
     """Everything that a solve keeps for a chunk of n samples of `size` unknowns each.
 
-    history (n, rows, size): the residuals g_j. gram (n, rows, rows): their inner products. p, q (n, rows, rows): the
-    method's own coefficients. step (n, rows): coefficients of the next step. norms (n, 3): ‖g‖², ‖f‖² and ‖g₀‖. value
-    (like z): the best iterate. residual (n,): its relative residual. trace (evaluations, n): all relative residuals.
-    status, iterations (n,) int64. improved (n,) bool: whether this evaluation is the best so far.
+    history (n, rows, size): the residuals g_j. scales (n, rows): of a history in 8 bits, g_j is scale_j times row j;
+    else None. gram (n, rows, rows): the inner products. p, q (n, rows, rows): the method's own coefficients. step (n,
+    rows): coefficients of the next step. norms (n, 3): ‖g‖², ‖f‖² and ‖g₀‖. value (like z): the best iterate. residual
+    (n,): its relative residual. trace (evaluations, n): all relative residuals. status, iterations (n,) int64. improved
+    (n,) bool: whether this evaluation is the best so far.
 
     On a CPU the inner products are summed, and the K×K algebra is done, in float64, which costs little there. Elsewhere
     both are in the iterate's own dtype.
@@ -288,6 +304,7 @@ class State(SolverState):
         algebra = torch.float64 if device.type == "cpu" else z.dtype
         self.n, self.rows, self.size = n, rows, math.prod(z.shape[1:])
         self.history = torch.empty(n, rows, self.size, dtype=history_dtype, device=device)
+        self.scales = new_scales(z, rows, history_dtype)
         self.gram, self.p, self.q = (torch.zeros(n, rows, rows, dtype=algebra, device=device) for _ in range(3))
         self.step = torch.zeros(n, rows, dtype=algebra, device=device)
         self.norms = torch.zeros(n, 3, dtype=algebra, device=device)

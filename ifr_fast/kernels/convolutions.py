@@ -69,7 +69,10 @@ def chosen(kernels: Kernels, name: str, x: Tensor, weight: Tensor, dtype: torch.
     size = Size(x.shape[1], weight.shape[0], x.shape[2], x.shape[3], evaluations)
     why = _obstacle(backend, dtype, size)
     if why and name == "winograd":
-        raise ValueError(f"convolution='winograd' is for the cpu kernels in float32 and channels in 32s: {why}")
+        raise ValueError(
+            "convolution='winograd' is for the cpu kernels in float32, with channels in 32s and a history of 16 bits "
+            f"at least: {why}"
+        )
     if name == "auto" and not _pays(backend, dtype, size):
         return kernels
     return importlib.import_module(".winograd", __package__).Winograd()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -134,17 +136,39 @@ def finish(state: State, z: Tensor) -> None:
 def gram_row(state: State, f: Tensor, z: Tensor, *, row: int, first: int) -> None:
     """Stores g = f - z as the history's row `row`, its inner products with rows first … row, and the norms of g and f.
 
-    If row < 0, only the norms. The inner products are of the stored (rounded) residuals.
+    If row < 0, only the norms. The inner products are of the stored (rounded) residuals. A row in 8 bits takes its
+    scale from the residual before: on a GPU its own norm is known only when it is written.
     """
+    before = state.norms[:, 0].clone()
     g = (f - z).permute(*memory_order(z)).reshape(state.n, state.size)
     state.norms[:, 0] = g.to(state.norms.dtype).square().sum(1)
     state.norms[:, 1] = f.to(state.norms.dtype).square().reshape(state.n, state.size).sum(1)
     if row < 0:
         return
+    if state.scales is not None:
+        scale = row_scale(torch.where(before > 0, before, state.norms[:, 0]), state.size, state.scales.dtype)
+        state.scales[:, row] = scale
+        largest = torch.finfo(state.history.dtype).max
+        g = (g / scale.unsqueeze(1)).clamp(-largest, largest)
     state.history[:, row] = g
-    g = state.history[:, row].to(state.gram.dtype)
+    g = stored(state, row).to(state.gram.dtype)
     for j in range(first, row + 1):
-        state.gram[:, row, j] = state.gram[:, j, row] = (g * state.history[:, j]).sum(1)
+        state.gram[:, row, j] = state.gram[:, j, row] = (g * stored(state, j)).sum(1)
+
+
+def stored(state: State, j: int) -> Tensor:
+    """Residual j (n, size) as the history has it."""
+    row = state.history[:, j]
+    return row if state.scales is None else row.to(state.scales.dtype) * state.scales[:, j : j + 1]
+
+
+def row_scale(squares: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """(n,) the power of two below the root mean square, from the squares' sums; 1 where that is 0 or not finite."""
+    rms = (squares / size).sqrt()
+    limit = int(math.log2(torch.finfo(dtype).max)) - 1
+    exponent = (torch.frexp(rms).exponent - 1).clamp(-limit, limit)
+    scale = torch.ldexp(torch.ones_like(rms, dtype=dtype), exponent)
+    return torch.where(rms.isfinite() & (rms > 0), scale, 1)
 
 
 def assess(state: State, step: Step) -> int | None:
@@ -207,7 +231,7 @@ def combine(state: State, z: Tensor, *, count: int, advance: bool) -> None:
         return
     update = torch.zeros(state.n, state.size, dtype=z.dtype, device=z.device)
     for j in range(count):
-        update += state.step[:, j : j + 1].to(z.dtype) * state.history[:, j]
+        update += state.step[:, j : j + 1].to(z.dtype) * stored(state, j)
     order = memory_order(z)
     update = update.view(z.permute(*order).shape).permute(*(order.index(d) for d in range(z.dim())))
     z.copy_(torch.where((state.status == RUNNING).view(shape), z + update, z))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import RUNNING, Norm, SolverState, address, describe
+from .contract import RUNNING, Norm, SolverState, address, describe, new_scales
 from .fields import check_activation, given, new_statistics, parameters
 
 MOST_ROWS = 64  # of a history: its K×K matrices are held on chip
@@ -65,6 +65,7 @@ class DeviceState(SolverState):
         self.n, self.rows, self.size = n, rows, math.prod(z.shape[1:])
         self.history = torch.empty(n, rows, self.size, dtype=history_dtype, device=device)
         single: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.scales = new_scales(z, rows, history_dtype)
         self.gram, self.p, self.q = torch.zeros(3, n, rows, rows, **single)
         self.step, self.total, self.best = torch.zeros(3, n, rows, **single)
         self.norms = torch.zeros(n, 3, **single)

@@ -100,7 +100,7 @@ def _solve(x, params, call):
 
 
 def _solve_batch(x: Tensor, params: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
-    kernels = _kernels(call, x, params, call.solver.max_iter + 1)
+    kernels = _kernels(call, call.solver, x, params, call.solver.max_iter + 1)
     results = solve_results(x, call)
     value, residual, iterations, trace, status, history, p, q = results
     solver, dtype, block = call.solver, call.dtype, None
@@ -116,7 +116,7 @@ def _solve_batch(x: Tensor, params: Sequence[Tensor], call: Call) -> tuple[Tenso
             # Rows after a sample's last step were never written.
             written = torch.arange(solver.rows, device=x.device) <= state.iterations.unsqueeze(1)
             history[chunk] = torch.where(written.unsqueeze(2), state.history, 0)
-            p[chunk], q[chunk] = state.p, state.q
+            p[chunk], q[chunk] = state.pairs()
         del state, z  # the chunk's history is freed before the next one's is allocated
     return results
 
@@ -143,13 +143,14 @@ def _backward_batch(batch: Sequence[Tensor], params: Sequence[Tensor], call: Cal
     grad, value, x, *memory = batch
     adjoint, dtype = call.adjoint, call.dtype
     evaluations = adjoint.backward_solver.max_iter if adjoint.solves else adjoint.linearisations
-    kernels = _kernels(call, x, params, evaluations)
+    solver = adjoint.backward_solver.resolve(dtype)
+    kernels = _kernels(call, solver, x, params, evaluations)
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
     residual = x.new_empty(len(x), dtype=wide(dtype))
     iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     grad_params = [torch.zeros_like(p, dtype=wide(dtype)) for p in params]
     block = None
-    for chunk in _chunks(adjoint.backward_solver.resolve(dtype), kernels, x, params, adjoint.linearisations):
+    for chunk in _chunks(solver, kernels, x, params, adjoint.linearisations):
         injection, z, g = (staged(t[chunk], wide(dtype), kernels, like=x[chunk]) for t in (x, value, grad))
         block = block.at(injection) if block else BlockMap(injection, params, call.form, call.groups, kernels, dtype)
         kept = Memory(*(t[chunk] for t in memory))
@@ -160,9 +161,9 @@ def _backward_batch(batch: Sequence[Tensor], params: Sequence[Tensor], call: Cal
     return [grad_x, residual, iterations, *(g.to(p.dtype) for g, p in zip(grad_params, params, strict=True))]
 
 
-def _kernels(call: Call, x: Tensor, params: Sequence[Tensor], evaluations: int) -> Kernels:
-    """The kernels for so many evaluations of F or of its vjp."""
-    kernels = choose.kernels(call.backend, x.device.type, call.dtype)
+def _kernels(call: Call, solver: Solver, x: Tensor, params: Sequence[Tensor], evaluations: int) -> Kernels:
+    """The kernels for a (resolved) solver's so many evaluations of F or of its vjp."""
+    kernels = choose.kernels(call.backend, x.device.type, call.dtype, solver.resolved()[1])
     return convolutions.chosen(kernels, call.convolution, x, params[0], call.dtype, evaluations)
 
 
