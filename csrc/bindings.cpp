@@ -103,7 +103,8 @@ PYBIND11_MODULE(_native, m) {
       .value("f32", ifr::DType::f32)
       .value("f64", ifr::DType::f64)
       .value("bf16", ifr::DType::bf16)
-      .value("f16", ifr::DType::f16);
+      .value("f16", ifr::DType::f16)
+      .value("e5m2", ifr::DType::e5m2);
   py::enum_<ifr::Method>(m, "Method", py::module_local())
       .value("broyden", ifr::Method::broyden)
       .value("anderson", ifr::Method::anderson)

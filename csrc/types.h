@@ -4,7 +4,7 @@
 
 namespace ifr {
 
-enum class DType : int { f32, f64, bf16, f16 };
+enum class DType : int { f32, f64, bf16, f16, e5m2 };
 
 // As ifr_fast.solution.Status. A sample of status MAX_ITER still runs.
 enum Status : int64_t { CONVERGED = 0, MAX_ITER = 1, DIVERGED = 2, NONFINITE = 3 };

@@ -49,7 +49,8 @@ inline void bind(py::module_ &m) {
     residual(a, sum, stream_at(stream));
   });
   for (auto [name, function] : {std::pair("gram_row", gram_row), std::pair("rule", rule), std::pair("combine", combine),
-                                std::pair("finish", finish), std::pair("cluster_step", cluster_step)})
+                                std::pair("finish", finish), std::pair("cluster_step", cluster_step),
+                                std::pair("first_scale", first_scale)})
     m.def(name, [function = function](const Solver &a, Address stream) { function(a, stream_at(stream)); });
 
   m.def("has_parts", has_parts);

@@ -19,6 +19,36 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
+// A number of 8 bits: the upper half of a binary16.
+struct E5M2 {
+  uint8_t bits;
+};
+__device__ __forceinline__ float to_float(E5M2 x) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(x.bits << 8)));
+}
+
+// The nearest number of 8 bits, ties to even; the largest beyond it. NaN stays.
+__device__ __forceinline__ unsigned e5m2_bits(float x) {
+  const unsigned bits = __float_as_uint(x), size = bits & 0x7fffffffu;
+  const unsigned kept = min(size, 0x47600000u);  // 57344, the largest
+  unsigned code = ((kept + 0xfffffu + (kept >> 21 & 1u)) >> 21) - (112u << 2);
+  // Below 2^-14 numbers are 2^-16 apart, and so are floats from 128 on.
+  if (size < 0x38800000u) code = __float_as_uint(__uint_as_float(size) + 128.0f) - 0x43000000u;
+  if (size > 0x7f800000u) code = 0x7f;
+  return code | (bits >> 24 & 0x80u);
+}
+
+// Two of them; `first` in the lower byte.
+__device__ __forceinline__ unsigned e5m2_pair(float first, float second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  unsigned short pair;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  return e5m2_bits(first) | e5m2_bits(second) << 8;
+#endif
+}
+
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>
@@ -27,6 +57,8 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 template <>
 __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ __forceinline__ E5M2 from_float<E5M2>(float x) { return {static_cast<uint8_t>(e5m2_pair(x, 0))}; }
 
 // Two 16-bit numbers to and from a register; the one of the lower address comes first.
 template <typename T>
@@ -77,11 +109,34 @@ __device__ __forceinline__ uint4 pack<float>(const float *x) {
   return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
 }
 
-// V consecutive numbers, as floats. p is aligned to 16 bytes, in which memory is accessed; or V = 1.
+// Four or eight numbers of 8 bits.
+__device__ __forceinline__ void unpack_bytes(unsigned word, float *x) {
+  Pair<__half>::unpack((word & 0xffu) << 8 | (word & 0xff00u) << 16, x[0], x[1]);
+  Pair<__half>::unpack((word >> 8 & 0xff00u) | (word & 0xff000000u), x[2], x[3]);
+}
+__device__ __forceinline__ void unpack_bytes(const uint2 &words, float *x) {
+  unpack_bytes(words.x, x);
+  unpack_bytes(words.y, x + 4);
+}
+__device__ __forceinline__ void pack_bytes(const float *x, unsigned &word) {
+  word = e5m2_pair(x[0], x[1]) | e5m2_pair(x[2], x[3]) << 16;
+}
+__device__ __forceinline__ void pack_bytes(const float *x, uint2 &words) {
+  pack_bytes(x, words.x);
+  pack_bytes(x + 4, words.y);
+}
+template <int V>
+using Bytes = std::conditional_t<V == 8, uint2, unsigned>;
+
+// V consecutive numbers, as floats. p is aligned to 16 bytes, in which memory is accessed; or V = 1. Numbers of 8 bits
+// are accessed V at a time.
 template <int V, typename T>
 __device__ __forceinline__ void load(const T *p, float (&x)[V]) {
   if constexpr (V == 1) {
     x[0] = to_float(p[0]);
+  } else if constexpr (sizeof(T) == 1) {
+    static_assert(V == 4 || V == 8);
+    unpack_bytes(*reinterpret_cast<const Bytes<V> *>(p), x);
   } else {
     constexpr int PER_WORD = 16 / sizeof(T);
     static_assert(V % PER_WORD == 0);
@@ -95,6 +150,9 @@ template <int V, typename T>
 __device__ __forceinline__ void load_constant(const T *p, float (&x)[V]) {
   if constexpr (V == 1) {
     x[0] = to_float(p[0]);
+  } else if constexpr (sizeof(T) == 1) {
+    static_assert(V == 4 || V == 8);
+    unpack_bytes(__ldg(reinterpret_cast<const Bytes<V> *>(p)), x);
   } else {
     constexpr int PER_WORD = 16 / sizeof(T);
     static_assert(V % PER_WORD == 0);
@@ -107,6 +165,9 @@ template <int V, typename T>
 __device__ __forceinline__ void store(T *p, const float (&x)[V]) {
   if constexpr (V == 1) {
     p[0] = from_float<T>(x[0]);
+  } else if constexpr (sizeof(T) == 1) {
+    static_assert(V == 4 || V == 8);
+    pack_bytes(x, *reinterpret_cast<Bytes<V> *>(p));
   } else {
     constexpr int PER_WORD = 16 / sizeof(T);
     static_assert(V % PER_WORD == 0);
@@ -117,7 +178,7 @@ __device__ __forceinline__ void store(T *p, const float (&x)[V]) {
 
 // The same for an array whose type is known only when the kernel runs; `index` counts its numbers. All threads take
 // the same branch, which costs nothing beside the access; an instantiation for every combination of types would cost
-// build time.
+// build time. Numbers of 8 bits are only stored so.
 template <int V>
 __device__ __forceinline__ void load(const void *p, DType type, int64_t index, float (&x)[V]) {
   if (type == DType::f32)
@@ -134,6 +195,8 @@ __device__ __forceinline__ void store(void *p, DType type, int64_t index, const 
     store<V>(static_cast<float *>(p) + index, x);
   else if (type == DType::bf16)
     store<V>(static_cast<__nv_bfloat16 *>(p) + index, x);
+  else if (type == DType::e5m2)
+    store<V>(static_cast<E5M2 *>(p) + index, x);
   else
     store<V>(static_cast<__half *>(p) + index, x);
 }

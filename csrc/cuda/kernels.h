@@ -15,7 +15,7 @@ using Stream = CUstream_st *;
 // the cluster kernel spills registers.
 #define IFR_CUDA_SOLVER(FIELD)                                                                                  \
   FIELD(Method, method)                                                                                         \
-  FIELD(DType, history_type) FIELD(DType, injection_type) FIELD(DType, r_type) /* history: f32 or bf16 */ \
+  FIELD(DType, history_type) FIELD(DType, injection_type) FIELD(DType, r_type) /* history: f32, bf16 or e5m2 */ \
   FIELD(int64_t, n) FIELD(int64_t, size) /* unknowns a sample */                                                \
   FIELD(int, rows)                                                                                              \
   FIELD(int, row) /* negative: the last evaluation, judged only */                                              \
@@ -29,8 +29,10 @@ using Stream = CUstream_st *;
   FIELD(const void *, injection) /* (n, size): X; null where there is no r */                                   \
   FIELD(void *, r) /* (n, size): z + X, what the next evaluation's first convolution reads */                   \
   FIELD(void *, history) /* (n, rows, size) */                                                                  \
+  FIELD(float *, scales) /* (n, rows): a residual is scale * row; null where the history has no 8 bits */       \
+  FIELD(float *, next_scale) /* (n): with scales, of the row that `residual` writes */                          \
   FIELD(float *, gram) FIELD(float *, p) FIELD(float *, q) /* (n, rows, rows) */                                \
-  FIELD(float *, step) FIELD(float *, total) FIELD(float *, best) /* (n, rows) */                               \
+  FIELD(float *, step) FIELD(float *, total) FIELD(float *, best) /* (n, rows); the last two: of stored rows */ \
   FIELD(float *, norms) /* (n, 3): |g|^2, |f|^2, |g_0| */                                                       \
   FIELD(float *, residual) /* (n): the best so far */                                                           \
   FIELD(float *, trace) /* (n): this evaluation's */                                                            \
@@ -55,9 +57,11 @@ int splits(int64_t size);
 
 // g = f - z: its history row, and parts = splits(size) partial sums of g^2 and f^2.
 void residual(const Solver &, const Sum &f, Stream);
+// next_scale by the residual's own norms, for the first row.
+void first_scale(const Solver &, Stream);
 // Partial inner products of the newest row with those in the window.
 void gram_row(const Solver &, Stream);
-// Finishes the sums, judges the samples, chooses the step.
+// Finishes the sums, judges the samples, chooses the step and the next row's scale.
 void rule(const Solver &, Stream);
 // Moves the running samples, and forms r.
 void combine(const Solver &, Stream);
@@ -112,6 +116,7 @@ struct NormPlan : NormCut {
   FIELD(void *, history) /* out - z, history_stride numbers from sample to sample; null: not stored */      \
   FIELD(DType, history_type)                                                                                \
   FIELD(int64_t, history_stride)                                                                            \
+  FIELD(const float *, next_scale) /* (n): a row in 8 bits is (out - z) / next_scale; else null */          \
   FIELD(float *, norms) /* (n, slices * strips, 2): sums of (out - z)^2 and out^2 */                        \
   FIELD(float *, workspace) /* plan.workspace() floats */                                                   \
   FIELD(const int64_t *, status) /* (n), or null: every sample is computed */

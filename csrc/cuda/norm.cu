@@ -240,6 +240,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 4)
       return;
     }
     const int64_t row = tile.sample * (a.history_stride - int64_t(plan.positions) * plan.channels) + start;
+    const float inverse = a.next_scale ? 1 / a.next_scale[tile.sample] : 1;
     float gg = 0, ff = 0, ahead[V];
     if (lane.begin < tile.length) load<V>(z + start + int64_t(lane.begin) * plan.channels, ahead);
 #pragma unroll 1
@@ -262,7 +263,11 @@ __global__ void __launch_bounds__(MOST_THREADS, 4)
         write<std::conditional_t<V == 1, Any, float>>(a.history, DType::f32, row + offset, g);
       else if (a.history_type == DType::bf16)
         write<std::conditional_t<V == 1, Any, __nv_bfloat16>>(a.history, DType::bf16, row + offset, g);
-      else
+      else if (a.history_type == DType::e5m2) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) g[j] *= inverse;
+        write<std::conditional_t<V == 1, Any, E5M2>>(a.history, DType::e5m2, row + offset, g);
+      } else
         write<std::conditional_t<V == 1, Any, __half>>(a.history, DType::f16, row + offset, g);
     }
     gg = sum_to_first(gg, scratch.entries);

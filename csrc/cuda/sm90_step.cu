@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(THREADS, 2) cluster_kernel(Solver a) {
       load<V>(kept + (count - 1) * pitch + e - begin, g);
       if (s.improved) store<V>(a.value + at, z);
 #pragma unroll
-      for (int v = 0; v < V; ++v) z[v] += g[v];
+      for (int v = 0; v < V; ++v) z[v] = fmaf(s.scales[a.row], g[v], z[v]);
     } else {
       if (a.start != nullptr) load<V>(a.start + at, z);
       add_rows<H, V, Rows::global>(history + e, a.size, s.total, first, z);
@@ -96,7 +96,8 @@ __global__ void cluster_kernel(Solver) {}
 
 // Of the rows that a block keeps, and of the matrices behind them.
 size_t shared_bytes(int64_t size, int count, int row, DType history_type) {
-  return size_t(count) * share_of(size) * (history_type == DType::bf16 ? 2 : 4) + matrices_floats(row) * sizeof(float);
+  const size_t bytes = history_type == DType::e5m2 ? 1 : history_type == DType::bf16 ? 2 : 4;
+  return bytes * count * share_of(size) + matrices_floats(row) * sizeof(float);
 }
 
 }  // namespace
@@ -110,8 +111,10 @@ void cluster_step(const Solver &a, Stream stream) {
   if (a.row < 0 || !fits_cluster(a.size, a.rows, a.window, a.history_type))
     throw std::runtime_error("cluster_step: the rows do not fit a cluster's shared memory");
   const size_t shared = shared_bytes(a.size, a.row - window_start(a) + 1, a.row, a.history_type);
-  launch("cluster_step", a.history_type == DType::bf16 ? cluster_kernel<__nv_bfloat16> : cluster_kernel<float>,
-         a.n * CLUSTER, THREADS, shared, CLUSTER, stream, a);
+  const auto kernel = a.history_type == DType::e5m2   ? cluster_kernel<E5M2>
+                      : a.history_type == DType::bf16 ? cluster_kernel<__nv_bfloat16>
+                                                      : cluster_kernel<float>;
+  launch("cluster_step", kernel, a.n * CLUSTER, THREADS, shared, CLUSTER, stream, a);
 }
 
 }  // namespace ifr::cuda

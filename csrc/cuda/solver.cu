@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(THREADS) residual_kernel(Solver a, Sum f, int 
   if (!runs(a, sample)) return;
   const int64_t begin = int64_t(index) * part, end = min(begin + part, a.size);
   const int64_t row = (sample * a.rows + a.row) * a.size;
+  const float inverse = a.scales == nullptr ? 1 : 1 / a.next_scale[sample];
   float sums[2] = {};
   for (int64_t e = begin + threadIdx.x * V; e < end; e += THREADS * V) {
     float g[V], z[V], x[V];
@@ -48,10 +49,22 @@ __global__ void __launch_bounds__(THREADS) residual_kernel(Solver a, Sum f, int 
       g[v] -= z[v];
       sums[0] = fmaf(g[v], g[v], sums[0]);
     }
-    if (a.row >= 0) store<V>(a.history, a.history_type, row + e, g);
+    if (a.row < 0) continue;
+#pragma unroll
+    for (int v = 0; v < V; ++v) g[v] *= inverse;
+    store<V>(a.history, a.history_type, row + e, g);
   }
   block_sum<THREADS>(sums, scratch);
   if (threadIdx.x < 2) a.norm_partials[int64_t(blockIdx.x) * 2 + threadIdx.x] = sums[threadIdx.x];
+}
+
+__global__ void __launch_bounds__(THREADS) first_scale_kernel(Solver a) {
+  __shared__ float scratch[THREADS / 32];
+  const int64_t sample = blockIdx.x;
+  float squares[1] = {};
+  for (int i = threadIdx.x; i < a.parts; i += THREADS) squares[0] += a.norm_partials[(sample * a.parts + i) * 2];
+  block_sum<THREADS>(squares, scratch);
+  if (threadIdx.x == 0) a.next_scale[sample] = scale_of(squares[0], a.size);
 }
 
 template <typename H, int V>
@@ -71,7 +84,8 @@ __global__ void __launch_bounds__(THREADS, THREADS_A_SM / THREADS) gram_kernel(S
   a.gram_partials[int64_t(blockIdx.x) * a.rows + first + threadIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(RULE_THREADS) rule_kernel(Solver a, int parts) {
+// One block a multiprocessor is enough; left to itself, ptxas spills a register for more.
+__global__ void __launch_bounds__(RULE_THREADS, 1) rule_kernel(Solver a, int parts) {
   __shared__ Small s;
   __shared__ float scratch[2 * RULE_THREADS / 32], sums[RULE_THREADS / 32][32];
   const int64_t sample = blockIdx.x;
@@ -122,12 +136,13 @@ __global__ void __launch_bounds__(COMBINE_THREADS, THREADS_A_SM / COMBINE_THREAD
   const H *history = static_cast<const H *>(a.history) + sample * a.rows * a.size + e;
   float z[V] = {};
   if (a.value != a.z) {
+    const float scale = a.scales == nullptr ? 1 : a.scales[sample * a.rows + a.row];
     float g[V];
     load<V>(a.z + at, z);
     load<V>(history + a.row * a.size, g);
     if (a.improved[sample]) store<V>(a.value + at, z);
 #pragma unroll
-    for (int v = 0; v < V; ++v) z[v] += g[v];
+    for (int v = 0; v < V; ++v) z[v] = fmaf(scale, g[v], z[v]);
   } else {
     if (a.start != nullptr) load<V>(a.start + at, z);
     add_rows<H, V, Rows::global>(history, a.size, a.total + sample * a.rows, a.row + 1, z);
@@ -164,6 +179,8 @@ void choose(const Solver &a, Function function) {
   };
   if (a.history_type == DType::bf16)
     by_size(__nv_bfloat16());
+  else if (a.history_type == DType::e5m2)
+    by_size(E5M2());
   else
     by_size(float());
 }
@@ -188,6 +205,10 @@ void residual(const Solver &a, const Sum &f, Stream stream) {
     if (vector && !aligned(f.addends[i])) throw std::runtime_error("an addend is not aligned to 16 bytes");
   launch("residual", vector ? residual_kernel<VECTOR> : residual_kernel<1>, a.n * a.parts, THREADS, 0, 1, stream, a, f,
          part_size(a.size));
+}
+
+void first_scale(const Solver &a, Stream stream) {
+  launch("first_scale", first_scale_kernel, a.n, THREADS, 0, 1, stream, a);
 }
 
 void gram_row(const Solver &a, Stream stream) {

@@ -12,7 +12,14 @@ namespace ifr::cuda {
 constexpr int VECTOR = 8;
 // Rows that a thread reads at a time: as many as fit its registers.
 template <typename H>
-constexpr int TILE = 16 / sizeof(H);
+constexpr int TILE = sizeof(H) == 4 ? 4 : 8;
+
+// The scale of a residual in 8 bits, by the sum of its predecessor's squares: the power of two below the root mean
+// square, as row_scale in kernels/eager.py.
+__device__ __forceinline__ float scale_of(float squares, int64_t size) {
+  const float rms = sqrtf(squares / size);
+  return rms > 0 && isfinite(rms) ? __uint_as_float(__float_as_uint(rms) & 0x7f800000u) : 1;
+}
 
 __device__ __forceinline__ bool runs(const Solver &a, int64_t sample) {
   return a.evaluation == 0 || a.status[sample] == MAX_ITER;
@@ -48,7 +55,7 @@ __device__ __forceinline__ float warp_sums(float (&x)[R]) {
 template <typename H, int V, int THREADS, bool KEEP, int R>
 __device__ __forceinline__ void dot_tile(const H *own, const H *rows, int64_t stride, int begin, int end, float *sums,
                                          H *kept, int pitch) {
-  constexpr int UNROLL = TILE<H> / R;
+  constexpr int UNROLL = 16 / int(sizeof(H)) / R;
   float products[R] = {};
 #pragma unroll UNROLL
   for (int e = begin + threadIdx.x * V; e < end; e += THREADS * V) {
@@ -140,7 +147,7 @@ __device__ __forceinline__ void place(const Solver &a, int64_t at, const float (
 // One sample's small numbers in shared memory while a warp works on them.
 struct Small {
   float row[MOST_ROWS];  // ⟨g_k, g_j⟩
-  float step[MOST_ROWS], total[MOST_ROWS];
+  float step[MOST_ROWS], total[MOST_ROWS], scales[MOST_ROWS];
   float norms[2], first_norm, residual;  // |g|^2, |f|^2; |g_0|, best relative residual so far
   bool running, improved;                // after the judgement
   float gram_step[MOST_ROWS], gram_y[MOST_ROWS], a[MOST_ROWS], b[MOST_ROWS], c[MOST_ROWS];
@@ -171,6 +178,7 @@ __device__ __forceinline__ void load_small(const Solver &a, int64_t sample, Smal
   for (int j = threadIdx.x; j < a.rows; j += blockDim.x) {
     s.total[j] = fresh ? 0 : a.total[sample * a.rows + j];
     s.step[j] = fresh ? 0 : a.step[sample * a.rows + j];
+    s.scales[j] = a.scales == nullptr ? 1 : j == a.row ? a.next_scale[sample] : a.scales[sample * a.rows + j];
   }
   if (a.row < 0 || a.method == Method::picard) return;
   // The products of the rows before this one are complete, and so are the pairs before the one that this step forms.
@@ -323,8 +331,9 @@ __device__ __forceinline__ void judge(const Solver &a, int64_t sample, Small &s,
   const int first = window_start(a);
   float *gram = a.gram + sample * a.rows * a.rows;
   for (int j = first + lane; j <= k; j += 32) {
-    if (a.method != Method::picard) m.gram[k * m.pitch + j] = m.gram[j * m.pitch + k] = s.row[j];
-    if (write) gram[k * a.rows + j] = gram[j * a.rows + k] = s.row[j];
+    const float product = s.row[j] * s.scales[j] * s.scales[k];
+    if (a.method != Method::picard) m.gram[k * m.pitch + j] = m.gram[j * m.pitch + k] = product;
+    if (write) gram[k * a.rows + j] = gram[j * a.rows + k] = product;
   }
   __syncwarp();
   const bool running = status == MAX_ITER;
@@ -338,12 +347,16 @@ __device__ __forceinline__ void judge(const Solver &a, int64_t sample, Small &s,
     __syncwarp();
   }
   const int64_t at = sample * a.rows, pair = (at + k - 1) * a.rows;
+  if (write && a.scales && lane == 0) {
+    a.scales[at + k] = s.scales[k];
+    a.next_scale[sample] = scale_of(s.norms[0], a.size);
+  }
   for (int j = lane; j < a.rows; j += 32) {
     const bool known = running && j <= k;
     if (write && k > 0 && a.method != Method::picard) a.p[pair + j] = known ? m.p[(k - 1) * m.pitch + j] : 0;
     if (write && k > 0 && a.method == Method::broyden) a.q[pair + j] = known ? m.q[(k - 1) * m.pitch + j] : 0;
     if (!running) continue;
-    s.total[j] += known ? s.step[j] : 0;
+    s.total[j] += known ? s.step[j] * s.scales[j] : 0;
     if (!write) continue;
     a.step[at + j] = known ? s.step[j] : 0;
     a.total[at + j] = s.total[j];

@@ -20,8 +20,8 @@ MOST_ROWS = 64  # of a history: its K×K matrices are held on chip
 
 
 STATE = (  # a DeviceState's tensors, in the order in which `addresses` is asked for them
-    "value", "start", "history", "gram", "p", "q", "step", "total", "best", "norms", "residual", "trace", "status",
-    "iterations", "improved",
+    "value", "start", "history", "scales", "next_scale", "gram", "p", "q", "step", "total", "best", "norms",
+    "residual", "trace", "status", "iterations", "improved",
 )  # fmt: skip
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,11 +45,12 @@ class DeviceState(SolverState):
     """A solve's state for n samples of `size` unknowns each; names as contract.State's.
 
     start: z⁰ in the iterate's own memory layout, None for zero. total, best (n, rows): coefficients of the iterate and
-    of the best one, z = start + Σ_j total_j g_j. improved (n,): the sample's last evaluation was its best; left alone
-    once it has stopped. injection, r: X, and z + X in F's dtype for the next evaluation (None until `shift` sets them).
-    norm_partials (n, parts, 2), gram_partials (n, splits, rows): sums that the rule's kernel finishes. value: set by
-    `finish`; Picard, whose history is one row, keeps the best iterate there. fitting: what was checked, and need not be
-    again where the next step brings the same objects. It holds them, so that no others can have their ids.
+    of the best one, z = start + Σ_j total_j row_j; a scale is part of the coefficient. next_scale (n,): with scales,
+    the next row's. improved (n,): the sample's last evaluation was its best; left alone once it has stopped. injection,
+    r: X, and z + X in F's dtype for the next evaluation (None until `shift` sets them). norm_partials (n, parts, 2),
+    gram_partials (n, splits, rows): sums that the rule's kernel finishes. value: set by `finish`; Picard, whose history
+    is one row, keeps the best iterate there. fitting: what was checked, and need not be again where the next step
+    brings the same objects. It holds them, so that no others can have their ids.
 
     Raises ValueError for more rows than MOST_ROWS.
     """
@@ -64,8 +65,9 @@ class DeviceState(SolverState):
         n, device = z.shape[0], z.device
         self.n, self.rows, self.size = n, rows, math.prod(z.shape[1:])
         self.history = torch.empty(n, rows, self.size, dtype=history_dtype, device=device)
-        single: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.scales = new_scales(z, rows, history_dtype)
+        self.next_scale = None if self.scales is None else torch.ones(n, dtype=torch.float32, device=device)
+        single: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.gram, self.p, self.q = torch.zeros(3, n, rows, rows, **single)
         self.step, self.total, self.best = torch.zeros(3, n, rows, **single)
         self.norms = torch.zeros(n, 3, **single)

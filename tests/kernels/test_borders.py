@@ -218,7 +218,7 @@ def cpu_state(z):
 
 
 def device_state(z):
-    return DeviceState(z, rows=4, evaluations=5, history_dtype=torch.float32)
+    return DeviceState(z, rows=4, evaluations=5, history_dtype=torch.float8_e5m2)
 
 
 def check_step(kernels, new_state, name, wrong, evaluation):

@@ -296,6 +296,8 @@ def test_which_steps_are_one_kernel(cuda):
     head = 256 * 14 * 14
     assert cuda.solver.one_kernel(head, 15, 15, torch.bfloat16, (9, 0))
     assert not cuda.solver.one_kernel(head, 15, 15, torch.float32, (9, 0))
+    assert not cuda.solver.one_kernel(head, 30, 30, torch.bfloat16, (9, 0))
+    assert cuda.solver.one_kernel(head, 30, 30, torch.float8_e5m2, (9, 0))
     assert cuda.solver.one_kernel(head, 15, 5, torch.float32, (9, 0))
     assert not cuda.solver.one_kernel(head, 15, 15, torch.bfloat16, (8, 0))
     assert not cuda.solver.one_kernel(head, 15, 15, torch.bfloat16, (10, 0))

@@ -46,6 +46,7 @@ from ifr_fast.solvers import Anderson, Broyden, Picard, Solver
 CHIPS = {80: (166_912, 108), 90: (232_448, 132), 100: (232_448, 148)}
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E5M2 = torch.float8_e5m2
 
 
 class Variant(NamedTuple):
@@ -174,7 +175,7 @@ def train(
         solve(block, tensor(*x.shape), rule.resolve(dtype), kernels, from_zero=True)
     linearised = block.linearise(tensor(*x.shape))
     w, grad = tensor(*x.shape), tensor(*x.shape)
-    rule = Broyden().resolve(dtype)
+    rule = Broyden(history_dtype=rules[0].history_dtype).resolve(dtype)
     solve(lambda w, state: linearised.affine(w, grad, state), w, rule, kernels, from_zero=True, first=grad, affine=True)
     linearised.vjp_params(w)
 
@@ -198,6 +199,11 @@ def train_package() -> None:
     for rows in (1, 2, 4, 8, 16, 32, 64):
         train(256, 32, 14, 14, BF16, rules=(Broyden(rows), Anderson(rows), Picard(rows)))
     train(256, 32, 14, 14, FP32, rules=(Broyden(32),))
+    for rows in (1, 2, 4, 8, 15, 64):
+        rules = tuple(kind(rows, history_dtype=E5M2) for kind in (Broyden, Anderson, Picard))
+        train(256, 32, 14, 14, BF16, rules=rules)
+    for shape, dtype in (((256, 32, 100, 152), BF16), ((256, 32, 14, 14), FP32), ((100, 5, 15, 20), BF16)):
+        train(*shape, dtype, rules=(Broyden(history_dtype=E5M2),))
     start_anywhere()
 
 
@@ -205,6 +211,7 @@ def train_few() -> None:
     """Every kernel once or twice: channels and positions of a small map, and of one whose samples are split."""
     train(64, 4, 7, 7, BF16, n=2, rules=(Broyden(), Anderson(), Picard()))
     train(64, 4, 100, 152, BF16, n=2)
+    train(64, 4, 7, 7, BF16, n=2, rules=(Broyden(history_dtype=E5M2), Picard(history_dtype=E5M2)))
 
 
 def start_anywhere() -> None:

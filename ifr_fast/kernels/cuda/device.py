@@ -13,6 +13,7 @@ DTYPES = {
     torch.bfloat16: _native.DType.bf16,
     torch.float16: _native.DType.f16,
 }
+HISTORIES = {**DTYPES, torch.float8_e5m2: _native.DType.e5m2}
 
 
 def stream(device: torch.device) -> int:

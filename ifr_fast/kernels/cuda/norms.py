@@ -19,13 +19,15 @@ from ..contract import EPS, Norm, address, describe, optional
 from ..fields import GRADS, STATISTICS, given, made, new_statistics, parameters
 from ..gpu import DeviceState, Tail, activation, like, status_of
 from . import device
-from .device import DTYPES
+from .device import DTYPES, HISTORIES
 
 TILE = 8192  # the elements that a block of threads is meant to hold
 MOST_WHOLE = 32768  # the most, where these are all positions of whole groups
 MOST_THREADS = 256  # in a block: as csrc/cuda/norm.cuh
 # The fields of a result that is stored, and not turned into the solver's residual.
-STORED = {"z": 0, "history": 0, "history_type": DTYPES[torch.float32], "history_stride": 0, "norms": 0}
+STORED = {
+    "z": 0, "history": 0, "history_type": DTYPES[torch.float32], "history_stride": 0, "next_scale": 0, "norms": 0,
+}  # fmt: skip
 
 
 def norm_relu(
@@ -90,13 +92,14 @@ def residual_tail(state: DeviceState, tail: Tail, z: Tensor, *, row: int) -> Non
         )
     blocks = _plan(y, tail.first.groups, staged=_tail_bytes(y, tail.shortcut)).blocks
     norms = state.reserve_norms(blocks)
-    (history,), dtype = state.addresses(("history",)), state.history.dtype
+    (history, next_scale), dtype = state.addresses(("history", "next_scale")), state.history.dtype
     ending = {
         "out": 0,
         "z": address(z, "z", torch.float32, state.n * state.size, y.device),
         "history": 0 if row < 0 else history + row * state.size * dtype.itemsize,
-        "history_type": DTYPES[dtype],
+        "history_type": HISTORIES[dtype],
         "history_stride": state.rows * state.size,
+        "next_scale": next_scale,
         "norms": address(norms, "state.norm_partials", torch.float32, 2 * state.n * blocks, y.device),
     }
     _forward(_native.cuda.norm_tail, tail._replace(y=y), state, ending)

@@ -9,7 +9,7 @@ from ... import _native
 from ..contract import DIVERGENCE, Step, address, check_step, describe, optional, ridge
 from ..gpu import STATE, DeviceState, Tail, Total
 from . import device
-from .device import DTYPES
+from .device import DTYPES, HISTORIES
 from .norms import residual_tail
 
 
@@ -19,7 +19,7 @@ def one_kernel(size: int, rows: int, window: int, history: torch.dtype, capabili
     That needs a Hopper GPU, whose clusters' shared memory holds the window of a sample's history, and a sample that
     gives eight blocks enough to do. Estimated, not measured.
     """
-    fits = _native.cuda.fits_cluster(size=size, rows=rows, window=window, history_type=DTYPES[history])
+    fits = _native.cuda.fits_cluster(size=size, rows=rows, window=window, history_type=HISTORIES[history])
     return capability == (9, 0) and size >= 16384 and fits
 
 
@@ -64,6 +64,10 @@ def finish(state: DeviceState, z: Tensor) -> None:
 
 def _residual(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, step: Step) -> _native.cuda.Solver:
     """Launches residual's kernel, and returns what the step's other kernels are told."""
+    if state.scales is not None and step.evaluation == 0 and not step.last:
+        # The first row has none before it to take its scale from.
+        norms_alone = _residual(state, f, z, step._replace(last=True))
+        _native.cuda.first_scale(norms_alone, device.stream(z.device))
     if isinstance(f, Tail):
         residual_tail(state, f, z, row=step.row(state))
         return _solver(state, z, step)
@@ -91,7 +95,7 @@ def _solver(state: DeviceState, z: Tensor, step: Step) -> _native.cuda.Solver:
     for name, count in (("norm_partials", parts * 2), ("gram_partials", splits * rows)):
         places[name] = optional(getattr(state, name), f"state.{name}", torch.float32, n * count, state.device)
     return _native.cuda.Solver({
-        "method": getattr(_native.Method, step.method), "history_type": DTYPES[state.history.dtype],
+        "method": getattr(_native.Method, step.method), "history_type": HISTORIES[state.history.dtype],
         "injection_type": injection_type, "r_type": r_type, "n": n, "size": size, "rows": rows,
         "row": step.row(state), "window": step.window, "evaluation": step.evaluation, "rtol": step.rtol,
         "divergence": DIVERGENCE, "ridge": ridge(state.gram.dtype), "affine": step.affine,

@@ -27,6 +27,7 @@ from .tiles import (
     groups_at,
     normalised,
     relu,
+    rounded,
     split_tile,
     stopped,
     tile_at,
@@ -136,13 +137,13 @@ def _tail(tail: Tail, statistics: list[Tensor] | None, sink: Sink) -> None:
     if not plan.whole:
         statistics = new_statistics(y, first, second) if statistics is None else statistics
         _split_statistics(plan, y, shortcut, first, second, statistics, status)
-    history, norm_partials, rows = None, None, 0
+    history, next_scale, norm_partials, rows = None, None, None, 0
     if state is not None:
         norm_partials = state.reserve_norms(plan.blocks)
-        history, rows = state.history, state.rows
+        history, next_scale, rows = state.history, state.next_scale, state.rows
     affines = (first.weight, first.bias, *((None, None) if second is None else second[:2]))
     four = [*(statistics or []), None, None, None, None][:4]
-    tensors = (y, shortcut, *affines, *four, out, z, history, norm_partials, status)
+    tensors = (y, shortcut, *affines, *four, out, z, history, next_scale, norm_partials, status)
     plan.end(n * plan.blocks, tensors, (height * width, rows, row, EPS if plan.whole else plan.blocks))
 
 
@@ -190,7 +191,7 @@ def norm_relu_whole(
 
 @jit(wide=["y", "r", "weight", "bias", "weight2", "bias2", "out", "z", "history"])
 def norm_tail_whole(
-    y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, out, z, history, norm_partials, status,
+    y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, out, z, history, next_scale, norm_partials, status,
     positions, rows, row, eps,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +224,7 @@ def norm_tail_whole(
             tl.store(mean2 + at, center, there)
             tl.store(rstd2 + at, scale, there)
         u = affine(normalised(u, center, scale), weight2, bias2, channel, real)
-    _emit(u, offset, mask, n, positions * CHANNELS, out, z, history, norm_partials, rows, row)
+    _emit(u, offset, mask, n, positions * CHANNELS, out, z, history, next_scale, norm_partials, rows, row)
 
 
 @jit(wide=["y", "r", "weight", "bias"])
@@ -307,7 +308,7 @@ def norm_relu_apply(
 
 @jit(wide=["y", "r", "weight", "bias", "weight2", "bias2", "out", "z", "history"])
 def norm_tail_apply(
-    y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, out, z, history, norm_partials, status,
+    y, r, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, out, z, history, next_scale, norm_partials, status,
     positions, rows, row, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -327,11 +328,11 @@ def norm_tail_apply(
     if weight2 is not None:
         center, scale = tl.load(mean2 + at, there, other=0.0), tl.load(rstd2 + at, there, other=0.0)
         u = affine(normalised(relu(u), center, scale), weight2, bias2, channel, real)
-    _emit(u, offset, mask, n, positions * CHANNELS, out, z, history, norm_partials, rows, row)
+    _emit(u, offset, mask, n, positions * CHANNELS, out, z, history, next_scale, norm_partials, rows, row)
 
 
 @triton.jit
-def _emit(f, offset, mask, n, size, out, z, history, norm_partials, rows, row):
+def _emit(f, offset, mask, n, size, out, z, history, next_scale, norm_partials, rows, row):
     """Stores f to out. If z is given, stores f - z in the history's row instead, and sums of its and f's squares."""
     base = n * size
     if z is None:
@@ -343,5 +344,5 @@ def _emit(f, offset, mask, n, size, out, z, history, norm_partials, rows, row):
         tl.store(sums + 1, tl.sum(f * f))
         g = f - at
         if row >= 0:
-            tl.store(history + (n * rows + row) * size + offset, g.to(history.dtype.element_ty), mask)
+            tl.store(history + (n * rows + row) * size + offset, rounded(g, history, next_scale, n), mask)
         tl.store(sums, tl.sum(g * g))

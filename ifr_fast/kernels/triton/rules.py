@@ -41,10 +41,13 @@ def rule_tile(method: str, rows: int, window: int) -> RuleTile:
 
 @jit(wide=())
 def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
-                norms, residual, trace, status, iterations, improved,
-                n, rows, parts, splits, evaluation, row, window, affine, rtol, divergence, ridge,
+                norms, residual, trace, status, iterations, improved, scales, next_scale,
+                n, size, rows, parts, splits, evaluation, row, window, affine, rtol, divergence, ridge,
                 METHOD: tl.constexpr, K: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """eager.assess. Then, if row ≥ 0, METHOD's step for a sample that still runs. Takes DeviceState's fields."""
+    """eager.assess. Then, if row ≥ 0, METHOD's step for a sample that still runs. Takes DeviceState's fields.
+
+    Of a history in 8 bits it also chooses the next row's scale, and puts the rows' scales into M and `total`.
+    """
     sample = tl.program_id(0).to(tl.int64)
     if tl.load(status + sample) != RUNNING:
         previous = tl.load(trace + tl.maximum(evaluation - 1, 0).to(tl.int64) * n + sample)
@@ -52,20 +55,28 @@ def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
         return
     index = tl.arange(0, K)
     old_total = tl.load(total + sample * rows + index, (index < rows) & (evaluation > 0), other=0.0)
-    code, is_best = _judge(norm_partials, norms, residual, trace, iterations,
+    if scales is not None:
+        scale = tl.load(next_scale + sample)
+    code, is_best, g2 = _judge(norm_partials, norms, residual, trace, iterations,
                            sample, n, parts, evaluation, affine, rtol, divergence, PARTS)  # fmt: skip
     tl.store(status + sample, code)
     tl.store(improved + sample, is_best)
     if is_best | (evaluation == 0):
         tl.store(best + sample * rows + index, old_total, index < rows)
     if (code == RUNNING) & (row >= 0):
+        if scales is not None:
+            tl.store(scales + sample * rows + row, scale)
+            tl.store(next_scale + sample, _scale(g2, size))
         if METHOD == "picard":
             chosen = (index == row).to(tl.float64)
         else:
             square = sample * rows * rows
             first = tl.maximum(row - window + 1, 0)
             partials = gram_partials + sample * splits * rows
-            newest = _finish_gram(partials, gram + square, rows, splits, row, first, K, PARTS)
+            factors = None  # the products of a history's rows have their scales' product
+            if scales is not None:
+                factors = _row_scales(scales + sample * rows, scale, row, index).to(tl.float64) * scale
+            newest = _finish_gram(partials, gram + square, factors, rows, splits, row, first, K, PARTS)
             # The step that led here. Its coefficients of this row and later ones are zero.
             led = tl.load(step + sample * rows + index, index < row, other=0.0)
             if METHOD == "broyden":
@@ -73,13 +84,42 @@ def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
             else:
                 chosen = _anderson(gram + square, p + square, led, rows, row, first, ridge, K, M)
         tl.store(step + sample * rows + index, chosen.to(tl.float32), index < rows)
+        if scales is not None:
+            chosen *= _row_scales(scales + sample * rows, scale, row, index)
         tl.store(total + sample * rows + index, (old_total + chosen).to(tl.float32), index < rows)
+
+
+@jit(wide=())
+def first_scale_kernel(norm_partials, next_scale, size, parts, PARTS: tl.constexpr):
+    """The scale that a sample's first residual has by its own norm."""
+    sample = tl.program_id(0).to(tl.int64)
+    g2 = tl.zeros([PARTS], tl.float64)
+    start = 0
+    while start < parts:
+        part = start + tl.arange(0, PARTS)
+        g2 += tl.load(norm_partials + (sample * parts + part) * 2, part < parts, other=0.0).to(tl.float64)
+        start += PARTS
+    tl.store(next_scale + sample, _scale(tl.sum(g2, 0), size))
+
+
+@triton.jit
+def _row_scales(scales, newest, row, index):
+    """The scales of rows `index`. The newest may be on its way to memory."""
+    return tl.where(index == row, newest, tl.load(scales + index, index < row, other=1.0))
+
+
+@triton.jit
+def _scale(g2, size):
+    """eager.row_scale."""
+    rms = tl.sqrt(g2 / size).to(tl.float32)
+    power = (rms.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where((rms > 0) & (rms < float("inf")), power, 1.0)
 
 
 @triton.jit
 def _judge(norm_partials, norms, residual, trace, iterations, sample, n, parts, evaluation, affine, rtol,
            divergence, PARTS: tl.constexpr):  # fmt: skip
-    """The status of a running sample, and whether this evaluation is its best."""
+    """The status of a running sample, whether this evaluation is its best, and ‖g‖²."""
     # Loaded before the sums, in which warps wait for each other. Later, another warp may have overwritten them.
     lowest = tl.load(residual + sample, evaluation > 0, other=float("inf"))
     first_g = tl.load(norms + sample * 3 + 2, evaluation > 0, other=0.0).to(tl.float64)
@@ -110,11 +150,11 @@ def _judge(norm_partials, norms, residual, trace, iterations, sample, n, parts, 
     tl.store(iterations + sample, evaluation.to(tl.int64))
     code = tl.where(g > divergence * first_g, DIVERGED, RUNNING)
     code = tl.where(relative <= rtol, CONVERGED, code)
-    return tl.where(finite, code, NONFINITE), is_best
+    return tl.where(finite, code, NONFINITE), is_best, g2_sum
 
 
 @triton.jit
-def _finish_gram(partials, gram, rows, splits, row, first, K: tl.constexpr, PARTS: tl.constexpr):
+def _finish_gram(partials, gram, factors, rows, splits, row, first, K: tl.constexpr, PARTS: tl.constexpr):
     """Sums and stores the Gram matrix's row and column `row`. Returns row [K] as stored, zero outside first … row."""
     j = tl.arange(0, K)
     known = (j >= first) & (j <= row)
@@ -125,6 +165,8 @@ def _finish_gram(partials, gram, rows, splits, row, first, K: tl.constexpr, PART
         there = (split < splits)[:, None] & known[None, :]
         newest += tl.sum(tl.load(partials + split[:, None] * rows + j[None, :], there, other=0.0).to(tl.float64), 0)
         start += PARTS
+    if factors is not None:
+        newest *= factors
     stored = newest.to(tl.float32)
     tl.store(gram + row * rows + j, stored, known)
     tl.store(gram + j * rows + row, stored, known)

@@ -19,12 +19,13 @@ from ..contract import DIVERGENCE, Method, Step, check_step, describe, ridge
 from ..gpu import STATE, DeviceState, Tail, Total, aligned
 from .launch import Launch, jit
 from .norm import residual_tail
-from .rules import rule_kernel, rule_tile
-from .tiles import RUNNING, power_of_2
+from .rules import first_scale_kernel, rule_kernel, rule_tile
+from .tiles import RUNNING, power_of_2, rounded
 
 BLOCK = 1024  # elements of a block
 RIDGE = ridge(torch.float32)
 MAX_PARTS = 256  # parts of a sample's sums, which the kernel `rule` adds up
+FIRST_SCALE = Launch(first_scale_kernel, PARTS=MAX_PARTS)
 
 
 def blocks_per_part(size: int) -> int:
@@ -87,13 +88,22 @@ def check(state: DeviceState, z: Tensor) -> None:
 def residual(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, step: Step) -> None:
     """Stores g = f - z in the history, except in the last step, and partial sums of ‖g‖² and ‖f‖² in norm_partials."""
     row = step.row(state)
+    if state.scales is not None and step.evaluation == 0 and row >= 0:
+        # The first row has none before it to take its scale from.
+        _residual(state, f, z, -1)
+        parts = 0 if state.norm_partials is None else state.norm_partials.shape[1]
+        FIRST_SCALE(state.n, (state.norm_partials, state.next_scale), (state.size, parts))
+    _residual(state, f, z, row)
+
+
+def _residual(state: DeviceState, f: Tensor | Tail | Total, z: Tensor, row: int) -> None:
     if isinstance(f, Tail):
         residual_tail(state, f, z, row)
         return
     addends = f.addends if isinstance(f, Total) else (f,)
     three = [*(_laid_out(a, "f", z) for a in addends), None, None][:3]
     parts, launch = _residual_launch(state.size)
-    tensors = (*three, z, state.history, state.reserve_norms(parts), state.status)
+    tensors = (*three, z, state.history, state.next_scale, state.reserve_norms(parts), state.status)
     launch(state.n * parts, tensors, (state.size, state.rows, row))
 
 
@@ -131,9 +141,10 @@ def rule(state: DeviceState, z: Tensor, step: Step) -> None:
     tensors = (
         state.norm_partials, state.gram_partials, state.gram, state.p, state.q, state.step, state.total, state.best,
         state.norms, state.residual, state.trace, state.status, state.iterations, state.improved,
+        state.scales, state.next_scale,
     )  # fmt: skip
     numbers = (
-        state.n, state.rows, parts, splits, step.evaluation, step.row(state), step.window,
+        state.n, state.size, state.rows, parts, splits, step.evaluation, step.row(state), step.window,
         int(step.affine), step.rtol, DIVERGENCE, RIDGE,
     )  # fmt: skip
     _rule_launch(step.method, state.rows, step.window)(state.n, tensors, numbers)
@@ -141,7 +152,7 @@ def rule(state: DeviceState, z: Tensor, step: Step) -> None:
 
 @lru_cache(maxsize=1024)
 def _rule_launch(method: Method, rows: int, window: int) -> Launch:
-    return Launch(rule_kernel, METHOD=method, **rule_tile(method, rows, window)._asdict())
+    return Launch(rule_kernel, METHOD=method, maxnreg=255, **rule_tile(method, rows, window)._asdict())
 
 
 def combine(state: DeviceState, z: Tensor, step: Step) -> None:
@@ -150,7 +161,7 @@ def combine(state: DeviceState, z: Tensor, step: Step) -> None:
         _combine(state, z, step.row(state) + 1, best=False)
     else:
         blocks, launch = _advance_launch(state.size)
-        kept = (state.value, state.history, state.status, state.improved)
+        kept = (state.value, state.history, state.scales, state.status, state.improved)
         launch(state.n * blocks, (z, *kept, state.injection, state.r), (state.size,))
 
 
@@ -197,7 +208,7 @@ def _laid_out(tensor: Tensor, name: str, z: Tensor) -> Tensor:
 
 
 @jit(wide=["a", "b", "c", "z", "history"])
-def residual_kernel(a, b, c, z, history, partials, status, size, rows, row,
+def residual_kernel(a, b, c, z, history, next_scale, partials, status, size, rows, row,
                     ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     """One program per part of a sample. partials (n, parts, 2): its ‖g‖² and ‖f‖², with f = a + b + c not rounded."""
     size = size // ALIGN * ALIGN  # tells the compiler that ALIGN divides it
@@ -219,7 +230,7 @@ def residual_kernel(a, b, c, z, history, partials, status, size, rows, row,
             f += tl.load(c + here, inside, other=0.0).to(tl.float32)
         g = f - tl.load(z + here, inside, other=0.0)
         if row >= 0:
-            tl.store(history + (sample * rows + row) * size + at, g.to(history.dtype.element_ty), inside)
+            tl.store(history + (sample * rows + row) * size + at, rounded(g, history, next_scale, sample), inside)
         g2 += g * g
         f2 += f * f
     tl.store(partials + (sample * parts + part) * 2, tl.sum(g2, 0))
@@ -292,7 +303,7 @@ def combine_kernel(z, start, history, coefficients, flags, injection, r, size, r
 
 
 @jit(wide=["z", "value", "history", "injection", "r"])
-def advance_kernel(z, value, history, status, improved, injection, r, size,
+def advance_kernel(z, value, history, scales, status, improved, injection, r, size,
                    ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A program per block: z += g for running samples. If z is its sample's best, value keeps it. r = z + X."""
     size = size // ALIGN * ALIGN  # tells the compiler that ALIGN divides it
@@ -307,7 +318,10 @@ def advance_kernel(z, value, history, status, improved, injection, r, size,
     old = tl.load(z + here, inside, other=0.0)
     if tl.load(improved + sample):
         tl.store(value + here, old, inside)
-    new = old + tl.load(history + here, inside, other=0.0).to(tl.float32)
+    g = tl.load(history + here, inside, other=0.0).to(tl.float32)
+    if scales is not None:
+        g *= tl.load(scales + sample)
+    new = old + g
     tl.store(z + here, new, inside)
     if r is not None:
         _store_shifted(new, injection, r, here, inside)

@@ -173,6 +173,33 @@ def affine(x_hat, weight, bias, channel, real):
 
 
 @triton.jit
+def rounded(g, history, next_scale, sample):
+    """g as the history stores it: in 8 bits, over its scale."""
+    if next_scale is None:
+        return g.to(history.dtype.element_ty)
+    else:
+        g *= 1.0 / tl.load(next_scale + sample)  # a power of two: exact
+        return to_e5m2(g)
+
+
+@triton.jit
+def to_e5m2(x):
+    """To the nearest float8e5, ties to even; beyond the largest to the largest. NaN stays."""
+    if tl.target_info.cuda_capability_geq(8, 9):
+        return x.to(tl.float8e5)  # one instruction; before it, and under the interpreter, this would cut off digits
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        kept = tl.minimum(size, 0x47600000)  # 57344, the largest
+        normal = ((kept + 0xFFFFF + ((kept >> 21) & 1)) >> 21) - (112 << 2)
+        # Below 2⁻¹⁴ numbers are 2⁻¹⁶ apart, and so are floats from 128 on.
+        small = (tl.abs(x) + 128.0).to(tl.int32, bitcast=True) - 0x43000000
+        code = tl.where(size < 0x38800000, small, normal)
+        code = tl.where(size > 0x7F800000, 0x7F, code) | ((bits >> 24) & 0x80)
+        return code.to(tl.uint8).to(tl.float8e5, bitcast=True)
+
+
+@triton.jit
 def relu(x):
     """max(x, 0) that keeps NaN."""
     return tl.where(x < 0, 0.0, x)
