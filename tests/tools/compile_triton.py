@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from machine_code import cuobjdump
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -230,20 +231,13 @@ def measure(variant: Variant, target: GPUTarget) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text, code = (_dump(switch, file.name) for switch in ("--dump-resource-usage", "--dump-sass"))
+        text, code = (cuobjdump(switch, file.name) for switch in ("--dump-resource-usage", "--dump-sass"))
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     widths = re.findall(r"\bLDG\.E(?:\.[SU]?(8|16|64|128))?\b", code[: code.index("EXIT")])
     early = sum(int(bits or 32) // 8 for bits in widths)
     local, threads = used["STACK"] + used["LOCAL"], 32 * kernel.metadata.num_warps
     by_warps = "mma.sync" in kernel.asm["ptx"]
     return Usage(used["REG"], local, kernel.metadata.shared, threads, early, by_warps)
-
-
-def _dump(switch: str, cubin: str) -> str:
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    path = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"  # cuobjdump calls nvdisasm
-    command = [tools / "cuobjdump", switch, cubin]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": path}).stdout
 
 
 def violations(usage: Usage, arch: int) -> list[str]:
