@@ -55,11 +55,17 @@ struct Sink {
   float *mean, *rstd, *partial;
 };
 
+// How many of its V channels a thread sums together.
+template <int V>
+__host__ __device__ __forceinline__ int together_of(const NormPlan &plan) {
+  return plan.per_group % V == 0 ? V : 1;
+}
+
 // The moments over the tile of the numbers that values(position, x) gives. All threads of the block call it.
 template <int V, typename Values>
 __device__ __forceinline__ void take_moments(const NormPlan &plan, const Tile &tile, const Lane<V> &lane,
                                              const Scratch &scratch, const Sink &sink, Values values) {
-  const int together = plan.per_group % V == 0 ? V : 1;
+  const int together = together_of<V>(plan);
   const int columns = tile.width / together, pitch = lane.rows | 1;
   float *means = scratch.entries, *m2s = means + columns * pitch;
   const auto positions_of = [&](int row) { return row < tile.length ? (tile.length - 1 - row) / lane.rows + 1 : 0; };
@@ -167,15 +173,18 @@ template <typename T, int V, bool TAIL>
 __global__ void __launch_bounds__(MOST_THREADS, 4)
     forward(const NormPlan plan, DType type, Stage stage, const NormForward a, const float *__restrict__ z) {
   const Tile tile(plan);
-  if (a.status && a.status[tile.sample] != MAX_ITER) return;
   const Lane<V> lane(tile);
   const int bytes = tile_bytes(plan, type);
   unsigned char *y = dynamic_shared<unsigned char>(), *shortcut = y + bytes;
-  const Scratch scratch(TAIL && a.shortcut ? shortcut + bytes : shortcut, plan, V);
+  const Scratch scratch(TAIL && a.shortcut ? shortcut + bytes : shortcut, plan, V / together_of<V>(plan));
   const bool add_shortcut = TAIL && a.shortcut && stage != Stage::first;
   fetch<T>(y, a.y, type, plan, tile);
   if (add_shortcut) fetch<T>(shortcut, a.shortcut, type, plan, tile);
+  // The status arrives while the tiles do. A block does not leave before they are there.
+  const bool runs = !a.status || a.status[tile.sample] == MAX_ITER;
   await_tiles();
+  if (!runs) return;
+  if (TAIL && !a.out && (stage == Stage::whole || stage == Stage::apply)) prefetch(z, plan, tile);
 
   const auto input = [&](int p, float(&x)[V]) { read<T>(y, type, p * tile.width + lane.channel, x); };
   Table table = Table::global(a.first_mean, a.first_rstd, plan, tile);
@@ -282,8 +291,8 @@ void launch_forward(const char *name, DType type, const NormPlan &plan, Stage st
                     Stream stream) {
   const int threads = threads_for(plan, V);
   const int64_t tiles = tile_bytes(plan, type) * (TAIL && a.shortcut ? 2 : 1);
-  launch(name, forward<T, V, TAIL>, blocks_of(plan), threads, tiles + Scratch::bytes(plan, threads, V), 1, stream,
-         plan, type, stage, a, a.z);
+  launch(name, forward<T, V, TAIL>, blocks_of(plan), threads,
+         tiles + Scratch::bytes(plan, threads, V / together_of<V>(plan)), 1, stream, plan, type, stage, a, a.z);
 }
 
 // Returns how many channels a column of the moments stands for.

@@ -126,18 +126,30 @@ __device__ __forceinline__ void await_tiles() {
   __syncthreads();
 }
 
-// The block's scratch memory behind its tiles, in floats.
-struct Scratch {
-  float *entries, *totals, *tables;  // a thread's sums; 2 a channel; 2 a group and norm
+// Asks the second level cache for a tile of float32 numbers, which the block reads later.
+__device__ __forceinline__ void prefetch(const float *tensor, const NormPlan &plan, const Tile &tile) {
+#ifdef __CUDA_ARCH__
+  constexpr int SECTOR = 8;  // numbers that come together
+  const int sectors = (tile.width + SECTOR - 1) / SECTOR;
+  for (int i = threadIdx.x; i < tile.length * sectors; i += blockDim.x) {
+    const float *from = tensor + tile.base + int64_t(i / sectors) * plan.channels + i % sectors * SECTOR;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+  }
+#endif
+}
 
-  __device__ Scratch(void *start, const NormPlan &plan, int v)
+// The block's scratch memory behind its tiles, in floats. A thread has two sums for each of `columns` columns.
+struct Scratch {
+  float *entries, *totals, *tables;  // the threads' sums; 2 a channel; 2 a group and norm
+
+  __device__ Scratch(void *start, const NormPlan &plan, int columns)
       : entries(static_cast<float *>(start)),
-        totals(entries + 2 * (int(blockDim.x) * v + plan.width)),
+        totals(entries + 2 * (int(blockDim.x) * columns + plan.width)),
         tables(totals + 2 * plan.width) {}
 
-  // A channel has (rows | 1) entries, so consecutive rows and columns fall into different banks of shared memory.
-  static int64_t bytes(const NormPlan &plan, int threads, int v) {
-    return sizeof(float) * (2 * (int64_t(threads) * v + plan.width) + 6 * int64_t(plan.width));
+  // A column has (rows | 1) entries, so consecutive rows and columns fall into different banks of shared memory.
+  static int64_t bytes(const NormPlan &plan, int threads, int columns) {
+    return sizeof(float) * (2 * (int64_t(threads) * columns + plan.width) + 6 * int64_t(plan.width));
   }
 };
 

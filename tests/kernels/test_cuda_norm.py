@@ -1,20 +1,25 @@
 """The CUDA GroupNorm chains against plain in float64: compiled for the CPU (tools/cuda_emulation), and on a GPU."""
 
 import math
+import re
+import shutil
+import subprocess
 from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
-from emulated_cuda import cuda_fixture  # noqa: F401
+from emulated_cuda import ROOT, cuda_fixture  # noqa: F401
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from machine_code import cuobjdump, instructions
 
 from ifr_fast import _native
 from ifr_fast.kernels import eager
 from ifr_fast.kernels.contract import Norm
 from ifr_fast.kernels.gpu import DeviceState, Tail
 
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 FORMS = {"released": (True, True), "paper": (True, False), "plain": (False, True)}
 # RMS error; of what a kernel keeps in float32, always float32's.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -251,6 +256,46 @@ def test_empty_batches(on, cut):
     assert out.shape == y.shape
     grads = on.kernels.norm_tail_vjp(grad, y, r, first, second, statistics, params=True)[2]
     assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [7, 14, 28])
+@pytest.mark.parametrize("shared", [163, 227])  # KiB: A100; H100 and B200
+def test_blocks_share_a_multiprocessor(on, monkeypatch, shared, side, dtype):
+    """Three forward ones or more, by their shared memory; four by their registers, as below. Two backward ones, where
+    the map leaves a choice."""
+    norms = on.kernels.norms
+    monkeypatch.setattr(norms.device, "shared_memory", lambda device: shared << 10)
+    monkeypatch.setattr(norms, "_cut", lambda n, *cut: norms.tiling(*cut))
+    y = torch.empty(2, 256, side, side, dtype=dtype, device="meta")
+
+    def blocks(plan, staged, columns):
+        assert plan.whole
+        scratch = 8 * (plan.threads * columns + plan.width) + 24 * plan.width
+        return (shared + 1 << 10) // (plan.width * side * side * staged + scratch + 1024)
+
+    size = y.element_size()
+    for shortcut in (None, y):
+        assert blocks(norms._forward_plan(y, shortcut, 32), size * (1 if shortcut is None else 2), 1) >= 3
+    for staged in (2 * size, 2 * size + 4):
+        plan = norms._plan(y, 32, staged=staged, columns=16 // size)
+        assert blocks(plan, staged, 16 // size) >= (1 if side == 28 else 2)
+
+
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc on PATH or in /usr/local/cuda")
+@pytest.mark.parametrize("arch", [pytest.param(arch, marks=pytest.mark.full) for arch in (80, 90, 100)])
+def test_forward_kernels_as_compiled(tmp_path, arch):
+    """They leave room for four blocks of a multiprocessor, and load before they wait for the status."""
+    pytest.importorskip("triton")  # which has a disassembler
+    built = tmp_path / "norm.cubin"
+    switches = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}", "-cubin"]
+    subprocess.run([NVCC, *switches, ROOT / "csrc/cuda/norm.cu", "-o", built], check=True)
+    used = re.findall(r"Function \S*forward\S*:\s+REG:(\d+)", cuobjdump("--dump-resource-usage", built))
+    assert max(map(int, used)) * 256 * 4 <= 65536
+    kernels = [found for found in instructions(built, "forward") if "LDGSTS" in found[1]]
+    assert len(kernels) == 6  # norm_relu and norm_tail of three types
+    for name, code in kernels:
+        assert code.index("LDGSTS") < code.index("EXIT"), name
 
 
 @relaxed(300)

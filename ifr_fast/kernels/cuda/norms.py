@@ -24,6 +24,8 @@ from .device import DTYPES, HISTORIES
 TILE = 8192  # the elements that a block of threads is meant to hold
 MOST_WHOLE = 32768  # the most, where these are all positions of whole groups
 MOST_THREADS = 256  # in a block: as csrc/cuda/norm.cuh
+BLOCKS = 3  # that shall share a multiprocessor, so that some load while others compute
+RESERVED = 1024  # bytes of shared memory that a multiprocessor keeps for each block
 # The fields of a result that is stored, and not turned into the solver's residual.
 STORED = {
     "z": 0, "history": 0, "history_type": DTYPES[torch.float32], "history_stride": 0, "next_scale": 0, "norms": 0,
@@ -90,7 +92,7 @@ def residual_tail(state: DeviceState, tail: Tail, z: Tensor, *, row: int) -> Non
         raise ValueError(
             f"z is {describe(z)}: expected y's shape {tuple(y.shape)} in channels_last, row={row} a history's"
         )
-    blocks = _plan(y, tail.first.groups, staged=_tail_bytes(y, tail.shortcut)).blocks
+    blocks = _forward_plan(y, tail.shortcut, tail.first.groups).blocks
     norms = state.reserve_norms(blocks)
     (history, next_scale), dtype = state.addresses(("history", "next_scale")), state.history.dtype
     ending = {
@@ -111,7 +113,7 @@ def _forward(
     """Runs the kernel, told by `ending` where the result goes, and returns the statistics."""
     y, shortcut, first, second = tail
     shortcut = None if shortcut is None else like(shortcut, "shortcut", y, y.dtype)
-    plan = _plan(y, first.groups, staged=_tail_bytes(y, shortcut))
+    plan = _forward_plan(y, shortcut, first.groups)
     workspace = _workspace(plan, y)
     statistics = new_statistics(y, first, second)
     kernel(DTYPES[y.dtype], plan, device.stream(y.device), {
@@ -127,7 +129,7 @@ def _vjp(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     y, shortcut, first, second = tail
     staged = grad.element_size() + (_tail_bytes(y, shortcut) if second else y.element_size())
-    plan = _plan(y, first.groups, staged=staged)
+    plan = _plan(y, first.groups, staged=staged, columns=4 if second else 16 // y.element_size())
     workspace = _workspace(plan, y)
     grad_y, grad_shortcut = torch.empty_like(y), torch.empty_like(grad) if second else grad
     count = (4 if second else 2) if params else 0
@@ -150,24 +152,31 @@ class Tiling(NamedTuple):
     whole: bool
 
 
-def tiling(channels: int, positions: int, groups: int, itemsize: int, staged: int, shared: int) -> Tiling:
-    """How a sample is cut. staged: bytes an element that a block keeps; shared: bytes that it can have."""
+def tiling(
+    channels: int, positions: int, groups: int, itemsize: int, staged: int, shared: int, columns: int = 8
+) -> Tiling:
+    """How a sample is cut. staged: bytes an element that a block keeps; shared: bytes that it can have; columns: for
+    which a thread keeps sums, as in csrc/cuda/norm.cuh's Scratch."""
     per_group, word = channels // groups, 16 // itemsize
     unit = math.lcm(per_group, word) if channels % word == 0 else per_group
 
     def threads(width: int, length: int) -> int:
         return min(MOST_THREADS, max(128, math.ceil(width * length / 4096) * 128))
 
+    def resident(width: int) -> int:
+        scratch = 8 * columns * max(threads(width, positions), width) + 32 * width
+        taken = width * positions * staged + scratch + 3 * 16  # three tiles, rounded up to 16 bytes
+        return (shared + RESERVED) // (taken + RESERVED)
+
     def fits(width: int) -> bool:
         # Rows of less than 32 bytes waste half of every access.
         wide = width * itemsize >= 32 or width == channels
-        scratch = 64 * threads(width, positions) + 32 * width
-        return wide and width * positions <= MOST_WHOLE and width * positions * staged + scratch <= shared
+        return wide and width * positions <= MOST_WHOLE and resident(width) > 0
 
     most = min(channels, MOST_THREADS)
     widths = [w for w in range(unit, most + 1, unit) if channels % w == 0 and fits(w)]
     if widths:
-        width = max((w for w in widths if w * positions <= TILE), default=widths[0])
+        width = max((w for w in widths if w * positions <= TILE and resident(w) >= BLOCKS), default=widths[0])
         return Tiling(width, positions, threads(width, positions), True)
     width = min(channels, 64)
     slices = math.ceil(positions / max(1, min(TILE, 6 * TILE // staged) // width))
@@ -177,16 +186,23 @@ def tiling(channels: int, positions: int, groups: int, itemsize: int, staged: in
 
 @lru_cache(maxsize=1024)
 def _cut(
-    n: int, channels: int, positions: int, groups: int, itemsize: int, staged: int, shared: int
+    n: int, channels: int, positions: int, groups: int, itemsize: int, staged: int, shared: int, columns: int
 ) -> _native.cuda.NormPlan:
-    cut = tiling(channels, positions, groups, itemsize, staged, shared)
+    cut = tiling(channels, positions, groups, itemsize, staged, shared, columns)
     shape = {"n": n, "channels": channels, "positions": positions, "groups": groups}
     return _native.cuda.NormPlan({**shape, "eps": EPS, **cut._asdict()})
 
 
-def _plan(y: Tensor, groups: int, *, staged: int) -> _native.cuda.NormPlan:
+def _plan(y: Tensor, groups: int, *, staged: int, columns: int) -> _native.cuda.NormPlan:
     n, channels, height, width = y.shape
-    return _cut(n, channels, height * width, groups, y.element_size(), staged, device.shared_memory(y.device))
+    shared = device.shared_memory(y.device)
+    return _cut(n, channels, height * width, groups, y.element_size(), staged, shared, columns)
+
+
+def _forward_plan(y: Tensor, shortcut: Tensor | None, groups: int) -> _native.cuda.NormPlan:
+    word = 16 // y.element_size()
+    columns = word if y.shape[1] // groups % word else 1  # a group's channels are summed together
+    return _plan(y, groups, staged=_tail_bytes(y, shortcut), columns=columns)
 
 
 def _workspace(plan: _native.cuda.NormPlan, y: Tensor) -> Tensor | None:
