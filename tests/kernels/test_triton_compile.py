@@ -109,7 +109,7 @@ def test_forward_norms_keep_a_multiprocessor_loading(tmp_path, arch):
     assert len(found) == 12
     for blocks, in_flight, kernel in found:
         assert int(blocks) >= 3, kernel
-        assert int(in_flight) >= 64 << 10, kernel  # latency of 1 µs · 4 TB/s / 132 multiprocessors is half of it
+        assert int(in_flight) >= 48 << 10, kernel  # 1 µs of 4 TB/s are 30 KB for each of 132 multiprocessors
 
 
 def test_a_file_that_launches_nothing_is_a_fault(tmp_path):
