@@ -82,13 +82,14 @@ def chip(monkeypatch):
 
     def compile_none(function, key, signature, device, constants, options, attributes, warmup):
         found = function.device_caches[device][0][key] = Compiled(function, device)
+        found.options = options
         chip.compiled.append(found)
         return found
 
     fake = SimpleNamespace(
         get_current_device=lambda: getattr(current, "device", 0),
         get_current_stream=lambda device: 1000 + device,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_target=lambda: GPUTarget("cuda", getattr(current, "arch", 90), 32),
     )
     monkeypatch.setattr(JITFunction, "_do_compile", compile_none)
     monkeypatch.setattr(driver, "_active", fake)
@@ -137,6 +138,14 @@ def test_a_second_launch_is_the_first_ones(chip, only_remembered):
     assert found.launches[2][11:] == (1, 2.5, 16)
 
 
+@pytest.mark.parametrize(("arch", "early"), [(80, False), (89, False), (90, True), (100, True)])
+def test_kernels_start_early_where_the_chip_can(chip, arch, early):
+    """compile_triton.py checks that they wait before they touch memory."""
+    chip.current.arch = arch
+    launch.Launch(chip.kernel, SIZE=16)(1, tensors(), (3, 0.5))
+    assert chip.compiled[0].options.launch_pdl == early
+
+
 def test_every_combination_has_its_kernel(chip, only_remembered):
     """dtypes, what is left out, constants, devices."""
     x, half = tensors(1)[0], tensors(1, torch.float16)[0]
@@ -166,7 +175,7 @@ def test_numbers_and_narrow_tensors_make_no_variants(chip):
     ready = launch.Launch(chip.kernel, SIZE=16)
     for number in (0, 1, 2, 16, 17, -1):
         for offset in range(4):
-            chip.kernel[(1,)](x, y[offset:], number, 1.0, SIZE=16)
+            chip.kernel[(1,)](x, y[offset:], number, 1.0, SIZE=16, launch_pdl=True)
             ready(1, (x, y[offset:]), (number, 1.0))
     assert len(chip.compiled) == 1
 

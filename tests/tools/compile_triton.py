@@ -72,7 +72,7 @@ class Variant(NamedTuple):
 class Usage(NamedTuple):
     """Of a compiled variant: registers a thread, bytes of local memory a thread (spills), and of shared memory; threads
     a block; bytes of global memory that a thread asks for before it may leave; does it form matrix products a warp at a
-    time (mma.sync)?"""
+    time (mma.sync)? Does it wait for the kernels before it (griddepcontrol) before it touches global memory?"""
 
     registers: int
     local: int
@@ -80,6 +80,7 @@ class Usage(NamedTuple):
     threads: int
     early: int
     by_warps: bool
+    waits: bool
 
     def blocks_per_sm(self, arch: int) -> int:
         """How many blocks a multiprocessor has room for. It hands out registers by eights."""
@@ -233,11 +234,13 @@ def measure(variant: Variant, target: GPUTarget) -> Usage:
         file.flush()
         text, code = (cuobjdump(switch, file.name) for switch in ("--dump-resource-usage", "--dump-sass"))
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    widths = re.findall(r"\bLDG\.E(?:\.[SU]?(8|16|64|128))?\b", code[: code.index("EXIT")])
+    widths = re.findall(r"\bLDG\.E(?:\.[SU]?(8|16|64|128))?\b", re.split(r"\bEXIT\b", code)[0])
     early = sum(int(bits or 32) // 8 for bits in widths)
     local, threads = used["STACK"] + used["LOCAL"], 32 * kernel.metadata.num_warps
     by_warps = "mma.sync" in kernel.asm["ptx"]
-    return Usage(used["REG"], local, kernel.metadata.shared, threads, early, by_warps)
+    touched, waited = re.search(r"\b(LD|ST|ATOM|RED|LDGSTS)G?\b\.E", code), code.find("ACQBULK")
+    waits = 0 <= waited < (touched.start() if touched else len(code))
+    return Usage(used["REG"], local, kernel.metadata.shared, threads, early, by_warps, waits)
 
 
 def violations(usage: Usage, arch: int) -> list[str]:
@@ -284,6 +287,10 @@ def check(arch: int, few: bool, launches: Path | None) -> bool:
             resident = f"{usage.blocks_per_sm(arch):6} {usage.in_flight(arch):7}"
             print(f"{usage.registers:5} {usage.local:6} {usage.shared:7} {resident}  {variant}")
             faults += [f"{variant}: {fault}" for fault in violations(usage, arch)]
+            if variant.options.launch_pdl and not usage.waits:
+                faults.append(f"{variant}: touches memory before the kernels in front of it have ended")
+            if launches is None and variant.options.launch_pdl != (arch >= 90):
+                faults.append(f"{variant}: launch_pdl={variant.options.launch_pdl}")
     print(f"sm_{arch}: {'no fault' if not faults else ''}", *faults, sep="\n  ")
     return bool(variants) and not faults
 

@@ -4,6 +4,9 @@
 has that done once for each device and combination of dtypes, remembers the compiled kernel that Triton returns, and
 hands the arguments to that one from then on. Triton's own launch serves where that will not do: in other versions of
 Triton, under its interpreter, for wide tensors at addresses that 16 does not divide, and while a profiler listens.
+
+From compute capability 9.0 on kernels are launched before those in front of them have ended (programmatic dependent
+launch), so that starting them takes no time of its own. They wait by themselves (tiles.begin).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+EARLY = 90  # ten times the compute capability
 # The versions of which it is known how a compiled kernel takes its arguments.
 DIRECT = triton.__version__.startswith("3.6.")
 
@@ -61,7 +65,8 @@ class Launch:
                 addresses |= tensor.data_ptr()
         found = self.compiled.get(key)
         if found is None or addresses % 16 or hooked():
-            compiled = self.function[(programs,)](*tensors, *numbers, **self.constants)
+            early = {"launch_pdl": True} if gpu.get_current_target().arch >= EARLY else {}
+            compiled = self.function[(programs,)](*tensors, *numbers, **self.constants, **early)
             if compiled is not None and not addresses % 16:
                 self.compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
             return

@@ -23,6 +23,7 @@ from .tiles import (
     RUNNING,
     Budget,
     affine,
+    begin,
     group_moments,
     groups_at,
     normalised,
@@ -172,6 +173,7 @@ def norm_relu_whole(
     y, weight, bias, out, mean, rstd, status, positions, eps,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    begin()
     BLOCKS: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
     n, group = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS * BLOCK_G
     offset, mask, channel, real = tile_at(0, group, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
@@ -196,6 +198,7 @@ def norm_tail_whole(
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Stores those statistics that are not None. `_emit` stores the result."""
+    begin()
     BLOCKS: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
     n, group = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS * BLOCK_G
     offset, mask, channel, real = tile_at(0, group, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
@@ -235,6 +238,7 @@ def partial_moments(
     """Stores the moments (count, mean, M2) of every group over a run of positions in partials (n, splits, groups, 3).
     M2 is the sum of squares about the mean. If y's statistics are given, the moments are those of relu(gn(y) + r), else
     of y."""
+    begin()
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
     offset, mask, channel, real = tile_at(position, 0, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
     base = n * positions * CHANNELS
@@ -261,6 +265,7 @@ def partial_moments(
 @jit(wide=())
 def combine_moments(partials, mean, rstd, status, parts, eps, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
     """A group's mean and 1/σ from partials (n, parts, groups, 3), by Chan's formula."""
+    begin()
     n, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
     if status is not None and tl.load(status + n) != RUNNING:
         return
@@ -294,6 +299,7 @@ def norm_relu_apply(
     y, weight, bias, mean, rstd, out, status, positions, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    begin()
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
     offset, mask, channel, real = tile_at(position, 0, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
     base = n * positions * CHANNELS
@@ -312,6 +318,7 @@ def norm_tail_apply(
     positions, rows, row, splits,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    begin()
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
     offset, mask, channel, real = tile_at(position, 0, positions, CHANNELS, GROUPS, BLOCK_P, BLOCK_G, BLOCK_S)
     base = n * positions * CHANNELS

@@ -23,6 +23,7 @@ from .tiles import (
     RUNNING,
     Budget,
     affine,
+    begin,
     group_sums,
     groups_at,
     normalised,
@@ -184,6 +185,7 @@ def norm_vjp_whole(
     RELU: tl.constexpr,
 ):  # fmt: skip
     """The vjp of gn(y) or, with RELU, of relu(gn(y)). grads (n, 2, channels): those of weight and bias."""
+    begin()
     BLOCKS: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
     n, group = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS * BLOCK_G
     if status is not None and tl.load(status + n) != RUNNING:
@@ -210,6 +212,7 @@ def norm_tail_vjp_whole(
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The vjp of the tail. grads (n, 4, channels): those of the first norm's weight and bias, then of the second's."""
+    begin()
     BLOCKS: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
     n, group = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS * BLOCK_G
     if status is not None and tl.load(status + n) != RUNNING:
@@ -243,6 +246,7 @@ def norm_vjp_sums(
     RELU: tl.constexpr,
 ):  # fmt: skip
     """Sums of g·w and g·w·x̂ over a run of positions. partials (n, splits, groups, 2); grads (n · splits, 2, C)."""
+    begin()
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
     if status is not None and tl.load(status + n) != RUNNING:
         return
@@ -267,6 +271,7 @@ def norm_vjp_apply(
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     RELU: tl.constexpr,
 ):  # fmt: skip
+    begin()
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
     if status is not None and tl.load(status + n) != RUNNING:
         return
@@ -290,6 +295,7 @@ def second_vjp_sums(
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """As norm_vjp_sums, for the tail's second norm. grads (n · splits, 4, channels): fills the last two of the four."""
+    begin()
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
     if status is not None and tl.load(status + n) != RUNNING:
         return
@@ -315,6 +321,7 @@ def second_vjp_apply(
 ):  # fmt: skip
     """The gradient of u = gn_first(y) + shortcut, and the sums of the first norm's vjp. grads (n · splits, 4,
     channels): fills the first two of the four."""
+    begin()
     n, position = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * BLOCK_P
     if status is not None and tl.load(status + n) != RUNNING:
         return
@@ -339,6 +346,7 @@ def second_vjp_apply(
 @jit(wide=())
 def add_sums(partials, sums, status, parts, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sums over the parts: (n, parts, groups, 2) → (n, groups, 2)."""
+    begin()
     n, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
     if status is not None and tl.load(status + n) != RUNNING:
         return

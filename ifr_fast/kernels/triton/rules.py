@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..contract import Status
 from .launch import jit
-from .tiles import RUNNING, power_of_2
+from .tiles import RUNNING, begin, power_of_2
 
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)  # the largest relative residual reported
 CONVERGED, DIVERGED, NONFINITE = (
@@ -48,6 +48,7 @@ def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
 
     Of a history in 8 bits it also chooses the next row's scale, and puts the rows' scales into M and `total`.
     """
+    begin()
     sample = tl.program_id(0).to(tl.int64)
     if tl.load(status + sample) != RUNNING:
         previous = tl.load(trace + tl.maximum(evaluation - 1, 0).to(tl.int64) * n + sample)
@@ -92,6 +93,7 @@ def rule_kernel(norm_partials, gram_partials, gram, p, q, step, total, best,
 @jit(wide=())
 def first_scale_kernel(norm_partials, next_scale, size, parts, PARTS: tl.constexpr):
     """The scale that a sample's first residual has by its own norm."""
+    begin()
     sample = tl.program_id(0).to(tl.int64)
     g2 = tl.zeros([PARTS], tl.float64)
     start = 0

@@ -20,7 +20,7 @@ from ..gpu import STATE, DeviceState, Tail, Total, aligned
 from .launch import Launch, jit
 from .norm import residual_tail
 from .rules import first_scale_kernel, rule_kernel, rule_tile
-from .tiles import RUNNING, power_of_2, rounded
+from .tiles import RUNNING, begin, power_of_2, rounded
 
 BLOCK = 1024  # elements of a block
 RIDGE = ridge(torch.float32)
@@ -211,6 +211,7 @@ def _laid_out(tensor: Tensor, name: str, z: Tensor) -> Tensor:
 def residual_kernel(a, b, c, z, history, next_scale, partials, status, size, rows, row,
                     ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     """One program per part of a sample. partials (n, parts, 2): its ‖g‖² and ‖f‖², with f = a + b + c not rounded."""
+    begin()
     size = size // ALIGN * ALIGN  # tells the compiler that ALIGN divides it
     parts = tl.cdiv(size, BLOCK * BLOCKS)
     sample = (tl.program_id(0) // parts).to(tl.int64)
@@ -241,6 +242,7 @@ def residual_kernel(a, b, c, z, history, next_scale, partials, status, size, row
 def gram_row_kernel(history, partials, status, size, rows, row, first,
                     ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """One program per split of a sample and group of rows. Fills columns first … row of partials (n, splits, rows)."""
+    begin()
     VECTOR: tl.constexpr = 8
     size = size // ALIGN * ALIGN  # tells the compiler that ALIGN divides it
     splits = tl.cdiv(size, BLOCK * BLOCKS)
@@ -274,6 +276,7 @@ def combine_kernel(z, start, history, coefficients, flags, injection, r, size, r
     BEST: for samples whose last iterate was not their best (flags: improved). Reads only rows with nonzero
     coefficients: others may never have been written.
     """
+    begin()
     size = size // ALIGN * ALIGN  # tells the compiler that ALIGN divides it
     blocks = tl.cdiv(size, BLOCK)
     # In reverse order, because what gram_row read last is still in the cache.
@@ -306,6 +309,7 @@ def combine_kernel(z, start, history, coefficients, flags, injection, r, size, r
 def advance_kernel(z, value, history, scales, status, improved, injection, r, size,
                    ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A program per block: z += g for running samples. If z is its sample's best, value keeps it. r = z + X."""
+    begin()
     size = size // ALIGN * ALIGN  # tells the compiler that ALIGN divides it
     blocks = tl.cdiv(size, BLOCK)
     program = tl.num_programs(0) - 1 - tl.program_id(0)

@@ -108,6 +108,15 @@ def _threads(elements: int, budget: Budget) -> tuple[int, int]:
 
 
 @triton.jit
+def begin():
+    """Every kernel's first line. It lets the next kernel be started while this one runs, and waits until those before
+    have ended (programmatic dependent launch: launch.py)."""
+    if tl.target_info.cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def tile_at(position, group, positions, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
             BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """The tile that begins at (position, group): offsets in its sample, with mask; channels [G, 1, S], with mask."""
