@@ -1,8 +1,11 @@
 """What kernels.py times: every kernel on random tensors, with the bytes and the FLOP that it needs."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from types import ModuleType
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -38,6 +41,7 @@ class Size:
         return f"{self.n}×{self.channels}×{self.height}×{self.width}"
 
 
+ONE, THREE = "one kernel", "three kernels"  # ways in which CUDA's kernels take a step
 ROIS = [Size(n, 256, 14, 14, 32) for n in (100, 512, 8, 1)]
 
 
@@ -55,13 +59,34 @@ class Case:
     per_solve: int = 0
 
 
-class Bench:
-    """The cases of one backend at one size and dtype. states: of the calls made, to be looked at after the timing."""
+@dataclass(frozen=True)
+class Setting:
+    """dtype: of the activations. history: of the stored residuals."""
 
-    def __init__(self, backend: str, size: Size, dtype: torch.dtype, steps: int, device: torch.device) -> None:
-        self.backend, self.size, self.dtype, self.steps, self.device = backend, size, dtype, steps, device
-        self.kernels = choose.kernels(backend, device.type, dtype)
-        self.history = torch.bfloat16 if dtype.itemsize == 2 else torch.float32
+    size: Size
+    dtype: torch.dtype
+    history: torch.dtype
+
+    @property
+    def narrow(self) -> bool:
+        """Is the history in 8 bits?"""
+        return self.history.itemsize == 1
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.dtype}" + (", 8-bit history" if self.narrow else "")
+
+
+class Bench:
+    """The cases of one backend in one setting. With a history in 8 bits these are what reads or writes it; all others
+    are as with a wider one. states: of the calls made, to be looked at after the timing.
+
+    Raises ValueError where the backend does not serve the setting.
+    """
+
+    def __init__(self, backend: str, setting: Setting, steps: int, device: torch.device) -> None:
+        self.backend, self.steps, self.device = backend, steps, device
+        self.setting, self.size, self.dtype, self.history = setting, setting.size, setting.dtype, setting.history
+        self.kernels = choose.kernels(backend, device.type, self.dtype, self.history)
         self.states: list = []
 
     def draw(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -74,37 +99,88 @@ class Bench:
         return Norm(1 + weight / 10, bias / 10, self.size.groups)
 
     def cases(self) -> Iterator[Case]:
-        evaluations = self.steps + 1
-        yield self.case("norm_relu", self.norm_relu, per_solve=evaluations)
-        yield self.case("norm_tail", self.norm_tail)
-        yield self.case("norm_relu_vjp", self.norm_relu_vjp)
-        yield self.case("norm_tail_vjp", self.norm_tail_vjp)
+        evaluations, mean = self.steps + 1, (self.steps + 1) // 2  # the mean number of rows
+        whole = not self.setting.narrow
+        if whole:
+            yield self.case("norm_relu", self.norm_relu, per_solve=evaluations)
+            yield self.case("norm_tail", self.norm_tail)
+            yield self.case("norm_relu_vjp", self.norm_relu_vjp)
+            yield self.case("norm_tail_vjp", self.norm_tail_vjp)
         if self.backend != "eager":
+            steps = 0 if self.one_kernel else self.steps  # of a solve, that launch these kernels
             yield self.case("tail + residual", self.residual_of_tail, per_solve=evaluations)
             yield self.case("residual of total", self.residual_of_total)
-            for k in sorted({(self.steps + 1) // 4, (self.steps + 1) // 2, self.steps}):
-                times = self.steps if k == (self.steps + 1) // 2 else 0  # the mean number of rows
+            for k in sorted({evaluations // 4, mean, self.steps}):
+                times = steps if k == mean else 0
                 yield self.case("gram_row", partial(self.gram_row, k), k, per_solve=times)
                 yield self.case("combine", partial(self.combine, k), k, per_solve=times)
-            yield self.case("rule", self.rule, self.steps, per_solve=evaluations)
-        swept = sum(self.bytes(family, self.steps) for family in ("tail + residual", "gram_row", "combine"))
-        case = partial(Case, backend=self.backend)
-        yield case("step, and a reset", self.step, variant=f"K = {self.steps}", traffic=swept)
+            yield self.case("rule", self.rule, self.steps, per_solve=steps + 1)
+        for k in (mean, self.steps):
+            for way, make in self.ways(partial(self.step, k)):
+                yield Case("step, and a reset", make, self.backend, self.variant(k, way), self.swept(k, way))
         flop = self.size.convolution
-        yield case("F", self.f, flop=2 * flop)
-        yield case("vjp of F", self.vjp, flop=2 * flop)
-        yield case("forward solve", self.forward_solve, flop=2 * evaluations * flop, per_solve=1)
         # Two convolutions linearise F, two make each of the steps' vjps, and four give the gradients at the end.
-        yield case("backward solve", self.backward_solve, flop=(2 + 2 * self.steps + 4) * flop)
+        solves = {
+            "forward": (self.forward_solve, 2 * evaluations),
+            "backward": (self.backward_solve, 2 * self.steps + 6),
+        }
+        if whole:
+            yield Case("F", self.f, self.backend, flop=2 * flop)
+            yield Case("vjp of F", self.vjp, self.backend, flop=2 * flop)
+        for name, (solve, convolutions) in solves.items():
+            for way, make in self.ways(solve):
+                own = int(name == "forward" and way != THREE)
+                work = {"flop": convolutions * flop, "per_solve": own}
+                yield Case(f"{name} solve", make, self.backend, self.variant(way=way), **work)
 
     def case(self, family: str, make: Callable[[], Call], rows: int = 0, per_solve: int = 0) -> Case:
-        variant = f"K = {rows}" if rows else ""
-        return Case(family, make, self.backend, variant, self.bytes(family, rows), per_solve=per_solve)
+        moved = self.bytes(family, rows)
+        return Case(family, make, self.backend, self.variant(rows), moved, per_solve=per_solve)
+
+    def variant(self, rows: int = 0, way: str = "") -> str:
+        words = "8-bit history" if self.setting.narrow else "", way, f"K = {rows}" if rows else ""
+        return ", ".join(filter(None, words))
 
     def bytes(self, family: str, rows: int) -> int:
         """What a kernel moves that sweeps so many rows."""
         found = traffic(self.size.elements, self.dtype.itemsize, self.history.itemsize, rows)
         return sum(found[family].values())
+
+    def swept(self, rows: int, way: str) -> int:
+        """What a step moves."""
+        sweeps = ("cluster_step",) if way == ONE else ("gram_row", "combine")
+        return sum(self.bytes(family, rows) for family in ("tail + residual", *sweeps))
+
+    @property
+    def solver(self) -> ModuleType:
+        """The backend's module that has its step."""
+        return importlib.import_module(self.kernels.step.__module__)
+
+    @cached_property
+    def one_kernel(self) -> bool:
+        """Does the backend take a step by one kernel here? CUDA's alone has such a kernel."""
+        if self.backend != "cuda":
+            return False
+        unknowns, capability = self.size.elements // self.size.n, self.solver.device.capability(self.device)
+        return self.solver.one_kernel(unknowns, self.steps, self.steps, self.history, capability)
+
+    def ways(self, make: Callable[[], Call]) -> Iterator[tuple[str, Callable[[], Call]]]:
+        """Both ways to take steps, side by side, where the backend has two."""
+        yield ONE if self.one_kernel else "", make
+        if self.one_kernel:
+            yield THREE, lambda: self.in_three_kernels(make())
+
+    def in_three_kernels(self, call: Call) -> Call:
+        """The call, with steps by three kernels though the backend would take one."""
+
+        def other() -> object:
+            with mock.patch.object(self.solver, "one_kernel", return_value=False) as asked:
+                result = call()
+            if not asked.called:
+                raise RuntimeError("nothing asked whether a step is one kernel")
+            return result
+
+        return other
 
     def norm_relu(self) -> Call:
         return partial(self.kernels.norm_relu, self.draw(), self.norm())
@@ -165,14 +241,14 @@ class Bench:
     def rule(self) -> Call:
         return partial(self.kernels.rule, *self.summed(self.steps))
 
-    def step(self) -> Call:
+    def step(self, k: int) -> Call:
         """Coefficients are reset before every step: steps added upon steps would overflow."""
         state, z, tail = self.state()
         coefficients = [t for name in ("p", "q", "step", "total") if (t := getattr(state, name, None)) is not None]
 
         def call() -> None:
             torch._foreach_zero_(coefficients)
-            self.kernels.step(state, tail, z, self.told(self.steps))
+            self.kernels.step(state, tail, z, self.told(k))
 
         return call
 
@@ -190,7 +266,7 @@ class Bench:
         return partial(linearised.vjp, w)
 
     def head(self) -> IFRHead:
-        exact = dict(max_iter=self.steps, rtol=0)
+        exact = dict(max_iter=self.steps, rtol=0, history_dtype=self.history)
         options = dict(solver=Broyden(**exact), adjoint=Implicit(**exact), backend=self.backend)
         return IFRHead(self.size.channels, groups=self.size.groups, **options).to(self.device)
 
@@ -207,8 +283,9 @@ class Bench:
         )
 
 
-def convolution_cases(size: Size, dtype: torch.dtype, steps: int, device: torch.device) -> Iterator[Case]:
+def convolution_cases(setting: Setting, steps: int, device: torch.device) -> Iterator[Case]:
     """cuDNN's convolution (on a CPU, oneDNN's), and the weight's gradient."""
+    size, dtype = setting.size, setting.dtype
     channels = size.channels
     deviation = (9 * channels) ** -0.5
 

@@ -4,7 +4,8 @@
 def rate(found: dict) -> None:
     """Adds to every timed case what it reaches, and its share of a forward solve."""
     timed = [c for c in found["cases"] if "seconds" in c]
-    solves = {(c["backend"], c["size"], c["dtype"]): c for c in timed if c["family"] == "forward solve"}
+    ours = [c for c in timed if c["family"] == "forward solve" and c["per_solve"]]
+    solves = {(c["backend"], c["size"], c["dtype"], c["history"]): c for c in ours}
     for c in timed:
         if c["flop"]:
             c["tflops"] = c["flop"] / c["seconds"] / 1e12
@@ -13,7 +14,7 @@ def rate(found: dict) -> None:
             c["gbps"] = c["traffic"] / c["seconds"] / 1e9
             c["of_copy"] = c["traffic"] / c["seconds"] / found["ceilings"]["copy"]
         solver = found["backends"][0] if c["backend"] == "cudnn" else c["backend"]
-        solve = solves.get((solver, c["size"], c["dtype"]))
+        solve = solves.get((solver, c["size"], c["dtype"], c["history"]))
         if solve and c["per_solve"]:
             c["share"] = c["per_solve"] * c["seconds"] / solve["seconds"]
 
@@ -36,6 +37,8 @@ def print_tables(found: dict) -> None:
         for row in rows:
             cells = {(c["size"], c["dtype"]): figures(c) for c in timed if label(c) == row}
             print(f"{row:64} " + "".join(f"{cells.get(column, ''):>20}" for column in columns))
+    for reason in found["refused"]:
+        print(f"not run: {reason}")
     failed = [c for c in found["cases"] if "error" in c]
     for c in failed:
         print(f"failed: {label(c)}, {c['size']} {c['dtype']}: {c['error']}")

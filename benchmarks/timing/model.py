@@ -138,12 +138,12 @@ def beside(measured: dict[str, Any], chip: Chip) -> str:
     for case in measured["cases"]:
         if case["size"] != usage()["size"] or case["dtype"] != "bfloat16" or "seconds" not in case:
             continue
-        run = Run(backend=case["backend"])
+        run = Run(backend=case["backend"], history=1 if case["history"].startswith("float8") else 2)
         family, (_, _, rows) = case["family"], case["variant"].partition("K = ")
         if family == "convolution":
             predicted = convolution(run, chip).us
         elif family == "forward solve" and run.backend != "eager":
-            predicted = microseconds(replace(run, one_sweep=run.backend == "cuda"), chip)
+            predicted = microseconds(replace(run, one_sweep="one kernel" in case["variant"]), chip)
         elif family in WAITS and run.backend in ("triton", "cuda"):
             predicted = kernel(run, chip, family, int(rows or 1), 1.0, cold=True).us
         else:

@@ -172,10 +172,10 @@ def test_the_sources_serve_without_their_compiled_part(tmp_path):
 
 def test_table_of_bars():
     def swept(family: str, variant: str, reached: float, n: int = 512) -> dict:
-        return {"family": family, "variant": variant, "n": n, "dtype": "bfloat16", "of_copy": reached}
+        return {"family": family, "variant": variant, "n": n, "history": "bfloat16", "of_copy": reached}
 
     cases = [swept("gram_row", "K = 4", 0.9), swept("gram_row", "K = 15", 0.85), swept("gram_row", "K = 8", 0.1, n=1)]
-    cases += [swept("combine", "K = 4", 0.7), {**swept("combine", "K = 8", 0.1), "dtype": "float32"}]
+    cases += [swept("combine", "K = 4", 0.7), {**swept("combine", "K = 8", 0.1), "history": "float8_e5m2"}]
     floor = {"what": "graph / floor", "bound": "≤ 1.6", "value": 1.5, "met": True}
     stack = {"what": "graph / stack", "bound": "≤ 1.2", "value": 1.3, "met": False}
     unknown = {"value": None, "met": None}
@@ -201,28 +201,104 @@ def test_table_of_bars():
 @pytest.fixture
 def toys(monkeypatch):
     """kernels.py --dry on one toy alone: under Triton's interpreter every kernel takes a second."""
-    monkeypatch.setattr(kernels, "TOYS", [(kernels.Size(2, 8, 3, 3, 2), torch.bfloat16)])
+    size = kernels.Size(2, 8, 3, 3, 2)
+    histories = kernels.BF16, kernels.E5M2
+    monkeypatch.setattr(kernels, "TOYS", [kernels.Setting(size, kernels.BF16, history) for history in histories])
 
 
 def test_every_kernel_runs_dry(toys, tmp_path, capsys):
+    """With a history in 8 bits, what reads or writes it."""
     assert kernels.main(["--dry", "--steps", "3", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "kernels.json").read_text())
-    families = {case["family"] for case in found["cases"] if case["backend"] == "triton"}
+    families = {"bfloat16": set(), "float8_e5m2": set()}
+    for case in found["cases"]:
+        assert ("8-bit history" in case["variant"]) == (case["history"] == "float8_e5m2")
+        if case["backend"] == "triton":
+            families[case["history"]].add(case["family"])
     solver = {"tail + residual", "residual of total", "gram_row", "combine", "rule", "step, and a reset"}
+    solver |= {"forward solve", "backward solve"}
     norms = {"norm_relu", "norm_tail", "norm_relu_vjp", "norm_tail_vjp"}
-    assert families == {*solver, *norms, "F", "vjp of F", "forward solve", "backward solve"}
+    assert families == {"bfloat16": {*solver, *norms, "F", "vjp of F"}, "float8_e5m2": solver}
     assert not any("error" in case or "seconds" in case for case in found["cases"])
+    assert found["refused"] == []
 
 
-def test_the_pieces_of_the_cuda_step_run_dry(cuda, toys, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("history", [torch.bfloat16, torch.float8_e5m2])
+def test_the_pieces_of_the_cuda_step_run_dry(history, cuda, monkeypatch):
     """On a GPU or emulated, where backends() knows of no such kernels."""
     monkeypatch.setattr(kernel_cases.choose, "kernels", lambda *_: cuda)
-    size, dtype = kernels.TOYS[0]
-    bench = kernels.Bench("cuda", size, dtype, 3, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    setting = kernels.Setting(kernels.Size(2, 8, 3, 3, 2), torch.bfloat16, history)
+    bench = kernels.Bench("cuda", setting, 3, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     cases = [case for case in bench.cases() if case.family not in kernels.BLOCK]
-    entries = [kernels.run(case, size, dtype, bench, bench.device, dry=True) for case in cases]
+    entries = [kernels.run(case, setting, bench, bench.device, dry=True) for case in cases]
     assert not [entry["traceback"] for entry in entries if "error" in entry]
     assert {"gram_row", "combine", "rule", "residual of total", "tail + residual"} < {e["family"] for e in entries}
+    assert not any("kernel" in case.variant for case in cases)  # a sample is too small for a cluster
+
+
+def test_steps_by_one_kernel_and_by_three_are_timed_side_by_side(cuda, monkeypatch):
+    """Where a GPU's kernels would take one. Its launches are noted."""
+    if cuda.device.capability(torch.device("cuda")) != (9, 0):
+        pytest.skip("this GPU has no such kernel")
+    monkeypatch.setattr(kernel_cases.choose, "kernels", lambda *_: cuda)
+    setting = kernels.Setting(kernels.Size(1, 256, 8, 8, 32), torch.bfloat16, torch.float8_e5m2)
+    bench = kernels.Bench("cuda", setting, 3, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    cases = list(bench.cases())
+    steps = {case.variant: case for case in cases if case.family == "step, and a reset"}
+    words = "8-bit history, {}, K = {}"
+    assert set(steps) == {words.format(way, k) for way in ("one kernel", "three kernels") for k in (2, 3)}
+    launched, native = [], cuda.solver._native.cuda
+
+    class Noting:
+        def __getattr__(self, name):
+            launched.append(name)
+            return getattr(native, name)
+
+    monkeypatch.setattr(cuda.solver._native, "cuda", Noting())
+    kernels.run(steps[words.format("one kernel", 3)], setting, bench, bench.device, dry=True)
+    sweeps = {"cluster_step", "gram_row", "rule", "combine"}
+    assert sweeps & set(launched) == {"cluster_step"}
+    launched.clear()
+    kernels.run(steps[words.format("three kernels", 3)], setting, bench, bench.device, dry=True)
+    assert sweeps & set(launched) == sweeps - {"cluster_step"}
+    # Its three kernels sweep the history twice, and a solve on this GPU launches none of them but for the last step.
+    elements = setting.size.elements
+    assert (
+        steps[words.format("three kernels", 3)].traffic - steps[words.format("one kernel", 3)].traffic == 3 * elements
+    )
+    assert {c.family: c.per_solve for c in cases if c.per_solve} == {
+        "tail + residual": 4, "rule": 1, "forward solve": 1,
+    }  # fmt: skip
+    solves = [(case.family, case.variant.split(", ")[1]) for case in cases if case.family in kernels.SOLVED]
+    assert solves == [
+        (f"{p} solve", f"{w} kernel{s}") for p in ("forward", "backward") for w, s in (("one", ""), ("three", "s"))
+    ]
+
+
+def test_a_step_that_is_never_asked_is_not_timed_as_another(cuda, monkeypatch):
+    monkeypatch.setattr(kernel_cases.choose, "kernels", lambda *_: cuda)
+    setting = kernels.Setting(kernels.Size(1, 256, 8, 8, 32), torch.bfloat16, torch.float8_e5m2)
+    bench = kernels.Bench("cuda", setting, 3, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="nothing asked"):
+        bench.in_three_kernels(lambda: None)()
+
+
+def test_what_a_backend_refuses_is_named(toys, tmp_path, monkeypatch, capsys):
+    serving = kernel_cases.choose.kernels
+
+    def refusing(name, device, dtype, history):
+        if history == torch.float8_e5m2:
+            raise ValueError(f"{name} keeps no such history")
+        return serving(name, device, dtype, history)
+
+    monkeypatch.setattr(kernel_cases.choose, "kernels", refusing)
+    options = ["--dry", "--steps", "3", "--backends", "triton", "--kernels-alone", "--out", str(tmp_path)]
+    assert kernels.main(options) == 0
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    (reason,) = found["refused"]
+    assert reason == "triton, 2×8×3×3 torch.bfloat16, 8-bit history: triton keeps no such history"
+    assert f"not run: {reason}" in capsys.readouterr().out
+    assert {case["history"] for case in found["cases"]} == {"bfloat16"}
 
 
 def test_a_failing_kernel_is_reported_and_the_others_go_on(toys, tmp_path, monkeypatch, capsys):
@@ -241,26 +317,29 @@ def test_rates_and_shares(capsys):
     """Bytes against the copy, FLOP against the product, launches against their own backend's solve."""
 
     def case(family: str, backend: str, **fields) -> dict:
-        common = {"size": "1×2×3×4", "n": 1, "dtype": "bfloat16", "variant": "", "traffic": 0, "flop": 0}
-        return {**common, "family": family, "backend": backend, **fields}
+        common = {"size": "1×2×3×4", "n": 1, "dtype": "bfloat16", "history": "bfloat16", "variant": "", "per_solve": 0}
+        return {**common, "traffic": 0, "flop": 0, "family": family, "backend": backend, **fields}
 
-    found = {"backends": ["triton"], "ceilings": {"copy": 4e12, "matmul": 8e14}, "not_run": ["x"]}
+    found = {"backends": ["triton"], "ceilings": {"copy": 4e12, "matmul": 8e14}, "not_run": ["x"], "refused": []}
     found["cases"] = [
         case("norm_relu", "triton", seconds=1e-5, traffic=2e7, per_solve=16),
         case("convolution", "cudnn", seconds=3e-5, traffic=1, flop=12e9, per_solve=32),
         case("forward solve", "triton", seconds=2e-3, flop=16e11, per_solve=1),
+        # Others' solves: of another history, and by steps that the backend would not take.
+        case("forward solve", "triton", seconds=1e-3, flop=16e11, per_solve=1, history="float8_e5m2"),
+        case("forward solve", "triton", seconds=3e-3, flop=16e11, variant="three kernels"),
         case("rule", "triton", error="ValueError: of no use"),
     ]
     kernel_report.rate(found)
-    norm, convolution, solve, _ = found["cases"]
+    norm, convolution, solve, *_ = found["cases"]
     assert (norm["of_copy"], norm["share"]) == pytest.approx((0.5, 0.08))
     assert (convolution["of_product"], convolution["share"]) == pytest.approx((0.5, 0.48))
     assert (solve["of_product"], solve["share"]) == pytest.approx((1, 1))
     kernel_report.print_tables(found)
     printed = capsys.readouterr().out.splitlines()
     order = [line.split()[1] for line in printed if line.startswith(("triton", "cudnn"))]
-    assert order == ["forward", "convolution", "norm_relu"]
-    assert printed[-1] == "3 ran, 1 failed, 1 left out for time"
+    assert order == ["forward", "forward", "convolution", "norm_relu", "forward"]
+    assert printed[-1] == "5 ran, 1 failed, 1 left out for time"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

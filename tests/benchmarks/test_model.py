@@ -91,26 +91,31 @@ def test_a_kernel_needs_the_memorys_time():
 
 def test_program_prints_predictions_beside_measurements(tmp_path, capsys):
     solve, row = random.uniform(1e-3, 5e-3), random.uniform(1e-5, 9e-5)
-    common = {"size": "100×256×14×14", "dtype": "bfloat16", "backend": "triton"}
+    common = {"size": "100×256×14×14", "dtype": "bfloat16", "history": "bfloat16", "backend": "triton"}
+    narrow, large = {"history": "float8_e5m2"}, {"history": "float32", "dtype": "float32"}
     cases = [
         common | {"family": "forward solve", "variant": "", "seconds": solve},
         common | {"family": "gram_row", "variant": "K = 8", "seconds": row},
+        common | narrow | {"family": "gram_row", "variant": "8-bit history, K = 8", "seconds": row},
+        common | narrow | {"family": "forward solve", "backend": "cuda", "variant": "one kernel", "seconds": solve},
+        common | {"family": "forward solve", "backend": "cuda", "variant": "three kernels", "seconds": solve},
         common | {"family": "gram_row", "variant": "K = 4", "error": "RuntimeError"},
-        common | {"family": "gram_row", "variant": "K = 15", "seconds": row, "dtype": "float32"},
+        common | large | {"family": "gram_row", "variant": "K = 15", "seconds": row},
     ]
     path = tmp_path / "kernels.json"
     path.write_text(json.dumps({"cases": cases}))
     model.main(["--measured", str(path)])
     text = capsys.readouterr().out
     assert text.startswith("Predicted on paper for an H100, not measured")
-    lines = [line for line in text.splitlines() if line.startswith("| triton")]
-    assert len(lines) == 2
-    for line, seconds, predicted in zip(
-        lines,
-        (solve, row),
-        (model.microseconds(Run(), H100), model.kernel(Run(), H100, "gram_row", 8, 1.0, cold=True).us),
-        strict=True,
-    ):
+    lines = [line for line in text.splitlines() if line.startswith(("| triton", "| cuda"))]
+    expected = [
+        (solve, model.microseconds(Run(), H100)),
+        (row, model.kernel(Run(), H100, "gram_row", 8, 1.0, cold=True).us),
+        (row, model.kernel(Run(history=1), H100, "gram_row", 8, 1.0, cold=True).us),
+        (solve, model.microseconds(Run(backend="cuda", history=1, one_sweep=True), H100)),
+        (solve, model.microseconds(Run(backend="cuda"), H100)),
+    ]
+    for line, (seconds, predicted) in zip(lines, expected, strict=True):
         assert line.split(" | ")[1:3] == [f"{seconds * 1e6:.1f}", f"{predicted:.1f}"]
     heads = [line for line in text.splitlines() if "µs" in line or "ms of" in line]
     assert all("predicted" in line for line in heads)
