@@ -100,6 +100,7 @@ class Plan:
             self.profile("triton", "_graph", 15, 45),
             self.profile("cuda", "", 8, 30),
             self.profile("cuda", "_graph", 8, 30),
+            self.profile("cuda", "_8bit", 8, 30),  # on Hopper its step is one kernel, which sweeps the history once
             self.speed("forward", 45, 75, "--short"),
             self.kernels("triton", 40, 80),
             self.kernels("cuda", 20, 45),
@@ -159,10 +160,11 @@ class Plan:
         fields = {"missing": missing} if "cuda" in backends and not self.dry else {"measures": "cuda" in backends}
         return self.script(name, "timing/smoke.py", least, most, lambda _: options, **fields)
 
-    def profile(self, backend: str, graph: str, least: float, most: float) -> Stage:
+    def profile(self, backend: str, way: str, least: float, most: float) -> Stage:
         """Replays by a process of their own: a profiler that meets graphs of its process's past may see nothing."""
-        name = f"profile_{backend}{graph}"
-        options = ["--backend", "eager" if self.dry else backend, *(["--graph"] if graph else [])]
+        name = f"profile_{backend}{way}"
+        ways = {"": [], "_graph": ["--graph"], "_8bit": ["--graph", "--history", "float8_e5m2"]}
+        options = ["--backend", "eager" if self.dry else backend, *ways[way]]
         options += ["--out", self.json(name), *(["--n", "2", *TOY] if self.dry else [])]
         missing = (lambda: "") if self.dry else lambda: self.lacking(backend)
         return self.script(name, "timing/profile_solve.py", least, most, lambda _: options, missing=missing)

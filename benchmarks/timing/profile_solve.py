@@ -1,14 +1,15 @@
 """Where the time of a solve goes: every kernel by name, and the device's idle time between them.
 
     python benchmarks/timing/profile_solve.py
-    python benchmarks/timing/profile_solve.py --backend cuda --graph
+    python benchmarks/timing/profile_solve.py --backend cuda --graph --history float8_e5m2
 
 Two forward solves, one of a fixed number of steps and one that stops at a residual of 1e-2, each profiled once by
 PyTorch's profiler after calls that compile and record; eagerly or, with --graph, as replays. "wall": the median of
-calls that no profiler slows. "idle": of the device between the solve's first and last kernel, which while profiled is
-more than else where kernels are launched one by one. "before": the idle time right before a kernel. "conv" marks what
-convolutions run. On a CPU, operators stand in for kernels. Writes its JSON when the calls are timed, and when they are
-profiled.
+calls that no profiler slows. "evaluations": how many the slowest sample needed, and how many were run, since on a GPU a
+solve may end later than its samples. "idle": of the device between the solve's first and last kernel, which while
+profiled is more than else where kernels are launched one by one. "before": the idle time right before a kernel. "conv"
+marks what convolutions run. On a CPU, operators stand in for kernels. Writes its JSON when the calls are timed, and
+when they are profiled.
 """
 
 import argparse
@@ -33,9 +34,11 @@ from benchmarks.timing.contenders import Setting, block_residual, specified
 from benchmarks.timing.features import smooth_features
 from benchmarks.timing.measure import Call
 from ifr_fast import Broyden, backends
+from ifr_fast.kernels import choose
 
 ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 CONVOLUTION = re.compile(r"conv|cudnn|xmma|cutlass|fprop|implicit_gemm", re.IGNORECASE)
+JUDGES = re.compile(r"\b(rule|cluster)_kernel\b")  # the GPU backends' kernels that judge an evaluation
 MARK = "solve: "
 TIMED = 15  # calls
 PRINTED = 7  # kernels of a solve
@@ -63,7 +66,14 @@ def trace(calls: dict[str, Call], device: torch.device) -> list[dict]:
         return [event for event in json.loads(path.read_bytes())["traceEvents"] if event.get("ph") == "X"]
 
 
-def profiled(events: Sequence[dict], name: str, evaluations: int) -> dict:
+def evaluations_run(operators: Sequence[dict], kernels: Sequence[dict]) -> int | None:
+    """How many evaluations these operators or launches are of: two convolutions, and one kernel that judges. None where
+    nothing tells."""
+    convolved = sum(e["name"] == "aten::convolution" for e in operators) // 2  # none are launched by a replay
+    return convolved or sum(k["count"] for k in kernels if JUDGES.search(k["name"])) or None
+
+
+def profiled(events: Sequence[dict], name: str) -> dict:
     """What a device did under the mark of this name: by kernel the launches, times in µs, and the time idle before."""
     (mark,) = (e for e in events if e["name"] == MARK + name and e.get("cat") != "gpu_user_annotation")
     within = [e for e in events if mark["ts"] <= e["ts"] <= mark["ts"] + mark["dur"] and e is not mark]
@@ -95,13 +105,15 @@ def profiled(events: Sequence[dict], name: str, evaluations: int) -> dict:
         kernel["idle_before"] += gap
     for kernel in kernels.values():
         kernel["mean"] = kernel["total"] / kernel["count"]
+    evaluations = evaluations_run(operators, kernels.values())
     return {
         "device": device,
+        "evaluations_run": evaluations,
         "launches": len(work),
         "busy": sum(e["dur"] for e in work),
         "span": end - work[0]["ts"] if work else 0.0,
         "idle": sum(gaps),
-        "idle_per_evaluation": sum(gaps) / evaluations,
+        "idle_per_evaluation": sum(gaps) / evaluations if evaluations else None,
         "longest_idle": max(gaps, default=0.0),
         "convolutions": sum(k["total"] for k in kernels.values() if k["convolution"]),
         "kernels": sorted(kernels.values(), key=lambda k: -k["total"]),
@@ -113,6 +125,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--backend", default="auto", help="(%(default)s)")
     add("--graph", action="store_true", help="replay CUDA graphs")
+    add("--history", choices=("bfloat16", "float8_e5m2"), default="bfloat16", help="its dtype (%(default)s)")
     add("--n", type=int, default=100, help="batch size (%(default)s)")
     add("--channels", type=int, default=256, help="(%(default)s)")
     add("--size", type=int, default=14, help="height and width (%(default)s)")
@@ -127,6 +140,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.backend != "auto" and (options.backend not in found or not found[options.backend].available):
         why = found[options.backend].reason if options.backend in found else f"expected one of {', '.join(found)}"
         parser.error(f"--backend: {options.backend} cannot serve: {why}")
+    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        serving = choose.kernels(options.backend, device, torch.bfloat16, getattr(torch, options.history))
+        options.backend = serving.__name__.rpartition(".")[2]  # what "auto" stands for here
+    except ValueError as error:
+        parser.error(f"--history: {options.history} is refused: {error}")
     return options
 
 
@@ -142,7 +161,7 @@ def main(arguments: list[str] | None = None) -> dict:
     found = {"settings": settings, "environment": environment(device), "solves": [], "profiler": ""}
     calls = {}
     for name, rtol in ((f"in {options.steps} steps", 0.0), ("to 1e-2", 1e-2)):
-        solver = Broyden(max_iter=options.steps, rtol=rtol)
+        solver = Broyden(max_iter=options.steps, rtol=rtol, history_dtype=options.history)
         head = setting.head(solver=solver, backend=options.backend, cuda_graphs=options.graph)
         for _ in range(3):  # compiles; with --graph: runs eagerly, records, replays
             y = head(x)
@@ -158,7 +177,7 @@ def main(arguments: list[str] | None = None) -> dict:
     try:
         events = trace(calls, device)
         for entry in found["solves"]:
-            entry["profile"] = profiled(events, entry["name"], entry["evaluations"])
+            entry["profile"] = profiled(events, entry["name"])
         if device.type == "cuda" and any(entry["profile"]["device"] == "cpu" for entry in found["solves"]):
             found["profiler"] = "saw no kernels: these are operators on the CPU"
     except Exception as error:  # what was timed is worth keeping
@@ -171,18 +190,23 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def print_tables(found: dict) -> None:
     settings = found["settings"]
-    way = f"{settings['backend']}, {'replayed' if settings['graph'] else 'eager'}, N = {settings['n']}"
+    history = ", 8-bit history" if settings["history"] == "float8_e5m2" else ""
+    way = f"{settings['backend']}{history}, {'replayed' if settings['graph'] else 'eager'}, N = {settings['n']}"
     for entry in found["solves"]:
         wall, processor = (statistics.median(entry[key]) * 1e6 for key in ("seconds", "processor_seconds"))
         residual = f"residual {entry['residual_median']:.0e}, {entry['residual_worst']:.0e} at worst"
-        steps = f"{entry['evaluations'] - 1} steps"
-        print(f"{way}, {entry['name']}: wall {wall:.0f} µs, host {processor:.0f} µs, {steps}, {residual}")
-        if (profile := entry.get("profile")) is None:
+        print(f"{way}, {entry['name']}: wall {wall:.0f} µs, host {processor:.0f} µs, {residual}")
+        profile = entry.get("profile")
+        ran = (profile and profile["evaluations_run"]) or "an unknown number"
+        at_most = settings["steps"] + 1
+        print(f"  evaluations: the slowest sample needed {entry['evaluations']}, {ran} of at most {at_most} were run")
+        if profile is None:
             continue
+        idle = profile["idle_per_evaluation"]
         print(
             f"  {profile['launches']} launches, busy {profile['busy']:.0f} µs, convolutions"
             f" {profile['convolutions']:.0f}, idle {profile['idle']:.0f}"
-            f" ({profile['idle_per_evaluation']:.1f} an evaluation)"
+            + ("" if idle is None else f" ({idle:.1f} an evaluation)")
         )
         print("  count  total µs   mean  before")
         for k in profile["kernels"][:PRINTED]:

@@ -76,7 +76,8 @@ def test_a_build_is_what_later_stages_run(plan, monkeypatch):
 def test_without_a_build_tritons_stages_run_from_the_sources(state, plan):
     stages = after(plan, state)
     assert {name for name, stage in stages.items() if stage.missing()} == {
-        "smoke_cuda", "profile_cuda", "profile_cuda_graph", "kernels_cuda", "cuda_tests", "racecheck",
+        "smoke_cuda", "profile_cuda", "profile_cuda_graph", "profile_cuda_8bit", "kernels_cuda", "cuda_tests",
+        "racecheck",
     }  # fmt: skip
     assert stages["profile_triton"].variables()["PYTHONPATH"].split(os.pathsep)[0] == str(BENCHMARKS.parent)
     assert [str(w) for w in stages["memcheck"].command(9)][-4:-1] == ["--backends", "triton", "--out"]
@@ -115,6 +116,7 @@ def test_programs_take_the_options_that_stages_give_them(plan, monkeypatch):
     serving = dict.fromkeys(("triton", "cuda", "eager"), SimpleNamespace(available=True))
     for module in (kernels, profile_solve):
         monkeypatch.setattr(module, "backends", lambda: serving)
+    monkeypatch.setattr(profile_solve.choose, "kernels", lambda name, *_: SimpleNamespace(__name__=name))
     programs = {Path(m.__file__).name: m for m in (speed, kernels, profile_solve, smoke)}
     met = set()
     for stage in after(plan, "passed").values():
@@ -122,6 +124,7 @@ def test_programs_take_the_options_that_stages_give_them(plan, monkeypatch):
         for i, word in enumerate(words):
             if module := programs.get(Path(word).name):
                 options = module.parse(words[i + 1 :])
+                assert getattr(options, "history", "").startswith("float8") == ("8bit" in stage.name)
                 met.add(module)
                 if stage.leaves:
                     assert stage.leaves in (options.out, *(options.out / f"{m}.json" for m in ("speed", "kernels")))

@@ -18,6 +18,7 @@ def test_a_solve_on_a_cpu_is_profiled_by_operator(tmp_path, capsys):
     assert (fixed["evaluations"], fixed["iterations"]) == (4, [3, 3])
     assert loose["evaluations"] <= 4
     for entry in found["solves"]:
+        assert entry["profile"]["evaluations_run"] == entry["evaluations"]  # a CPU knows when its samples have stopped
         assert 0 < entry["residual_median"] <= entry["residual_worst"] < 1
         assert len(entry["seconds"]) == len(entry["processor_seconds"]) == profile_solve.TIMED
         profile = entry["profile"]
@@ -32,6 +33,17 @@ def test_a_solve_on_a_cpu_is_profiled_by_operator(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1].startswith("wall: ")
     assert any("aten::copy_" in line for line in printed)
+    assert "  evaluations: the slowest sample needed 4, 4 of at most 4 were run" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_history_in_8_bits_is_profiled(tmp_path, capsys):
+    """By the kernels that serve it, which it names."""
+    profile_solve.main([*TOY, "--history", "float8_e5m2", "--out", str(tmp_path / "profile.json")])
+    found = json.loads((tmp_path / "profile.json").read_text())
+    assert (found["settings"]["backend"], found["settings"]["history"]) == ("eager", "float8_e5m2")
+    assert all(0 < entry["residual_worst"] < 1 for entry in found["solves"])
+    assert capsys.readouterr().out.startswith("eager, 8-bit history, eager, N = 2, in 3 steps: wall ")
 
 
 def test_a_gpus_trace():
@@ -45,6 +57,7 @@ def test_a_gpus_trace():
         event(mark, "user_annotation", 1000.0, 500.0),
         event(mark, "gpu_user_annotation", 1100.0, 300.0),
         event("ifr_fast::solve", "cpu_op", 1001.0, 90.0, **{"External id": 1}),
+        *(event("aten::convolution", "cpu_op", 1009.0 + 30.0 * i, 25.0) for i in range(8)),
         event("aten::cudnn_convolution", "cpu_op", 1010.0, 20.0, **{"External id": 2}),
         event("cudaLaunchKernel", "cuda_runtime", 1011.0, 2.0, correlation=7),
         event("before the mark", "kernel", 900.0, 5.0, **{"External id": 1}),
@@ -54,7 +67,7 @@ def test_a_gpus_trace():
         event("sm90_gemm", "kernel", 1190.0, 50.0, **{"External id": 2}),
         event("another process's", "kernel", 1600.0, 5.0),
     ]
-    found = profile_solve.profiled(list(reversed(events)), "in 3 steps", evaluations=4)
+    found = profile_solve.profiled(list(reversed(events)), "in 3 steps")
     assert (found["device"], found["launches"]) == ("gpu", 4)
     assert (found["busy"], found["span"]) == (115.0, 140.0)
     assert (found["idle"], found["idle_per_evaluation"], found["longest_idle"]) == (30.0, 7.5, 20.0)
@@ -65,6 +78,24 @@ def test_a_gpus_trace():
     assert (gemm["count"], gemm["total"], gemm["mean"], gemm["least"], gemm["most"]) == (2, 90.0, 45.0, 40.0, 50.0)
     assert (gemm["idle_before"], gemm["grid"]) == (20.0, [2, 1, 1])
     assert not any(k["convolution"] for k in others)
+    assert found["evaluations_run"] == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["rule_kernel"] * 8 + ["gram_row_kernel"] * 7, 8),
+        (["void cluster_kernel<(Method)0, __nv_bfloat16>(Solver)"] * 3 + ["void rule_kernel<(Method)0>(Solver)"], 4),
+        (["_norm", "elementwise_kernel"], None),
+    ],
+)
+def test_a_replays_evaluations_are_counted_by_what_judges_them(names, expected):
+    """No operator launches its kernels. Where none of ours is among them nothing tells."""
+    mark = {"ph": "X", "name": profile_solve.MARK + "to 1e-2", "cat": "user_annotation", "ts": 0.0, "dur": 1e3}
+    kernels = [{"ph": "X", "name": name, "cat": "kernel", "ts": 10.0 * i, "dur": 5.0} for i, name in enumerate(names)]
+    found = profile_solve.profiled([mark, *kernels], "to 1e-2")
+    assert found["evaluations_run"] == expected
+    assert found["idle_per_evaluation"] == (pytest.approx(found["idle"] / expected) if expected else None)
 
 
 def test_what_was_timed_is_kept_where_the_profiler_fails(tmp_path, monkeypatch, capsys):
@@ -81,7 +112,11 @@ def test_what_was_timed_is_kept_where_the_profiler_fails(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [("--n 0", "--n: expected a positive number"), ("--backend gpu", "--backend: gpu cannot serve: expected one of")],
+    [
+        ("--n 0", "--n: expected a positive number"),
+        ("--backend gpu", "--backend: gpu cannot serve: expected one of"),
+        ("--backend cpu --history float8_e5m2", "--history: float8_e5m2 is refused: backend='cpu' serves"),
+    ],
 )
 def test_a_bad_option_is_named(options, message, capsys):
     with pytest.raises(SystemExit):

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import speed
 from benchmarks.timing import contenders, measure
-from benchmarks.timing.contenders import BASE, BF16, BF16_STACK, EARLY, GRAPH, RELEASED, Setting
+from benchmarks.timing.contenders import BASE, BF16, BF16_STACK, CONVERGED, EARLY, GRAPH, RELEASED, Setting
 from benchmarks.timing.targets import FORWARD
 
 CPU = torch.device("cpu")
@@ -48,11 +48,41 @@ def test_on_a_gpu_it_has_every_backend_both_ways(monkeypatch, seed):
     x = speed.smooth_features(3, 8, 6, torch.Generator().manual_seed(seed))
     names = {c.name for c in [*contenders.contenders(setting), *contenders.gpu_contenders(setting, x)] if c.in_short}
     ways = {f"IFR Broyden, {b} kernels, NHWC, bf16" + g for b in ("triton", "cuda", "eager") for g in ("", ", graph")}
-    assert names == {BASE, BF16_STACK, BF16, GRAPH, EARLY, RELEASED, *ways}
+    ways |= {f"IFR Broyden, 8-bit history, {b}, NHWC, bf16, graph" for b in ("triton", "cuda")}
+    assert names == {BASE, BF16_STACK, BF16, GRAPH, CONVERGED, EARLY, RELEASED, *ways}
 
 
 def test_its_batches_are_those_the_paper_model_tells_apart():
     assert speed.parse(["--device", "cpu", "--short"]).n == [86, 100, 256]
+
+
+def test_a_row_has_the_history_of_its_name(monkeypatch, seed):
+    """And the tolerance. A row that is refused says why, and is not another one's."""
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    made = {}
+
+    def noting(setting, name, solver, adjoint, options=None, **fields):
+        made[name] = solver, adjoint, options
+        return contenders.Contender(name)
+
+    def serving(name, device, dtype, history):
+        if name == "cuda" and history == torch.float8_e5m2:
+            raise ValueError("cuda keeps no such history")
+
+    monkeypatch.setattr(contenders, "by_ifr", noting)
+    monkeypatch.setattr(contenders.choose, "kernels", serving)
+    setting = Setting(8, 3, seed, CPU)
+    rows = {c.name: c for c in contenders.gpu_contenders(setting, speed.smooth_features(3, 8, 6, torch.Generator()))}
+    words = "IFR Broyden, 8-bit history, {}, NHWC, bf16, graph"
+    refused, (solver, adjoint, options) = rows[words.format("cuda")], made[words.format("triton")]
+    assert refused.unavailable == "cuda keeps no such history"
+    assert refused.forward is None
+    assert solver.history_dtype == adjoint["history_dtype"] == torch.float8_e5m2
+    assert (solver.rtol, solver.max_iter, options) == (0, 3, {"backend": "triton", "cuda_graphs": True})
+    assert all(("8-bit" in name) == (of[0].history_dtype == torch.float8_e5m2) for name, of in made.items())
+    solver, adjoint, options = made[CONVERGED]
+    assert (solver.rtol, solver.max_iter, options) == (1e-2, 3, {"cuda_graphs": True})
+    assert (made[GRAPH][0].rtol, made[GRAPH][2]) == (0, options)
 
 
 @pytest.mark.parametrize("after", [1, 5, 12])
