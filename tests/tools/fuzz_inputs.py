@@ -43,7 +43,9 @@ def random_options(draw: Draw) -> dict[str, Any]:
     return dict(
         max_iter=draw.randint(1, 20),
         rtol=draw.choice((None, None, 0, 0.0, draw.power(-6, -1), draw.power(-6, -1))),
-        history_dtype=draw.choice((None, None, torch.float32, torch.float64, torch.bfloat16, "bfloat16")),
+        history_dtype=draw.choice(
+            (None, None, torch.float32, torch.float64, torch.bfloat16, "bfloat16", "float8_e5m2")
+        ),
         workspace=draw.choice((None, None, 1, int(draw.power(2, 6)))),  # small ones make chunks
     )
 
