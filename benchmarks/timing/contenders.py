@@ -151,7 +151,8 @@ def gpu_contenders(setting: Setting, features: Tensor) -> list[Contender]:
     exact, loose = {"max_iter": setting.steps, "rtol": 0}, {"max_iter": setting.steps, "rtol": LOOSE}
     broyden = Broyden(**exact)
     narrow = {"dtype": torch.bfloat16, "layout": torch.channels_last}
-    replayed = {"graph": True, "note": REPLAYED}
+    auto = choose.kernels("auto", setting.device.type, torch.bfloat16).__name__.rpartition(".")[2]
+    replayed = {"graph": True, "note": f"{auto} kernels; {REPLAYED}"}
     compiled = torch.compile(narrow_stack(setting), dynamic=False)
 
     def by_backend(backend: str, graph: bool = True, history: torch.dtype = torch.bfloat16) -> Contender:
@@ -162,7 +163,7 @@ def gpu_contenders(setting: Setting, features: Tensor) -> list[Contender]:
         except ValueError as error:
             return Contender(name, unavailable=str(error), in_short=True)
         options, stored = {"backend": backend, "cuda_graphs": graph}, {**exact, "history_dtype": history}
-        fields = {"in_short": True, **narrow, **(replayed if graph else {})}
+        fields = {"in_short": True, **narrow, "graph": graph, "note": REPLAYED if graph else ""}
         return by_ifr(setting, name, Broyden(**stored), stored, options, **fields)
 
     head = setting.head()

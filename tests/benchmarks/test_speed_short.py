@@ -1,6 +1,7 @@
 """speed.py's short form, and what it leaves when it is cut off."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,11 +64,12 @@ def test_a_row_has_the_history_of_its_name(monkeypatch, seed):
 
     def noting(setting, name, solver, adjoint, options=None, **fields):
         made[name] = solver, adjoint, options
-        return contenders.Contender(name)
+        return contenders.Contender(name, note=fields.get("note", ""))
 
-    def serving(name, device, dtype, history):
+    def serving(name, device, dtype, history=torch.float32):
         if name == "cuda" and history == torch.float8_e5m2:
             raise ValueError("cuda keeps no such history")
+        return SimpleNamespace(__name__="package.triton")
 
     monkeypatch.setattr(contenders, "by_ifr", noting)
     monkeypatch.setattr(contenders.choose, "kernels", serving)
@@ -83,6 +85,7 @@ def test_a_row_has_the_history_of_its_name(monkeypatch, seed):
     solver, adjoint, options = made[CONVERGED]
     assert (solver.rtol, solver.max_iter, options) == (1e-2, 3, {"cuda_graphs": True})
     assert (made[GRAPH][0].rtol, made[GRAPH][2]) == (0, options)
+    assert rows[GRAPH].note.startswith("triton kernels; ")  # what "auto" stands for
 
 
 @pytest.mark.parametrize("after", [1, 5, 12])
