@@ -80,6 +80,7 @@ IN_L2 = {
     "norm_tail_vjp": {"grad_y"},
     "residual of total": {"grad"},
 }
+MOVED = 16  # tensors of a state
 CLUSTER = 8  # blocks, on as many multiprocessors of one GPC, which has 16 to 18
 
 
@@ -88,9 +89,9 @@ class Run:
     """What is run. backend: of usage.json, "triton" or "cuda". one_sweep: the cluster kernel instead of gram_row, rule
     and combine. history: bytes of one number. stop: from this evaluation on (counted from 0) only the share `running`
     of the samples runs. segments: the solve ends where one of so many equal parts ends, `lag` parts after the last
-    sample has stopped. bucket: samples that a graph is recorded for, n by default. programmatic: kernels of this
-    package are started ahead (programmatic dependent launch). norm_blocks: resident blocks of the norms, in place of
-    what was compiled. given: µs of a kernel in place of the model's."""
+    sample has stopped. halves: from the middle on it goes on with half of the samples if no more run. bucket: samples
+    that a graph is recorded for, n by default. programmatic: kernels of this package are started ahead (programmatic
+    dependent launch), as Triton's are. given: µs of a kernel in place of the model's."""
 
     n: int = 100
     backend: str = "triton"
@@ -103,12 +104,20 @@ class Run:
     lag: int = 0
     bucket: int | None = None
     programmatic: bool = False
-    norm_blocks: int | None = None
+    halves: bool = False
     given: dict[str, float] = field(default_factory=dict)
 
     def share(self, evaluation: int) -> float:
         """Of the samples that still run."""
         return 1.0 if self.stop is None or evaluation < self.stop else self.running
+
+    def halved(self, evaluation: int) -> bool:
+        """Whether half of the samples alone is evaluated."""
+        return self.halves and evaluation >= self.middle() and self.share(evaluation) <= 0.5
+
+    def middle(self) -> int:
+        """The evaluation from which on that may be."""
+        return math.ceil((self.steps + 1) / 2)
 
     def evaluations(self) -> int:
         """How many are run before the solve ends."""
@@ -183,8 +192,6 @@ def kernel(run: Run, chip: Chip, family: str, rows: int, share: float, *, cold: 
         return Predicted(1, memory, l2, 2 + (run.given[family] - 2) * share)
     took = compiled(run, chip, family, rows)
     resident = took["blocks_per_sm"]
-    if run.norm_blocks and (family.startswith("norm") or family.startswith("tail")):
-        resident = run.norm_blocks
     places = chip.multiprocessors // CLUSTER * CLUSTER if family == "cluster_step" else chip.multiprocessors
     blocks = took["blocks"] / usage()["n"] * samples
     trips, sums = WAITS[family]
@@ -194,10 +201,21 @@ def kernel(run: Run, chip: Chip, family: str, rows: int, share: float, *, cold: 
     return Predicted(1, memory, l2, LAUNCH + max(moving, waiting + moving / resident) + looking)
 
 
-def convolution(run: Run, chip: Chip) -> Predicted:
-    """One of a bucket. All samples are convolved, those that have stopped too."""
+def halving(run: Run, chip: Chip) -> Predicted:
+    """Half of the samples taken out of the batch and put back: the history so far, then all of it, and a few tensors
+    more; each read and written."""
+    numbers = (run.bucket or run.n) / 2 * CHANNELS * POSITIONS
+    rows = run.middle() + run.steps
+    memory = 2 * numbers * (rows * run.history + 2 * 4 + ACTIVATION)
+    return Predicted(2 * MOVED, memory, us=memory / chip.memory * MICRO + 2 * MOVED * LAUNCH)
+
+
+def convolution(run: Run, chip: Chip, *, half: bool = False) -> Predicted:
+    """One of a bucket, or of half of it. All of its samples are convolved, those that have stopped too."""
     rows, columns, efficiency, ramp = 128, 256, 0.95, 4.0
     samples = run.bucket or run.n
+    if half:
+        samples //= 2
     tiles = math.ceil(samples * POSITIONS / rows) * math.ceil(CHANNELS / columns)
     rate = chip.product / chip.multiprocessors * efficiency * chip.clock
     tile = 2 * rows * columns * 9 * CHANNELS / rate * MICRO

@@ -35,6 +35,7 @@ from benchmarks.timing.launch_model import (
     Run,
     convolution,
     forward,
+    halving,
     kernel,
     usage,
 )
@@ -43,10 +44,12 @@ from benchmarks.timing.launch_model import (
 def evaluation(run: Run, chip: Chip, k: int) -> Iterator[tuple[str, Predicted]]:
     """The launches of evaluation k, and the gaps before them."""
     last, share = k == run.steps, run.share(k)
+    if k == run.middle() and run.halved(k):
+        yield "halving", halving(run, chip)
     sweeps = ("rule",) if last else run.sweeps()
     for family in ("convolution", "norm_relu", "convolution", "tail + residual", *sweeps):
         if family == "convolution":
-            yield family, convolution(run, chip)
+            yield family, convolution(run, chip, half=run.halved(k))
         else:
             yield family, kernel(run, chip, family, k + 1, share)
         early = run.programmatic and family != "convolution"
@@ -88,25 +91,25 @@ def microseconds(run: Run, chip: Chip) -> float:
     return sum(predicted.us for predicted in solve(run, chip).values())
 
 
-# The defaults before issue 15, and the best that the kernels offer.
-PLAIN = Run(bucket=104)
-BEST = Run(backend="cuda", one_sweep=True, history=1, segments=4, programmatic=True)
+PLAIN = Run(bucket=104)  # as it was when buckets were coarser and every step was taken
+TRITON = Run(segments=4, programmatic=True, halves=True)
+CUDA = Run(backend="cuda", segments=4, halves=True)
+BEST = replace(CUDA, one_sweep=True, history=1)
 ENDINGS = {
     "15 fixed steps": {},
     "all stopped by step 8": dict(stop=8),
     "half stopped by step 7": dict(stop=8, running=0.5),
 }
-PROGRAMMATIC = Run(segments=4, programmatic=True)
 CONFIGURATIONS = {
-    "Triton, bf16 history, bucket of 104": PLAIN,
+    "Triton, bf16 history, bucket of 104, all steps": PLAIN,
     "… bucket of 100": Run(),
-    "… in 4 segments": Run(segments=4),
-    "… and programmatic launches": PROGRAMMATIC,
-    "… and norms at 4 blocks an SM": replace(PROGRAMMATIC, norm_blocks=4),
-    "… and an 8-bit history": replace(PROGRAMMATIC, norm_blocks=4, history=1),
-    "CUDA, the same": replace(BEST, one_sweep=False),
-    "CUDA, one sweep, bf16 history": replace(BEST, history=2),
-    "CUDA, one sweep, 8-bit history": BEST,
+    "… ends early": Run(segments=4),
+    "… goes on with half": Run(segments=4, halves=True),
+    "… and early starts": TRITON,
+    "… and an 8-bit history": replace(TRITON, history=1),
+    "CUDA, 8-bit history, three sweeps": replace(CUDA, history=1),
+    "CUDA, bf16 history, one sweep": replace(CUDA, one_sweep=True),
+    "CUDA, 8-bit history, one sweep": BEST,
     "… where a segment is queried too late": replace(BEST, lag=1),
 }
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.timing import model
+from benchmarks.timing import launch_model, model
 from benchmarks.timing.model import BEST, CHIPS, ENDINGS, Run
 
 H100 = CHIPS["H100"]
@@ -55,7 +55,7 @@ def test_solve_ends_with_a_segment(stop, segments, lag, expected):
 def test_whatever_is_saved_makes_a_solve_shorter():
     slow = Run(backend="cuda", bucket=104, **ENDINGS["all stopped by step 8"])
     run, before = slow, model.microseconds(slow, H100)
-    savings = [("bucket", None), ("history", 1), ("programmatic", True), ("norm_blocks", 8), ("segments", 4)]
+    savings = [("bucket", None), ("history", 1), ("programmatic", True), ("segments", 4)]
     random.shuffle(savings)
     for name, value in savings:
         run = replace(run, **{name: value})
@@ -66,7 +66,7 @@ def test_whatever_is_saved_makes_a_solve_shorter():
 
 def test_kernels_share_the_solve():
     for name, ending in ENDINGS.items():
-        run = replace(BEST, history=2, **ending)
+        run = replace(BEST, history=2, halves=False, **ending)
         parts, evaluations = model.solve(run, H100), run.evaluations()
         launches = {family: part.launches for family, part in parts.items()}
         expected = {"convolution": 2 * evaluations, "norm_relu": evaluations, "tail + residual": evaluations}
@@ -75,8 +75,26 @@ def test_kernels_share_the_solve():
         assert launches == expected, name
 
 
-def test_occupancy_counts_where_blocks_wait():
-    times = [model.kernel(Run(norm_blocks=blocks), H100, "norm_relu", 1, 1.0).us for blocks in (1, 2, 3, 4)]
+def test_half_of_the_samples_is_worth_its_copies():
+    """From the middle on, if no more than half run: the convolutions of half, after one move of the history."""
+    half = Run(segments=4, **ENDINGS["half stopped by step 7"])
+    saved = model.microseconds(half, H100) - model.microseconds(replace(half, halves=True), H100)
+    convolved = 2 * 8 * (model.convolution(half, H100).us - model.convolution(half, H100, half=True).us)
+    moved = model.solve(replace(half, halves=True), H100)["halving"]
+    assert saved == pytest.approx(convolved - moved.us)
+    assert saved > 0.02 * model.microseconds(half, H100)
+    assert moved.memory > 2 * 15 * 50 * 256 * 196 * 2
+    for running in (0.51, 1.0):
+        more = replace(half, running=running)
+        assert model.microseconds(more, H100) == model.microseconds(replace(more, halves=True), H100)
+
+
+def test_occupancy_counts_where_blocks_wait(monkeypatch):
+    original, times = launch_model.compiled, []
+    for blocks in (1, 2, 3, 4):
+        row = original(Run(), H100, "norm_relu", 1) | {"blocks_per_sm": blocks}
+        monkeypatch.setattr(launch_model, "compiled", lambda *_, row=row: row)
+        times.append(model.kernel(Run(), H100, "norm_relu", 1, 1.0).us)
     assert times == sorted(times, reverse=True)
     assert times[0] > 1.5 * times[-1]
 

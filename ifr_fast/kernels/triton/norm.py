@@ -133,7 +133,8 @@ def _tail(tail: Tail, statistics: list[Tensor] | None, sink: Sink) -> None:
     if shortcut is not None:
         shortcut = like(shortcut, "shortcut", y) if state is None else state.like(shortcut, "shortcut", y)
     n, channels, height, width = y.shape
-    end: Literal["tail", "residual"] = "tail" if state is None else "residual"
+    # To round to 8 bits takes registers of its own.
+    end: Literal["tail", "residual"] = "tail" if state is None or state.scales is not None else "residual"
     plan = _plan(end, channels, height * width, first.groups, y.itemsize)
     if not plan.whole:
         statistics = new_statistics(y, first, second) if statistics is None else statistics
