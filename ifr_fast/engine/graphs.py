@@ -1,9 +1,8 @@
 """Records solves as CUDA graphs. A solve launches a hundred kernels of microseconds each; a replay takes one launch.
 
-Batches are padded with zero samples up to a bucket, so that varying RoI counts need few recordings. A shape without a
-recording is run eagerly when a thread first meets it, and recorded when that thread meets it again. Recordings on a
-stream share one memory pool, so the results of a replay are copied out before the stream's next one. Threads take
-turns.
+Batches are padded up to a bucket, so that varying RoI counts need few recordings. A shape without a recording is run
+eagerly when a thread first meets it, and recorded when that thread meets it again. Recordings on a stream share one
+memory pool, so the results of a replay are copied out before the stream's next one. Threads take turns.
 
 A replay ends where no sample runs any more, as a solve that is launched does (pieces.py, segments.py).
 """
@@ -52,11 +51,14 @@ class Recording:
     pool: Pool | None = None
     results: Sequence[Tensor] = ()
 
-    def fill(self, batch: Sequence[Tensor], shared: Sequence[Tensor]) -> None:
+    def fill(self, batch: Sequence[Tensor], shared: Sequence[Tensor], *, repeat: bool) -> None:
         n = len(batch[0])
         for padded, given in zip(self.batch, batch, strict=True):
             padded[:n].copy_(given)
-            padded[n:].zero_()
+            if repeat:
+                padded[n:].copy_(given[-1:])
+            else:
+                padded[n:].zero_()
         copy_all(self.shared, shared)
 
 
@@ -80,13 +82,20 @@ def usable(x: Tensor) -> bool:
 
 
 def run(
-    function: Function, options: Hashable, batch: Sequence[Tensor], shared: Sequence[Tensor], dims: Sequence[int | None]
+    function: Function,
+    options: Hashable,
+    batch: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    dims: Sequence[int | None],
+    *,
+    repeat: bool = False,
 ) -> list[Tensor]:
     """function(batch, shared), replayed if it was recorded.
 
     batch: tensors of n samples each, in dimension 0. shared: the other tensors. options: whatever else determines the
-    function's work. dims: for every result the dimension that counts samples, or None. The function must not
-    synchronise with the device, and zero samples must not change the other samples' results.
+    function's work. dims: for every result the dimension that counts samples, or None. repeat: pad with the last sample
+    instead of zeros. The function must not synchronise with the device, and padding must not change the results of
+    other samples, nor those without a dimension of samples.
     """
     n = len(batch[0])
     stream = current_stream(batch[0].device)
@@ -97,7 +106,7 @@ def run(
         recording = _recordings.get(key)
         if recording is None:
             recording = Recording([_padded(t, bucket(n)) for t in batch], [torch.empty_like(t) for t in shared])
-        recording.fill(batch, shared)
+        recording.fill(batch, shared, repeat=repeat)
         # Each thread has its own handles and plans of cuDNN and cuBLAS. They must not be made while recording.
         if not recording.pieces and _thread.token in recording.threads:
             pool = recording.pool = _pools.get(stream) or _pools.setdefault(stream, Pool())

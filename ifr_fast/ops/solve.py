@@ -94,9 +94,11 @@ def _solve(x, params, call):
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         if not (asked.graphs and graphs.usable(x)):
             return _solve_batch(x, params, asked)
+        # A zero sample may need more steps than any other. The last one twice ends when it does.
         return graphs.run(
-            lambda batch, params: _solve_batch(batch[0], params, asked), ("solve", call), [x], params, dims=SAMPLES
-        )
+            lambda batch, params: _solve_batch(batch[0], params, asked),
+            ("solve", call), [x], params, dims=SAMPLES, repeat=True,
+        )  # fmt: skip
 
 
 def _solve_batch(x: Tensor, params: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
