@@ -172,13 +172,19 @@ def memory_order(x: Tensor) -> list[int]:
 def pick(x: Tensor, index: Tensor, dim: int = 0) -> Tensor:
     """The samples of x at `index`, in x's memory layout. They are counted by dimension `dim`."""
     order = memory_order(x)
-    return x.permute(order).index_select(dim, index).permute([order.index(d) for d in range(x.dim())])
+    picked = _copyable(x).permute(order).index_select(dim, index).view(x.dtype)
+    return picked.permute([order.index(d) for d in range(x.dim())])
 
 
 def put(x: Tensor, index: Tensor, samples: Tensor, dim: int = 0) -> None:
     """Writes the samples that `pick` gave back to x."""
     order = memory_order(x)
-    x.permute(order).index_copy_(dim, index, samples.permute(order))
+    _copyable(x).permute(order).index_copy_(dim, index, _copyable(samples).permute(order))
+
+
+def _copyable(x: Tensor) -> Tensor:
+    """x, or its bytes: torch cannot copy numbers of 8 bits by an index."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
 def address(tensor: Tensor, name: str, dtype: torch.dtype, count: int, device: torch.device) -> int:
