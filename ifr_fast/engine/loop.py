@@ -116,12 +116,15 @@ class _Run:
         """The evaluations from `start` on, of half of the samples if no more than these still run."""
         assert self.course is not None
         half = len(z) // 2
-        with self.course.branch(state.status, half + 1, len(z)):
-            self.evaluate(f, state, z, start)
+        # The smaller half first: it leaves no more samples running, so at most one of the two is run. After the other
+        # one, samples that have used up their steps would count as running here.
         with self.course.branch(state.status, 1, half):
             index, some, z_some, f_some = self._half(state, z)
             replace(self, select=None).evaluate(f_some, some, z_some, start)
+            self.course.solve_ends()
             state.rejoin(z, some, z_some, index)
+        with self.course.branch(state.status, half + 1, len(z)):
+            self.evaluate(f, state, z, start)
 
     def _half(self, state: State, z: Tensor) -> tuple[Tensor, State, Tensor, Callable[[Tensor, Any], Any]]:
         """Half of the samples, first of all those that run: their indices, state, iterate and f."""

@@ -43,7 +43,7 @@ class Course(Protocol):
         """What is launched within runs only if at least `least` samples of this status run, and at most `most`."""
 
     def solve_ends(self) -> None:
-        """The solve's last segment has been launched. What follows must always run."""
+        """The last segment, of a solve or within a branch, has been launched. What follows must always run."""
 
 
 class Watch:
