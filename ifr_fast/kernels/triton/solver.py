@@ -145,7 +145,7 @@ def rule(state: DeviceState, z: Tensor, step: Step) -> None:
     )  # fmt: skip
     numbers = (
         state.n, state.size, state.rows, parts, splits, step.evaluation, step.row(state), step.window,
-        int(step.affine), step.rtol, DIVERGENCE, RIDGE,
+        int(step.affine), float(step.rtol), DIVERGENCE, RIDGE,
     )  # fmt: skip
     _rule_launch(step.method, state.rows, step.window)(state.n, tensors, numbers)
 
