@@ -105,8 +105,9 @@ class _Run:
                 continue
             if select and len(z) >= FEWEST and k == ends[len(ends) // 2]:
                 if course.rehearses:
-                    _, some, z_some, f_some = self._half(state, z)
+                    chosen, some, z_some, f_some = self._half(state, z)
                     f_some(z_some, some)
+                    state.rejoin(z, some, z_some, chosen)
                 elif course.branches:
                     self._branch(f, state, z, k + 1)
                     break

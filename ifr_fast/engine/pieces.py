@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -32,15 +32,13 @@ class Pool:
 
     def __init__(self) -> None:
         self.handle: Any = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream()
+        # torch has 32 streams and gives the first one out again after the last: made together, these differ. inner: for
+        # conditional parts of a graph, and for those within them.
+        self.stream, *self.inner = (torch.cuda.Stream() for _ in range(3))
 
-        self._inner: list[torch.cuda.Stream] = []
-
-    def inner(self, depth: int) -> torch.cuda.Stream:
-        """The stream on which conditional parts of a graph are recorded that lie within `depth` others."""
-        while len(self._inner) <= depth:
-            self._inner.append(torch.cuda.Stream())
-        return self._inner[depth]
+    def leave_memory(self) -> None:
+        """After a capture that failed: torch may go on taking the memory for one that is being captured into."""
+        self.handle = torch.cuda.graph_pool_handle()
 
     @cached_property
     def inner_memory(self) -> torch.cuda.MemPool:
@@ -78,12 +76,14 @@ def record(function: Callable[[], Sequence[Tensor]], pool: Pool) -> tuple[Sequen
         except RuntimeError as error:
             _refused.append(str(error))
             logger.warning("CUDA graphs without conditional nodes, so a replay may run longer than needed: %s", error)
+            with rehearsal():  # chunks have another size now
+                function()
     return _record(function, pool, Pieces())
 
 
 def rehearsal() -> AbstractContextManager[None]:
     """For a run of a function on the inputs with which it will be recorded."""
-    return nullcontext() if conditional_nodes() is None else segments.recording(segments.Rehearsal())
+    return segments.recording(segments.Rehearsal(with_branches=conditional_nodes() is not None))
 
 
 _refused: list[str] = []  # why a recording with conditional nodes failed; none is tried again
@@ -110,8 +110,12 @@ def _record(
     caller = torch.cuda.stream(torch.cuda.current_stream())
     graph: Any = recorder  # it has what torch.cuda.graph calls of a CUDAGraph
     capture = torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local")
-    with caller, capture, segments.recording(recorder):
-        results = function()
+    try:
+        with caller, capture, segments.recording(recorder):
+            results = function()
+    except BaseException:
+        pool.leave_memory()
+        raise
     return recorder.pieces, results
 
 
@@ -204,7 +208,7 @@ class OneGraph:
     @contextmanager
     def _part(self, status: Tensor, least: int, most: int) -> Iterator[None]:
         """What is recorded within is a conditional part of what the current stream records."""
-        inner = self._pool.inner(self._depth)
+        inner = self._pool.inner[self._depth]
         self._conditional.begin(status, least, most, inner)
         self._depth += 1
         try:

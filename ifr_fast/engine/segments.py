@@ -71,11 +71,26 @@ class Watch:
         self._known = False
 
 
-class Rehearsal(Watch):
-    """The course of solves that will be recorded with branches: libraries make their plans for both ways now, because
-    they must not while a graph is recorded."""
+class Rehearsal:
+    """The course of solves that will be recorded. They do not end early: whatever the recording launches is compiled or
+    planned now, because that must not happen while a graph is recorded. with_branches: that will be recorded too."""
 
-    rehearses = True
+    branches = False
+
+    def __init__(self, with_branches: bool) -> None:
+        self.rehearses = with_branches
+
+    def segment_ends(self, status: Tensor) -> None:
+        pass
+
+    def none_runs(self) -> bool:
+        return False
+
+    def branch(self, status: Tensor, least: int, most: int) -> AbstractContextManager[None]:
+        raise NotImplementedError("a rehearsal is of all samples")
+
+    def solve_ends(self) -> None:
+        pass
 
 
 class Sent:
@@ -119,8 +134,9 @@ def course(z: Tensor, rtol: float) -> Course | None:
 
 
 def branches() -> bool:
-    """Whether solves on this thread are being recorded with branches."""
-    return _recorder.course is not None and _recorder.course.branches
+    """Whether solves on this thread are recorded with branches, or rehearsed for that."""
+    course = _recorder.course
+    return course is not None and (course.branches or course.rehearses)
 
 
 def on_gpu(z: Tensor) -> bool:

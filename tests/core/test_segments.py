@@ -8,6 +8,7 @@ from taped_cuda import Conditional, device_fixture  # noqa: F401
 
 from ifr_fast import Anderson, Broyden, Implicit, Picard, Shine
 from ifr_fast.engine import graphs, linearise, pieces, segments
+from ifr_fast.kernels import eager
 
 STEPS = 15
 
@@ -48,8 +49,12 @@ def results(head, x, grad=None):
 
 
 def assert_same(actual, expected):
+    """But for rounding in the parameters' gradients, sums over samples that may be chunked otherwise."""
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert torch.equal(a, e), (i, a.shape, (a - e).abs().max())
+        if i < 6:
+            assert torch.equal(a, e), (i, a.shape, (a - e).abs().max())
+        else:
+            assert (a - e).norm() <= 1e-4 * e.norm(), i
 
 
 def test_ends_of_segments():
@@ -92,7 +97,7 @@ def test_nothing_is_asked_where_no_sample_may_stop(device, heads, monkeypatch):
 
 
 @pytest.mark.parametrize("conditional", [False, True], ids=["pieces", "conditional nodes"])
-@pytest.mark.parametrize("workspace", [None, 20_000], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("workspace", [None, 50_000], ids=["one chunk", "chunks"])
 def test_a_replay_ends_early(workspace, conditional, device, heads, as_on_a_cpu, monkeypatch):
     """Forward and backward; the chunks of a batch end by themselves; results are those without graphs."""
     if conditional:
@@ -118,7 +123,7 @@ def test_a_replay_ends_early(workspace, conditional, device, heads, as_on_a_cpu,
             if workspace is None:
                 assert device.evaluations == most
             else:
-                assert device.evaluations <= 6 * most
+                assert most < device.evaluations <= 3 * most
     recorded = [r for r in graphs._recordings.values() if r.pieces]
     assert len(recorded) == 2
     assert all((len(r.pieces) == 1) == conditional for r in recorded)
@@ -153,9 +158,7 @@ def test_a_replay_goes_on_with_half_of_the_samples(options, n, device, heads, as
         expected = as_on_a_cpu(plain, x, grad)
         device.batches, captures = [], device.captures
         actual = results(head, x, grad)
-        assert_same(actual[:6], expected[:6])
-        for a, e in zip(actual[6:], expected[6:], strict=True):  # weights' gradients are sums over a padded batch
-            assert (a - e).norm() <= 1e-4 * e.norm()
+        assert_same(actual, expected)
         if captures and device.captures == captures:  # a replay
             iterations = head.last_solution.iterations
             running = int((torch.cat([iterations, iterations[-1:].expand(padded - n)]) >= middle).sum())
@@ -164,25 +167,34 @@ def test_a_replay_goes_on_with_half_of_the_samples(options, n, device, heads, as
     assert {half, padded} == set(ways)
 
 
-def test_every_batch_is_met_before_it_is_recorded(device, heads, monkeypatch):
-    """Libraries plan their convolutions where they first meet a size, and must not while a graph is recorded."""
+@pytest.mark.parametrize(("n", "workspace"), [(40, None), (120, 400_000)], ids=["one chunk", "chunks"])
+def test_everything_is_met_before_it_is_recorded(n, workspace, device, heads, monkeypatch):
+    """Libraries plan their convolutions where they first meet a size, and Triton compiles a kernel where it is first
+    launched. Neither must happen while a graph is recorded."""
     monkeypatch.setattr(pieces, "conditional_nodes", lambda: Conditional(device))
-    head, _ = heads(True, solver=Broyden(STEPS, rtol=1e-3))
-    convolved = []
-    original = linearise.BlockMap._until_tail
+    device.arrives = lambda later: True
+    head, _ = heads(True, solver=Broyden(STEPS, rtol=1e-3, workspace=workspace))
+    met = set()
+    convolve, step = linearise.BlockMap._until_tail, eager.step
 
     def until_tail(self, z, state, *, keep):
-        convolved.append(len(z))
-        return original(self, z, state, keep=keep)
+        met.add(len(z))
+        return convolve(self, z, state, keep=keep)
+
+    def noted_step(state, f, z, at):
+        met.add(at)
+        return step(state, f, z, at)
 
     monkeypatch.setattr(linearise.BlockMap, "_until_tail", until_tail)
-    met = []
-    for _ in range(2):
-        convolved.clear()
-        head(torch.randn(40, 8, 3, 3))
-        met.append(set(convolved))
-    assert met == [{40, 20}, {40, 20}]
+    monkeypatch.setattr(eager, "step", noted_step)
+    x = 3 * torch.randn(n, 8, 3, 3)  # ends early
+    head(x)
+    before = set(met)
+    assert {40, 20} < before
+    met.clear()
+    head(x)
     assert device.captures == 1
+    assert met == before
 
 
 def test_a_replay_never_waits(device, heads, as_on_a_cpu):

@@ -62,6 +62,7 @@ class Device:
         self.sent: list[Sent] = []
         self.arrives: Callable[[int], bool] = lambda later: False
         self.captures = 0
+        self.lost: list[Any] = []  # memory
         self.current = "the caller's"
 
     @property
@@ -129,12 +130,14 @@ def device_fixture(monkeypatch) -> Iterator[Device]:
 
     @contextlib.contextmanager
     def graph(graph, *, pool, stream, capture_error_mode):
-        """As torch's: a capture that fails leaves its stream the current one."""
+        """As torch's: a capture that fails leaves its stream the current one, and its memory cannot be used again."""
+        assert pool not in device.lost
         device.current = stream
         graph.capture_begin(pool, capture_error_mode=capture_error_mode)
         try:
             yield
         except BaseException:
+            device.lost.append(pool)
             graph.capture_end()
             raise
         graph.capture_end()
