@@ -202,11 +202,9 @@ def kernel(run: Run, chip: Chip, family: str, rows: int, share: float, *, cold: 
 
 
 def halving(run: Run, chip: Chip) -> Predicted:
-    """Half of the samples taken out of the batch and put back: the history so far, then all of it, and a few tensors
-    more; each read and written."""
+    """Half of the samples taken out of the batch and put back: their history, z and X; each read and written."""
     numbers = (run.bucket or run.n) / 2 * CHANNELS * POSITIONS
-    rows = run.middle() + run.steps
-    memory = 2 * numbers * (rows * run.history + 2 * 4 + ACTIVATION)
+    memory = 2 * numbers * (2 * (run.steps * run.history + 4) + ACTIVATION)
     return Predicted(2 * MOVED, memory, us=memory / chip.memory * MICRO + 2 * MOVED * LAUNCH)
 
 
