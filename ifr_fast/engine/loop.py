@@ -54,9 +54,9 @@ def solve(
     _Run(solver, kernels, affine, select, course).evaluate(f, state, z, first=first)
     if course:
         course.solve_ends()
-    kernels.finish(state, z)
-    if course:
+        # Before `finish`, because its kernel may start early, and must not do so on a part of a graph (conditional.py).
         state.trace = segments.carried_on(state.trace, state.iterations)
+    kernels.finish(state, z)
     return state
 
 

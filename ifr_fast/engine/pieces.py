@@ -75,9 +75,15 @@ def record(function: Callable[[], Sequence[Tensor]], pool: Pool) -> tuple[Sequen
             return _record(function, pool, OneGraph(pool, conditional))
         except RuntimeError as error:
             _refused.append(str(error))
+            try:
+                with rehearsal():  # chunks have another size now
+                    function()
+                recorded = _record(function, pool, Pieces())
+            except BaseException:
+                _refused.clear()  # it was not for the nodes
+                raise
             logger.warning("CUDA graphs without conditional nodes, so a replay may run longer than needed: %s", error)
-            with rehearsal():  # chunks have another size now
-                function()
+            return recorded
     return _record(function, pool, Pieces())
 
 

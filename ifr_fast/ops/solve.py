@@ -177,6 +177,8 @@ def _chunks(
     outside, inside = kernels.BUFFERS
     buffers = 3 + outside + inside * wider + linearised * (4 + 3 * wider)
     size, halved = math.prod(x.shape[1:]), segments.branches()
+    if halved:  # a stream's freed memory is not another's, and a branch within a branch has a stream of its own
+        buffers += 2 * (outside + inside * wider)
     step = solver.chunk(len(x), size, x.device, buffers, halved=halved) if len(x) else 1
     return (slice(start, start + step) for start in range(0, len(x), step))
 

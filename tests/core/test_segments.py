@@ -123,7 +123,7 @@ def test_a_replay_ends_early(workspace, conditional, device, heads, as_on_a_cpu,
             if workspace is None:
                 assert device.evaluations == most
             else:
-                assert most < device.evaluations <= 3 * most
+                assert most < device.evaluations <= 6 * most
     recorded = [r for r in graphs._recordings.values() if r.pieces]
     assert len(recorded) == 2
     assert all((len(r.pieces) == 1) == conditional for r in recorded)
@@ -167,7 +167,7 @@ def test_a_replay_goes_on_with_half_of_the_samples(options, n, device, heads, as
     assert {half, padded} == set(ways)
 
 
-@pytest.mark.parametrize(("n", "workspace"), [(40, None), (120, 400_000)], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize(("n", "workspace"), [(40, None), (120, 650_000)], ids=["one chunk", "chunks"])
 def test_everything_is_met_before_it_is_recorded(n, workspace, device, heads, monkeypatch):
     """Libraries plan their convolutions where they first meet a size, and Triton compiles a kernel where it is first
     launched. Neither must happen while a graph is recorded."""
@@ -236,6 +236,18 @@ def test_conditional_nodes_that_fail_are_left_out_with_a_word(device, heads, mon
     assert torch.equal(y, plain(x[..., :5]))
     assert [r.message for r in caplog.records if "no such node" in r.message] == [caplog.records[0].message]
     assert device.tapes == []
+
+
+def test_conditional_nodes_are_not_blamed_for_another_error(device, monkeypatch, caplog):
+    monkeypatch.setattr(pieces, "conditional_nodes", lambda: Conditional(device))
+
+    def out_of_memory():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pieces.record(out_of_memory, pieces.Pool())
+    assert pieces._refused == []
+    assert not caplog.records
 
 
 def test_a_capture_that_fails_gives_the_callers_stream_back(device):

@@ -268,9 +268,13 @@ def test_batches_of_varying_size_replay(dtype, backend, pair):
 
 
 @every_backend
-def test_replays_end_early_with_the_same_results(backend, pair):
-    """Batches of which none, all, few or many samples are slow; by conditional nodes where this build has them."""
-    options = {"solver": Broyden(15, rtol=1e-3), "adjoint": Implicit(15, rtol=1e-3)}
+@pytest.mark.parametrize("options", [{}, {"workspace": 1 << 20}, {"history_dtype": "float8_e5m2"}], ids=str)
+@pytest.mark.parametrize("steps", [15, 8], ids="{} steps".format)
+def test_replays_end_early_with_the_same_results(steps, options, backend, pair):
+    """Batches of which none, all, few or many samples are slow; by conditional nodes where this build has them. Not all
+    samples converge within 8 steps."""
+    options = {"max_iter": steps, "rtol": 1e-3, **options}
+    options = {"solver": Broyden(**options), "adjoint": Implicit(**options)}
     head, _ = pair(backend=backend, cuda_graphs=True, **options)
     eager = copy.deepcopy(head)
     eager.cuda_graphs = False
