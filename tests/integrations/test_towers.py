@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 from detectron2_layouts import C
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mmdet1_layouts import ConvModule
 from small_towers import QUICK, Loop, block, conv, heads, tower
@@ -127,6 +127,7 @@ LETTERS = {
 @given(st.lists(st.text("ccccrrnndpuks", min_size=1, max_size=4), min_size=1, max_size=5), st.booleans())
 def test_random_layouts(groups, as_list):
     """Flat layers among nested Sequentials of tower layers: runs are what a regular expression finds."""
+    assume("".join(groups).count("u") <= 4)  # each makes the map four times as large
     flat = []
     for group in groups:
         layers = [LETTERS[letter]() for letter in group]
