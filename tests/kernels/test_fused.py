@@ -145,9 +145,12 @@ def test_norm_relu_vjp_coefficients(shape):
     statistics = eager.norm_relu(y, norm)[1]
     coefficients = norm_relu_vjp_coefficients(grad, y, norm, statistics, None)
     expected, _ = cpu.norm_relu_vjp(grad, y, norm, statistics, params=False)
-    torch.testing.assert_close(
-        reads_relu(grad, y, coefficients, norm.bias), expected, rtol=0, atol=1e-5 * scale_of(statistics)
-    )
+    actual = reads_relu(grad, y, coefficients, norm.bias)
+    # Within rounding of zero either side of the ReLU is right.
+    clear = eager.norm_tail(y, None, norm, None)[0].abs() > 1e-5
+    assert (~clear).sum() <= clear.numel() / 100
+    actual, expected = (torch.where(clear, t, 0) for t in (actual, expected))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * scale_of(statistics))
 
 
 @forms

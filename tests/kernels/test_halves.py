@@ -94,17 +94,19 @@ def channels_last():
 def test_the_half_that_runs_goes_on(kernels, rule, history, from_zero, slow, monkeypatch):
     monkeypatch.setattr(loop, "FEWEST", N)
     rule = replace(rule, history_dtype=history).resolve(torch.float32)
-    f, select = problem(slow, kernels)
-    z0 = channels_last() * (not from_zero)
-    expected = loop.solve(f, z0.clone(), rule, kernels, from_zero=from_zero)
+    wanted = [Status.MAX_ITER] * slow + [Status.NONFINITE] + [Status.CONVERGED] * (N - slow - 1)
+    for _ in range(20):  # now and then a slow sample is near its solution
+        f, select = problem(slow, kernels)
+        z0 = channels_last() * (not from_zero)
+        expected = loop.solve(f, z0.clone(), rule, kernels, from_zero=from_zero)
+        if sorted(expected.status.tolist()) == sorted(wanted):
+            break
     course = Decided(kernels)
     stepped = SimpleNamespace(**{**vars(kernels), "step": course.step})
     with segments.recording(course):
         actual = loop.solve(f, z0.clone(), rule, stepped, from_zero=from_zero, select=select)
     assert course.evaluated == [N] * 5 + [HALF if slow <= HALF else N] * 5
-    assert sorted(expected.status.tolist()) == sorted(
-        [Status.MAX_ITER] * slow + [Status.NONFINITE] + [Status.CONVERGED] * (N - slow - 1)
-    )
+    assert sorted(expected.status.tolist()) == sorted(wanted)
     for name in ("value", "residual", "iterations", "trace", "status"):
         assert_same(getattr(actual, name), getattr(expected, name))
     written = (torch.arange(rule.rows) <= expected.iterations.unsqueeze(1)).unsqueeze(2)
