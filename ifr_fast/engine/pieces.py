@@ -125,11 +125,9 @@ def _record(
     return recorder.pieces, results
 
 
-class Pieces:
+class Pieces(segments.Course):
     """A graph for each segment. To torch it is the CUDAGraph that is captured: where a segment ends, so does a graph,
     and another one begins."""
-
-    branches, rehearses = False, False
 
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
@@ -146,12 +144,6 @@ class Pieces:
     def segment_ends(self, status: Tensor) -> None:
         self._cut(status)
 
-    def none_runs(self) -> bool:
-        return False
-
-    def branch(self, status: Tensor, least: int, most: int) -> AbstractContextManager[None]:
-        raise NotImplementedError("a graph without conditional nodes has no branches")
-
     def solve_ends(self) -> None:
         self._cut(None)
 
@@ -166,10 +158,10 @@ class Pieces:
         self.pieces.append(Piece(self._graph.replay, self._skippable, status))
 
 
-class OneGraph:
+class OneGraph(segments.Course):
     """One graph, in which all segments but a solve's first are conditional. To torch it is a CUDAGraph."""
 
-    branches, rehearses = True, False
+    branches = True
 
     def __init__(self, pool: Pool, conditional: ModuleType) -> None:
         self.pieces: list[Piece] = []
@@ -196,9 +188,6 @@ class OneGraph:
     def segment_ends(self, status: Tensor) -> None:
         self._open[-1].close()
         self._open[-1].enter_context(self._part(status, 1, len(status)))
-
-    def none_runs(self) -> bool:
-        return False
 
     @contextmanager
     def branch(self, status: Tensor, least: int, most: int) -> Iterator[None]:

@@ -3,7 +3,7 @@
 The kernels skip samples that have stopped, but cuDNN convolves all samples. So a solve is cut into segments, and no
 further one is launched once no sample runs. The host knows this from copies of the samples' status. It only asks
 whether a copy has arrived, so a host that is far ahead of the device ends the solve later, or not at all. A recorded
-solve is cut in the same places (graphs.py).
+solve is cut in the same places (pieces.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from threading import local
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,33 +22,33 @@ SEGMENTS = 4
 SHORTEST = 2  # evaluations in a segment
 
 
-class Course(Protocol):
-    """Is told where a solve's segments end, and says whether the solve may end too.
+class Course:
+    """Is told where a solve's segments end, and says whether the solve may end too. This one lets it run to its end.
 
     branches: whether the device can choose between two ways to go on (`branch`). rehearses: whether a recording with
     branches is to follow.
     """
 
-    branches: bool
-    rehearses: bool
+    branches = False
+    rehearses = False
 
     def segment_ends(self, status: Tensor) -> None:
         """A segment has been launched, and another one follows. status (n,): the solve's, on its device."""
 
     def none_runs(self) -> bool:
         """Whether every sample is known to have stopped."""
+        return False
 
     def branch(self, status: Tensor, least: int, most: int) -> AbstractContextManager[None]:
         """What is launched within runs only if at least `least` samples of this status run, and at most `most`."""
+        raise NotImplementedError(f"{type(self).__name__} has no branches")
 
     def solve_ends(self) -> None:
         """The last segment, of a solve or within a branch, has been launched. What follows must always run."""
 
 
-class Watch:
+class Watch(Course):
     """The course of a solve that is launched now."""
-
-    branches, rehearses = False, False
 
     def __init__(self) -> None:
         self._sent: deque[Sent] = deque()
@@ -63,34 +62,17 @@ class Watch:
             self._known = not (self._sent.popleft().status == RUNNING).any()
         return self._known
 
-    def branch(self, status: Tensor, least: int, most: int) -> AbstractContextManager[None]:
-        raise NotImplementedError("the host does not know how many samples run")
-
     def solve_ends(self) -> None:
         self._sent.clear()
         self._known = False
 
 
-class Rehearsal:
+class Rehearsal(Course):
     """The course of solves that will be recorded. They do not end early: whatever the recording launches is compiled or
     planned now, because that must not happen while a graph is recorded. with_branches: that will be recorded too."""
 
-    branches = False
-
     def __init__(self, with_branches: bool) -> None:
         self.rehearses = with_branches
-
-    def segment_ends(self, status: Tensor) -> None:
-        pass
-
-    def none_runs(self) -> bool:
-        return False
-
-    def branch(self, status: Tensor, least: int, most: int) -> AbstractContextManager[None]:
-        raise NotImplementedError("a rehearsal is of all samples")
-
-    def solve_ends(self) -> None:
-        pass
 
 
 class Sent:

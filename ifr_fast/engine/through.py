@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import DIVERGENCE, Status
-from ..kernels.eager import relative_residual
+from ..kernels.eager import power_of_2, relative_residual
 from ..kernels.gram import anderson_coefficients, broyden_coefficients
 from ..solution import Solution
 from ..solvers import Solver
@@ -129,9 +129,7 @@ def unit_scale(*tensors: Tensor) -> Tensor:
     """(n,) for each sample the power of two that brings the largest entry of the tensors (n, …) near 1; 1 if that entry
     is zero or not finite."""
     highest = torch.stack([largest(t) for t in tensors]).amax(0)
-    limit = int(math.log2(torch.finfo(highest.dtype).max)) - 1
-    exponent = torch.frexp(highest).exponent.clamp(-limit, limit)
-    scale = torch.ldexp(torch.ones_like(highest), -exponent)
+    scale = power_of_2(-torch.frexp(highest).exponent, highest.dtype)
     return torch.where(highest.isfinite() & (highest > 0), scale, 1)
 
 

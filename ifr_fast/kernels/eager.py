@@ -165,10 +165,14 @@ def stored(state: State, j: int) -> Tensor:
 def row_scale(squares: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """(n,) the power of two below the root mean square, from the squares' sums; 1 where that is 0 or not finite."""
     rms = (squares / size).sqrt()
-    limit = int(math.log2(torch.finfo(dtype).max)) - 1
-    exponent = (torch.frexp(rms).exponent - 1).clamp(-limit, limit)
-    scale = torch.ldexp(torch.ones_like(rms, dtype=dtype), exponent)
+    scale = power_of_2(torch.frexp(rms).exponent - 1, dtype)
     return torch.where(rms.isfinite() & (rms > 0), scale, 1)
+
+
+def power_of_2(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2 to the integers `exponent`, kept where it and its inverse are normal numbers of dtype."""
+    limit = int(math.log2(torch.finfo(dtype).max)) - 1
+    return torch.ldexp(torch.ones_like(exponent, dtype=dtype), exponent.clamp(-limit, limit))
 
 
 def assess(state: State, step: Step) -> int | None:
