@@ -1,126 +1,31 @@
 """Training a model with IFRHeads under mmengine: the warm-up, and what the solvers reach."""
 
-from dataclasses import dataclass
-
-import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from ifr_fast import IFRHead, WarmupUnroll
-from ifr_fast.diagnostics import spectral_radius
-
-POWER_ITERATIONS = 20  # the radius to a few hundredths, for the price of a backward solve
+from .training import TrainingHook
 
 
 @HOOKS.register_module()
-class IFRHook(Hook):
-    """Steps a model's warm-up (ifr_fast.WarmupUnroll), logs what its IFRHeads' solvers reach, and warns.
-
-    Args:
-        warmup_iters: so many training iterations unroll the blocks in place of solving. The runner's iteration counts,
-            so that a resumed training goes on where it was. Validation and testing always solve.
-        warmup_unroll: how often an unroll applies its block.
-        interval: every so many iterations the main process logs ifr_residual (median over the samples),
-            ifr_iterations (mean) and ifr_spectral_radius (of the first sample of the head's last call: the coarsest
-            level of a pyramid). Of several IFRHeads it logs the largest. Nothing is logged of an unroll or of a
-            compiled model (compile=True). Only these iterations wait for the device.
-        warn_above: a logged residual above it, or one that is not finite, is warned of, once until it recovers.
-
-    Raises ValueError for arguments that do not fit; when training starts, for a model without an IFRHead.
-    """
-
-    def __init__(
-        self, warmup_iters: int = 0, warmup_unroll: int = 4, interval: int = 50, warn_above: float = 0.05
-    ) -> None:
-        least = {"warmup_iters": 0, "warmup_unroll": 1, "interval": 1}
-        for name, value in zip(least, (warmup_iters, warmup_unroll, interval), strict=True):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least[name]:
-                raise ValueError(f"IFRHook({name}={value!r}): expected an integer ≥ {least[name]}")
-        if not isinstance(warn_above, int | float) or not warn_above > 0:
-            raise ValueError(f"IFRHook(warn_above={warn_above!r}): expected a number > 0")
-        self.warmup_iters, self.warmup_unroll = warmup_iters, warmup_unroll
-        self.interval, self.warn_above = interval, warn_above
+class IFRHook(TrainingHook, Hook):
+    """Warm-up, logging and warnings in mmengine's Runner. Arguments and errors: see TrainingHook."""
 
     def before_train(self, runner: Runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._watched = [_Watched(path, m) for path, m in model.named_modules() if isinstance(m, IFRHead)]
-        if not self._watched:
-            raise ValueError(
-                f"IFRHook: {type(model).__name__} has no IFRHead; in a configuration write e.g. "
-                "mask_head=dict(type='IFRFCNMaskHead'), or remove the hook"
-            )
-        self._warmup = WarmupUnroll(model, self.warmup_iters, self.warmup_unroll)
-        self._warmup.load_state_dict({"count": runner.iter})
+        self.start(model, runner.iter, "mask_head=dict(type='IFRFCNMaskHead')")
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
-        if self.every_n_train_iters(runner, self.interval) and is_main_process():
-            for watched in self._watched:
-                watched.listen()
+        if is_main_process():
+            self.listen(runner.iter)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: object = None
     ) -> None:
-        self._warmup.step()
-        reached = [(watched, summary) for watched in self._watched if (summary := watched.summary())]
-        for name in _Summary.__dataclass_fields__ if reached else ():
-            largest = max(getattr(summary, name) for _, summary in reached)
-            runner.message_hub.update_scalar(f"train/ifr_{name}", largest)
-        for watched, summary in reached:
-            is_bad = not summary.residual <= self.warn_above
-            if is_bad and not watched.is_bad:
-                runner.logger.warning(self._advice(watched, summary))
-            watched.is_bad = is_bad
-
-    def _advice(self, watched: "_Watched", summary: "_Summary") -> str:
-        return (
-            f"{watched.path}: the equilibrium is not reached. After {summary.iterations:.0f} iterations of "
-            f"{watched.head.solver} the median relative residual is {summary.residual:.1e}, above warn_above="
-            f"{self.warn_above:g} (spectral radius {summary.spectral_radius:.2f}; below 1 the block contracts). The "
-            "head's output then depends on where the solver stopped. What helps: a longer warm-up (IFRHook's "
-            "warmup_iters), more steps (ifr.solver.max_iter), a smaller ifr.post_gain, a lower learning rate."
-        )
-
-
-@dataclass(frozen=True)
-class _Summary:
-    residual: float
-    iterations: float
-    spectral_radius: float
-
-
-class _Watched:
-    """One IFRHead, and what its forward passes reach while it is listened to."""
-
-    def __init__(self, path: str, head: IFRHead) -> None:
-        self.path, self.head, self.is_bad = path, head, False
-        self._calls: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._listener: RemovableHandle | None = None
-
-    def listen(self) -> None:
-        """Keeps what every forward pass reaches, of each level of a pyramid, until summary()."""
-        self._listener = self.head.register_forward_hook(self._keep)
-
-    def _keep(self, head: IFRHead, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        solution = head.last_solution
-        if solution is not None and len(solution.residual):
-            self._calls.append((solution.residual, solution.iterations, inputs[0][:1].detach()))
-
-    def summary(self) -> _Summary | None:
-        """What was reached since listen(); None where nothing was solved. Waits for the device."""
-        if self._listener is not None:
-            self._listener.remove()
-        if not self._calls:
-            return None
-        residuals, iterations, features = zip(*self._calls, strict=True)
-        self._calls = []
-        residual, mean = torch.cat(residuals).median(), torch.cat(iterations).double().mean()
-        last, x = self.head.last_solution, features[-1]
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):  # logging changes no random choice
-            radius = spectral_radius(self.head, x, iterations=POWER_ITERATIONS)
-        self.head.last_solution = last
-        return _Summary(float(residual), float(mean), float(radius))
+        scalars, warnings = self.finish()
+        for name, value in scalars.items():
+            runner.message_hub.update_scalar(f"train/{name}", value)
+        for warning in warnings:
+            runner.logger.warning(warning)

@@ -92,6 +92,17 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
+def d2():
+    """detectron2's detectors at the size of a test; skips where detectron2 cannot be had."""
+    import detectron2_source
+
+    detectron2_source.install()
+    import detectron2_systems
+
+    return detectron2_systems
+
+
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     """A small dataset in COCO's format."""
     from coco_shapes import write_dataset  # here: it needs pycocotools, which the GPU's tests do without

@@ -95,7 +95,7 @@ def test_extras_in_the_commands_exist():
     for name in DOCUMENTS:
         found = {extra for some in re.findall(r"'\.\[([\w,]+)\]'", text_of(name)) for extra in some.split(",")}
         assert found <= known, name
-        assert name != "README.md" or found == {"bench", "mmdet", "test"}
+        assert name != "README.md" or found == {"bench", "detectron2", "mmdet", "test"}
 
 
 def test_options_in_the_commands_exist():
@@ -114,7 +114,7 @@ def test_variables_exist(name):
 @documents
 def test_python_names_exist(name):
     for found in set(re.findall(r"\bifr_fast(?:\.[A-Za-z_]\w*)+", text_of(name))):
-        if not re.search(r"mmdet|mmengine", found):  # which are not installed with the rest
+        if not re.search(r"mmdet|mmengine|detectron2", found):  # which are not installed with the rest
             _resolve(found)
 
 

@@ -8,7 +8,7 @@ import sys
 import mmdet_training
 import pytest
 import torch
-from coco_shapes import shared, write_dataset
+from coco_shapes import shared, write_areas, write_dataset
 from mmdet_systems import QUIET
 from mmdet_training import tiny_mask_rcnn
 from mmengine.runner import Runner
@@ -20,14 +20,8 @@ METRICS = [f"coco/{kind}_mAP{suffix}" for kind in ("bbox", "segm") for suffix in
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """A small dataset; mmdet reads the areas too."""
-    root = write_dataset(tmp_path_factory.mktemp("shapes"))
-    for path in (root / "annotations").glob("*.json"):
-        content = json.loads(path.read_text())
-        for annotation in content["annotations"]:
-            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3] / 2
-        path.write_text(json.dumps(content))
-    return root
+    """A small dataset."""
+    return write_areas(write_dataset(tmp_path_factory.mktemp("shapes")))
 
 
 @pytest.fixture(autouse=True)
