@@ -17,15 +17,24 @@ PACKAGE = "pb1-detectron2==0.6"  # a copy of the release, which is not on PyPI u
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ifr_fast_tests" / PACKAGE
 
 
+def pip(*command: str, older: str) -> None:
+    """Runs pip, the one in the folder `older` where there is one; skips where it fails."""
+    path = os.pathsep.join([older, os.environ.get("PYTHONPATH", "")])
+    run = [sys.executable, "-m", "pip", *command]
+    done = subprocess.run(run, env={**os.environ, "PYTHONPATH": path}, text=True, capture_output=True)
+    if done.returncode:
+        pytest.skip(f"pip {' '.join(command)}: {done.stderr.strip()[-300:]}")
+
+
 def unpacked() -> Path:
-    """The folder that holds the package, downloaded by pip where it is not there; skips where that fails."""
+    """The folder that holds the package, downloaded where it is not there."""
     if not CACHE.is_dir():
         CACHE.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE.parent) as scratch:
-            command = ["download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", scratch, PACKAGE]
-            done = subprocess.run([sys.executable, "-m", "pip", *command], text=True, capture_output=True)
-            if done.returncode:
-                pytest.skip(f"pip download {PACKAGE}: {done.stderr.strip()[-300:]}")
+            older = f"{scratch}/pip"  # newer ones refuse the archive, for one of its extras names a URL
+            pip("install", "--target", older, "pip==24.0", older=older)
+            options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", scratch]
+            pip("download", *options, PACKAGE, older=older)
             (archive,) = Path(scratch).glob("*.tar.gz")
             with tarfile.open(archive) as tar:
                 root = tar.getnames()[0].partition("/")[0]
