@@ -26,6 +26,9 @@ SYSTEMS = {
     "ifr_keypoint_rcnn_R_50_FPN_1x.yaml": ({"roi_heads.keypoint_head.conv_fcn2"}, 7 * (512 * 512 * 9 + 512)),
     "ifr_retinanet_R_50_FPN_1x.yaml": ({"head.cls_subnet.0", "head.bbox_subnet.0"}, 2 * ONE),
     "ifr_fcos_R_50_FPN_1x.py": ({"head.cls_subnet.0", "head.bbox_subnet.0"}, 2 * ONE),
+    "ifr_mask_rcnn_R_50_FPN_1x.py": ({"roi_heads.mask_head.mask_fcn1"}, ONE),
+    "ifr_keypoint_rcnn_R_50_FPN_1x.py": ({"roi_heads.keypoint_head.conv_fcn2"}, 7 * (512 * 512 * 9 + 512)),
+    "ifr_retinanet_R_50_FPN_1x.py": ({"head.cls_subnet.0", "head.bbox_subnet.0"}, 2 * ONE),
     "box head": ({"roi_heads.box_head.conv1"}, ONE),
     "IFR": ({"roi_heads.mask_head.mask_fcn1"}, ONE),
 }
