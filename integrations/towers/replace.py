@@ -42,6 +42,7 @@ def replace_towers(model: nn.Module, where: Where | None = None, **ifr_kwargs: A
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected an nn.Module, got {type(model).__name__}")
     globs = globs_of(where)
+    _check(ifr_kwargs)
     towers, skipped = find_towers(model, where)
     heads: list[tuple[Tower, IFRHead]] = []
     for tower in towers:
@@ -52,7 +53,7 @@ def replace_towers(model: nn.Module, where: Where | None = None, **ifr_kwargs: A
             if where is not None:
                 raise ValueError(f"IFRHead for {tower.path}, {channels} channels: {error}") from error
             skipped.append(Skipped(tower.path, f"{channels} channels: {error}"))
-    paths = [path for tower, _ in heads for path in tower.all_paths()]
+    paths = [path for tower, _ in heads for path in tower.names()]
     for glob in globs or ["*"]:
         if not any(matches(path, glob) for path in paths):
             raise ValueError(_nothing_replaced(model, glob if globs else where, skipped))
@@ -75,6 +76,13 @@ def _nothing_replaced(model: nn.Module, where: object, skipped: list[Skipped]) -
     return f"{said}; its towers are at {', '.join(others)}" if others else said
 
 
+def _check(ifr_kwargs: dict[str, Any]) -> None:
+    """Raises what IFRHead raises for options that are wrong whatever the tower: all but its channels is known."""
+    groups = ifr_kwargs.get("groups")
+    with torch.device("meta"):  # takes no random number
+        IFRHead(groups if isinstance(groups, int) and groups > 0 else 256, **ifr_kwargs)
+
+
 def _build_head(tower: Tower, ifr_kwargs: dict[str, Any]) -> IFRHead:
     first = tower.convolutions[0]
     head = IFRHead(first.in_channels, **ifr_kwargs)
@@ -89,15 +97,16 @@ def _install(tower: Tower, head: IFRHead, beside: list[tuple[str, nn.Module, str
     new: dict[int, nn.Module] = {id(tower.layers[first]): head}  # what takes a layer's place in a plain list
     setattr(tower.container, first, head)
     for name in others:
-        if isinstance(tower.container, nn.Sequential):
+        if not tower.by_place:
             delattr(tower.container, name)
         else:
             new[id(tower.layers[name])] = identity = nn.Identity()
             setattr(tower.container, name, identity)
     gone = {id(layer) for layer in tower.layers.values()} - new.keys()
+    own = {id(layer) for layer in tower.layers.values() if tower.holders() & set(layer.modules())}
     for _, module, attribute in beside:
         held = vars(module)[attribute]
-        if isinstance(held, list):
+        if isinstance(held, list) and own & set(map(id, held)):
             held[:] = [new.get(id(element), element) for element in held if id(element) not in gone]
     return Replacement(
         path=tower.path,

@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from types import FunctionType
 
-# Called by mmengine and torch to fill parameters, before any input is seen.
-_SETUP = {"__init__", "init_weights", "reset_parameters"}
+# Called by mmengine, torch and detectron2 to build the module and fill its parameters, before any input is seen.
+_SETUP = {"__init__", "from_config", "init_weights", "reset_parameters"}
 
 
 def own_functions(cls: type) -> Iterator[tuple[str, FunctionType]]:
