@@ -213,10 +213,11 @@ class _Body:
             return
         if name == "conv2d":
             given = dict(zip(_GEOMETRY, node.args[3:], strict=False)) | {k.arg: k.value for k in node.keywords}
-            said = {key: ast.unparse(given[key]) if key in given else value for key, value in _GEOMETRY.items()}
-            own = ((said[key], f"self.{key}", getattr(self.module, key, None)) for key in said)
-            if not all(value == path or held in (value, (value, value)) for value, path, held in own):
-                yield not isinstance(self.module, nn.Conv2d)
+            own = {key: getattr(self.module, key, None) for key in _GEOMETRY}
+            if any(key not in given and own[key] not in (n, (n, n)) for key, n in _GEOMETRY.items()):
+                yield any(isinstance(arg, ast.Starred) for arg in args) is False
+            elif any(ast.unparse(value) != f"self.{key}" for key, value in given.items() if key in _GEOMETRY):
+                yield False
         elif _ELEMENTWISE.fullmatch(name) or _REDUCTIONS.fullmatch(name):
             yield from [True] * self._mixes(args)
         elif name:

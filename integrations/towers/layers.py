@@ -36,7 +36,7 @@ def read_layer(module: nn.Module | None, trusted: bool = False) -> Layer:
     if forward in FORWARDS:
         return Layer()
     convolutions = sum(max(len(part.convolutions), part.is_convolution) for part in parts)
-    is_torchs = getattr(forward, "__module__", "").split(".")[0] == "torch"
+    is_torchs = (getattr(forward, "__module__", None) or "").split(".")[0] == "torch"
     is_wrapper = not (is_torchs or isinstance(module, nn.Sequential) or convolutions > 1 or _has_weights(module))
     if not is_wrapper or (layer.ends and not convolutions):
         return Layer(ends=kind, is_convolution=re.search("Conv|DCN", kind) is not None)

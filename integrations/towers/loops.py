@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .mentions import Mentions, clauses, elements
+from .mentions import INDEX, Mentions, clauses, elements
 
 _ROWS = (nn.Sequential, nn.ModuleList, list)
 _LEAVES = (ast.Break, ast.Continue, ast.Return)
 _RELU_NAMES = {"F.relu", "F.relu_", "torch.relu", "torch.relu_"}
 _MOST_NODES = 400  # of one name's value
-_ELEMENT, _INDEX, _RELU, _OTHER = (ast.Name(f"<{name}>", ast.Load()) for name in ("element", "index", "relu", "other"))
+_ELEMENT, _RELU, _OTHER = (ast.Name(f"<{name}>", ast.Load()) for name in ("element", "relu", "other"))
 NOT_IN_TURN = "its elements are not applied one after the other: "
 ONE_BY_ONE = "its elements are called one by one, not in one loop: "
 NOT_ALONE = "the loop does not just apply one element after the other, with a ReLU: "
@@ -74,7 +74,7 @@ class Loop:
             env[name] = _OTHER
         lengths = []
         for target, over in elements(clause.target, clause.iter):
-            lengths.append(self._length(over))
+            lengths += [self._length(over)] * (over is not INDEX)
             if isinstance(target, ast.Name):
                 env[target.id] = self._element_of(over)
         sized = len(self.mentions.container) if isinstance(self.mentions.container, Sized) else None
@@ -85,8 +85,8 @@ class Loop:
     def _element_of(self, over: ast.AST) -> ast.AST:
         if self.mentions.is_container(over):
             return _ELEMENT
-        if isinstance(over, ast.Call) and isinstance(over.func, ast.Name) and over.func.id == "range":
-            return _INDEX
+        if over is INDEX or (isinstance(over, ast.Call) and ast.unparse(over.func) == "range"):
+            return INDEX
         row = self.mentions.resolve(over)
         return _RELU if isinstance(row, _ROWS) and row and all(map(_is_relu, row)) else _OTHER
 
@@ -109,9 +109,9 @@ class Loop:
         if isinstance(node, ast.Subscript) and not isinstance(node.slice, ast.Slice):
             index = self._inline(node.slice, env)
             if self.mentions.is_container(node.value):
-                self.whole = self.whole if index is _INDEX else None
+                self.whole = self.whole if index is INDEX else None
                 return _ELEMENT
-            if index is _INDEX and self._element_of(node.value) is _RELU:
+            if index is INDEX and self._element_of(node.value) is _RELU:
                 return _RELU
         if isinstance(node, ast.Attribute) and _is_relu(self.mentions.resolve(node) or ast.unparse(node)):
             return _RELU
@@ -207,7 +207,7 @@ class Loop:
         match value:
             case ast.Name(id=found):
                 return found == name
-            case ast.IfExp(test=ast.Compare(left=index, ops=[ast.Eq()], comparators=[at])) if index is _INDEX:
+            case ast.IfExp(test=ast.Compare(left=index, ops=[ast.Eq()], comparators=[at])) if index is INDEX:
                 place = self.mentions.resolve(at)
                 if isinstance(place, int) and not _calls(value):
                     self.breaks.add(place)

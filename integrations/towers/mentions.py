@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
+INDEX = ast.Name("<index>", ast.Load())  # what counts from 0
 _CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
 
 
@@ -115,8 +116,7 @@ def elements(target: ast.AST | None, over: ast.AST) -> Iterator[tuple[ast.AST | 
     match over:
         case ast.Call(func=ast.Name(id="enumerate"), args=[inner, *start], keywords=keywords):
             first, second = parts if len(parts) == 2 else (None, None)
-            length = ast.Call(ast.Name("len"), [inner], [])
-            yield first, ast.Call(ast.Name("range"), [*start, *keywords, length], [])
+            yield first, ast.Constant(None) if start or keywords else INDEX
             yield from elements(second, inner)
         case ast.Call(func=ast.Name(id="zip"), args=rows):
             for i, row in enumerate(rows):
