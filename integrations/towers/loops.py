@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .mentions import INDEX, Mentions, clauses, elements
+from .mentions import INDEX, Mentions, clauses, elements, stored
 
 _ROWS = (nn.Sequential, nn.ModuleList, list)
 _LEAVES = (ast.Break, ast.Continue, ast.Return)
@@ -70,8 +70,7 @@ class Loop:
         return Verdict(None if unknown else True, breaks=frozenset(self.breaks))
 
     def _bind(self, clause: ast.For | ast.comprehension, env: dict[str, ast.AST]) -> None:
-        for name in (n.id for n in ast.walk(clause.target) if isinstance(n, ast.Name)):
-            env[name] = _OTHER
+        env |= {n.id: _OTHER for n in stored(clause.target)}
         lengths = []
         for target, over in elements(clause.target, clause.iter):
             lengths += [self._length(over)] * (over is not INDEX)
@@ -93,12 +92,10 @@ class Loop:
     def _length(self, over: ast.AST) -> int | None:
         """How many elements there are to walk, None where that does not show."""
         match over:
-            case ast.Call(func=ast.Name(id="range"), args=[stop] | [ast.Constant(value=0), stop]):
-                return self._length(stop)
-            case ast.Call(func=ast.Name(id="range"), args=[ast.Constant(value=0), stop, ast.Constant(value=1)]):
-                return self._length(stop)
-            case ast.Call(func=ast.Name(id="len"), args=[row]):
-                return self._length(row)
+            case ast.Call(func=ast.Name(id="len" | "range"), args=[inner]):
+                return self._length(inner)
+            case ast.Call(func=ast.Name(id="range"), args=[ast.Constant(value=0), stop, *step]):
+                return self._length(stop) if [ast.unparse(n) for n in step] in ([], ["1"]) else None
         value = self.mentions.container if self.mentions.is_container(over) else self.mentions.resolve(over)
         return value if isinstance(value, int) else len(value) if isinstance(value, (*_ROWS, tuple)) else None
 
@@ -129,18 +126,10 @@ class Loop:
     def _run(self, body: list[ast.stmt], env: dict[str, ast.AST]) -> None:
         for statement in body:
             match statement:
-                case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)) if len(targets) == len(
-                    values
-                ):
-                    values = [self._inline(value, env) for value in values]
-                    for target, value in zip(targets, values, strict=True):
+                case ast.Assign() | ast.AnnAssign(value=ast.AST()):
+                    value = self._inline(statement.value, env)
+                    for target in getattr(statement, "targets", None) or [statement.target]:
                         self._assign(target, value, env)
-                case ast.Assign(targets=targets, value=value):
-                    value = self._inline(value, env)
-                    for target in targets:
-                        self._assign(target, value, env)
-                case ast.AnnAssign(target=target, value=ast.AST() as value):
-                    self._assign(target, self._inline(value, env), env)
                 case ast.AugAssign(target=target, op=op, value=value):
                     self._assign(target, self._inline(ast.BinOp(target, op, value), env), env)
                 case ast.If(test=test):
@@ -152,22 +141,17 @@ class Loop:
                     for name in branches[0] | branches[1]:
                         a, b = (branch.get(name, ast.Name(name, ast.Load())) for branch in branches)
                         env[name] = a if ast.dump(a) == ast.dump(b) else ast.IfExp(test, a, b)
-                case ast.With():
-                    self.effects += [self._inline(item.context_expr, env) for item in statement.items]
-                    self._run(statement.body, env)
-                case ast.For() | ast.While() | ast.Try():
-                    inside = dict(env)
-                    for clause in clauses(statement):
-                        inside |= {n.id: _OTHER for n in ast.walk(clause.target) if isinstance(n, ast.Name)}
-                    header = [getattr(statement, name) for name in ("iter", "test") if hasattr(statement, name)]
-                    self.effects += [self._inline(node, env) for node in header]
-                    handled = [s for handler in getattr(statement, "handlers", []) for s in handler.body]
+                case ast.With() | ast.For() | ast.While() | ast.Try():
+                    inside = env if isinstance(statement, ast.With) else dict(env)
+                    parts = list(ast.iter_child_nodes(statement))
+                    self.effects += [self._inline(n, env) for n in parts if isinstance(n, (ast.expr, ast.withitem))]
+                    inside |= {n.id: _OTHER for clause in clauses(statement) for n in stored(clause.target)}
                     leaves = self.leaves
-                    self._run([*statement.body, *handled, *statement.orelse], inside)
+                    for part in parts:
+                        self._run([part] if isinstance(part, ast.stmt) else getattr(part, "body", []), inside)
                     self.leaves = leaves or any(isinstance(n, ast.Return) for n in ast.walk(statement))
-                    for name, value in inside.items():
-                        if env.get(name) is not value:
-                            env[name] = ast.Starred(value, ast.Load())
+                    changed = [name for name, value in inside.items() if env.get(name) is not value]
+                    env |= {name: ast.Starred(inside[name], ast.Load()) for name in changed}
                 case ast.Expr(value=value):
                     value = self._inline(value, env)
                     if not (isinstance(value, ast.Call) and value.func is _RELU):  # in place, or nothing
@@ -181,9 +165,10 @@ class Loop:
     def _assign(self, target: ast.AST, value: ast.AST, env: dict[str, ast.AST]) -> None:
         if isinstance(target, ast.Name):
             env[target.id] = value
-        elif isinstance(target, (ast.Tuple, ast.List)):
-            for part in target.elts:
-                self._assign(part, ast.Starred(value, ast.Load()), env)
+        elif isinstance(target, ast.Tuple):
+            pairs = isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts)
+            for i, part in enumerate(target.elts):
+                self._assign(part, value.elts[i] if pairs else ast.Starred(value, ast.Load()), env)
         else:
             self.effects.append(value)
 
@@ -218,10 +203,9 @@ class Loop:
         """Whether the method reads, behind the loop, what the loop left in a name."""
         end = self.node.end_lineno, self.node.end_col_offset
         names = [n for n in ast.walk(self.mentions.method) if isinstance(n, ast.Name) and n.id == name]
-        behind = sorted((n.lineno, n.col_offset, isinstance(n.ctx, ast.Load)) for n in names)
-        behind = [at for at in behind if at[:2] >= end]
-        stores = [at[:1] for at in behind if not at[2]]
-        return any(is_read and not any(store <= (line,) for store in stores) for line, _, is_read in behind)
+        behind = [n for n in names if (n.lineno, n.col_offset) >= end]
+        stores = [n.lineno for n in behind if isinstance(n.ctx, ast.Store)]
+        return any(isinstance(n.ctx, ast.Load) and n.lineno < min(stores, default=n.lineno + 1) for n in behind)
 
 
 def _is_relu(function: object) -> bool:

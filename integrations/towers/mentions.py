@@ -93,7 +93,7 @@ class Mentions:
 
     def _find_aliases(self) -> None:
         """Local names that nothing else is ever bound to."""
-        bound = [n.id for n in ast.walk(self.method) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        bound = [name.id for name in stored(self.method)]
         for depth in range(len(self.local)):
             found = []
             for node in ast.walk(self.method):
@@ -103,6 +103,11 @@ class Mentions:
                     if depth and isinstance(target, ast.Name) and self._is_at(over, depth - 1):
                         found.append(target.id)
             self.local[depth] = {name for name in found if found.count(name) == bound.count(name)}
+
+
+def stored(node: ast.AST) -> list[ast.Name]:
+    """The names that node binds."""
+    return [n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
 
 def clauses(loop: ast.AST | None) -> list[ast.For] | list[ast.comprehension]:
@@ -121,9 +126,10 @@ def elements(target: ast.AST | None, over: ast.AST) -> Iterator[tuple[ast.AST | 
         case ast.Call(func=ast.Name(id="zip"), args=rows):
             for i, row in enumerate(rows):
                 yield from elements(parts[i] if i < len(parts) else None, row)
-        case ast.Call(func=ast.Name(id="list" | "tuple" | "iter"), args=[inner]):
-            yield from elements(target, inner)
-        case ast.Call(func=ast.Attribute(value=inner, attr="values"), args=[]):
+        case (
+            ast.Call(func=ast.Name(id="list" | "tuple"), args=[inner])
+            | ast.Call(func=ast.Attribute(value=inner, attr="values"))
+        ):
             yield from elements(target, inner)
         case ast.Call(func=ast.Attribute(value=inner, attr="items"), args=[]):
             yield from elements(parts[1] if len(parts) == 2 else None, inner)

@@ -6,13 +6,14 @@ chain only where every mention of it is understood (class _Reader).
 """
 
 import ast
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
 from torch import nn
 
 from .loops import NOT_IN_TURN, ONE_BY_ONE, Loop, Verdict
-from .mentions import Mentions, clauses, elements
+from .mentions import Mentions, clauses, elements, stored
 from .sources import methods_that_run
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -117,26 +118,10 @@ def _modules_to(model: nn.Module, path: str) -> list[nn.Module]:
 class _Reader:
     """Judges every mention of one container in the methods of the modules that hold it.
 
-    code, where `self.convs` is the container              what is understood
-    -----------------------------------------------------  ------------------------------------------------------------
-    self.convs(x)                                          in order, if the container's own class applies them so
-    for conv in self.convs: x = conv(x)                    in order
-    for i, conv in enumerate(self.convs): x = conv(x)      in order
-    for conv, b in zip(self.convs, self.bs): x = conv(x)   in order, where bs is a container or list as long
-    for i in range(len(self.convs)): x = self.convs[i](x)  in order; or range(4), range(self.n), if that is the length
-    conv = self.convs[i]; y = conv(x); x = y               in order, in such a loop: names stand for what they hold
-    x = relu(conv(x)) for x = conv(x)                      in order; relu: F.relu, torch.relu, a child nn.ReLU of self
-    if i == 2: x = resize(x), ahead of x = conv(x)         in order up to there and from there; i from such a loop
-    self.convs is None, len(self.convs), self.convs.scale  no use, nor any other attribute that is no child
-    any other call of an element or of self.convs[…]       certainly another use
-    a, b, c = self.convs                                   certainly another use
-    all else: run(self.convs), run(conv, x),               unknown, but that names are followed to other uses
-    convs = self.convs, self.convs[:-1], a while loop,
-    getattr(self, "convs"), a method without source
-
-    In order, no other statement of the loop meets the element or x, and nothing leaves the loop early. A ReLU may
-    stand around the call: in a place that holds nn.Identity it is repeated, which changes nothing. A mention that may
-    be another's (`net.convs`, where net is a local name) makes nothing certain.
+    integrations/README.md lists what is understood. In order, no other statement of the loop meets the element or x,
+    and nothing leaves the loop early. A ReLU may stand around the call: in a place that holds nn.Identity it is
+    repeated, which changes nothing. A mention that may be another's (`net.convs`, where net is a local name) makes
+    nothing certain, and local names are followed only to uses that are certainly other ones.
 
     Attributes: applied, whether the elements are applied in order somewhere. otherwise, doubt: the first certain other
     use and the first unknown one, "" for none. breaks, by_place: as Use's. has_source: whether there was a method.
@@ -209,19 +194,14 @@ class _Reader:
         owner = next((base for base in type(container).__mro__ if name in vars(base)), None)
         return name in _LEAVE_ALONE or owner is None or owner.__module__.split(".")[0] != "torch"
 
-    def _above(self, node: ast.AST | None) -> list[ast.AST]:
-        above = []
+    def _above(self, node: ast.AST | None) -> Iterator[ast.AST]:
         while (node := self.mentions.parents.get(node)) is not None:
-            above.append(node)
-        return above
+            yield node
 
     def _around(self, node: ast.AST, names: set[str]) -> ast.AST:
         """The innermost loop around node that changes one of these names, else the method."""
         for up in self._above(node):
-            targets = [clause.target for clause in clauses(up)] + [up] * isinstance(up, ast.While)
-            stored = {
-                n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-            }
-            if isinstance(up, ast.FunctionDef) or (isinstance(up, _LOOPS) and names & stored):
+            changed = [clause.target for clause in clauses(up)] + [up] * isinstance(up, ast.While)
+            if isinstance(up, ast.FunctionDef) or names & {name.id for node in changed for name in stored(node)}:
                 return up
         return self.mentions.method.body[0]
