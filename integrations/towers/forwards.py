@@ -9,7 +9,7 @@ import builtins
 import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import activation, batchnorm, instancenorm
 
-from .sources import parse
+from .sources import parse, stored
 
 NORMS = (batchnorm._BatchNorm, instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 _MIXING = {"GLU", "MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
@@ -57,84 +57,77 @@ def read_forward(module: nn.Module) -> Doubt | None:
     """Why module's forward may be more than its children and elementwise functions, or None."""
     if "forward" in vars(module):
         return Doubt("a forward put on it", certain=False)
-    doubts = list(_method(module, "forward", type(module).__mro__, [0, 2], set()))
+    doubts = list(_Reader(module, type(module), {}, {}, set()).method("forward", type(module).__mro__, [0, 2]))
     return next((doubt for doubt in doubts if doubt.certain), doubts[0] if doubts else None)
 
 
-def _method(
-    module: nn.Module, name: str, classes: tuple[type, ...], kinds: list[int], done: set[object]
-) -> Iterator[Doubt]:
-    owner = next((base for base in classes if name in vars(base)), object)
-    if owner.__module__.split(".")[0] != "torch":
-        yield from _function(module, vars(owner).get(name), owner, kinds, done)
-    elif owner is not nn.Conv2d and vars(owner).get(name) not in FORWARDS:
-        yield Doubt(f"`{owner.__name__}.{name}`", certain=True)
-    elif owner is nn.Conv2d and type(module)._conv_forward is not nn.Conv2d._conv_forward:
-        yield Doubt(f"`{type(module).__name__}._conv_forward`", certain=False)
-
-
-def _function(
-    module: nn.Module, function: object, owner: type | None, kinds: list[int], done: set[object]
-) -> Iterator[Doubt]:
-    """The doubts about a function given values of these kinds. owner: the class, of a method; done: what was read."""
-    is_forward = not done
-    if function in done:
-        return
-    done.add(function)
-    tree = parse(function) if isinstance(function, FunctionType) else None
-    if not tree or not isinstance(tree.body[0], ast.FunctionDef):
-        name = "its forward" if is_forward else getattr(function, "__name__", str(function))
-        yield Doubt(f"{name} has no source", certain=False)
-        return
-    takes = tree.body[0].args
-    if is_forward and (takes.vararg or len(takes.args) - len(takes.defaults) != 2):
-        yield Doubt(f"forward({ast.unparse(takes)})", certain=not takes.vararg)
-        return
-    names = dict(zip([name.arg for name in takes.args], kinds, strict=False))
-    body = _Body(module, owner, vars(builtins) | function.__globals__, names, done)
-    for node, doubt in body.read(tree.body[0], is_forward):
-        said = f"`{' '.join(ast.unparse(node).split())[:80]}`"
-        yield doubt if isinstance(doubt, Doubt) else Doubt(said, doubt)
-
-
 @dataclass
-class _Body:
-    """A function's body. A value's kind is 2 for one of the input's shape, 1 for what is reduced from it, 0 for all
-    else; a name's is the highest of the values that it may hold."""
+class _Reader:
+    """Reads one function of `module`. A value's kind is 2 for one of the input's shape, 1 for what is reduced from
+    it, 0 for all else; a name's is the highest of the values that it may hold. done: the functions that were read."""
 
     module: nn.Module
-    owner: type | None
+    owner: type  # of the method
     globals: dict[str, object]
     kinds: dict[str, int]
     done: set[object]
 
-    def read(self, definition: ast.FunctionDef, is_forward: bool) -> Iterator[tuple[ast.AST, bool | Doubt]]:
-        nodes = list(self._running(definition))
-        for _ in range(2):  # twice, for what a loop carries back
-            for node in nodes:
-                value = node.iter if isinstance(node, ast.For) else getattr(node, "value", None)
-                if isinstance(node, _ASSIGNMENTS) and value:
-                    for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                        for name in (
-                            n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-                        ):
-                            self.kinds[name] = max(self.kinds.get(name, 0), self._kind(value))
+    def method(self, name: str, classes: Sequence[type], kinds: list[int]) -> Iterator[Doubt]:
+        owner = next((base for base in classes if name in vars(base)), object)
+        function = vars(owner).get(name)
+        if owner.__module__.split(".")[0] != "torch":
+            is_static = isinstance(function, staticmethod)
+            yield from self.function(getattr(function, "__func__", function), kinds[is_static:], owner)
+        elif owner is not nn.Conv2d and function not in FORWARDS:
+            yield Doubt(f"`{owner.__name__}.{name}`", certain=True)
+        elif owner is nn.Conv2d and type(self.module)._conv_forward is not nn.Conv2d._conv_forward:
+            yield Doubt(f"`{type(self.module).__name__}._conv_forward`", certain=False)
+
+    def function(self, function: object, kinds: list[int], owner: type) -> Iterator[Doubt]:
+        """The doubts about a function that is given values of these kinds."""
+        is_forward, tree = not self.done, parse(function) if isinstance(function, FunctionType) else None
+        if function in self.done:
+            return
+        self.done.add(function)
+        if not tree or not isinstance(tree.body[0], ast.FunctionDef):
+            name = "its forward" if is_forward else getattr(function, "__name__", str(function))
+            yield Doubt(f"{name} has no source", certain=False)
+            return
+        takes = tree.body[0].args
+        if is_forward and (takes.vararg or len(takes.args) - len(takes.defaults) != 2):
+            yield Doubt(f"forward({ast.unparse(takes)})", certain=not takes.vararg)
+            return
+        names = dict(zip([name.arg for name in takes.args], kinds, strict=False))
+        reader = _Reader(self.module, owner, vars(builtins) | function.__globals__, names, self.done)
+        nodes = list(reader._running(tree.body[0]))
+        for node in nodes * 2:  # twice, for what a loop carries back
+            value = node.iter if isinstance(node, ast.For) else getattr(node, "value", None)
+            if isinstance(node, _ASSIGNMENTS) and value:
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    names |= {n.id: max(names.get(n.id, 0), reader._kind(value)) for n in stored(target)}
         for node in nodes:
-            if isinstance(node, ast.Return) and is_forward and node.value:
-                if isinstance(node.value, _DISPLAYS) or self._kind(node.value) < 2:
-                    yield node, self._kind(node.value) > 0
-            elif isinstance(node, ast.Call):
-                yield from ((node, doubt) for doubt in self._call(node))
-            elif isinstance(node, (ast.BinOp, ast.AugAssign)):
-                operands = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.target, node.value]
-                if self._mixes(operands) or (isinstance(node.op, ast.MatMult) and self._kind(node) == 2):
-                    yield node, True
-            elif isinstance(node, ast.Subscript) and self._kind(node.value) == 2:
-                yield node, True
-            elif isinstance(node, _SCOPES) and self._kind(node) == 2:
-                yield node, False
-            elif isinstance(node, ast.Assign) and not all(isinstance(n, (ast.Name, ast.Tuple)) for n in node.targets):
-                yield from [(node, False)] * (self._kind(node.value) == 2)  # put into a list, kept on the module
+            for doubt in reader._doubts(node, is_forward):
+                said = f"`{' '.join(ast.unparse(node).split())[:80]}`"
+                yield doubt if isinstance(doubt, Doubt) else Doubt(said, doubt)
+
+    def _doubts(self, node: ast.AST, is_forward: bool) -> Iterator[bool | Doubt]:
+        """Doubts about a node; True and False stand for a Doubt of the node itself, certain or not."""
+        kind = self._kind(
+            node.value if isinstance(node, (ast.Return, ast.Subscript, ast.Assign)) and node.value else node
+        )
+        if isinstance(node, ast.Return) and is_forward and node.value:
+            if isinstance(node.value, _DISPLAYS) or kind < 2:
+                yield kind > 0
+        elif isinstance(node, ast.Call):
+            yield from self._call(node)
+        elif isinstance(node, (ast.BinOp, ast.AugAssign)):
+            operands = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.target, node.value]
+            if self._mixes(operands) or (isinstance(node.op, ast.MatMult) and kind == 2):
+                yield True
+        elif kind == 2 and isinstance(node, (ast.Subscript, *_SCOPES)):
+            yield isinstance(node, ast.Subscript)
+        elif kind == 2 and any(isinstance(n, (ast.Attribute, ast.Subscript)) for n in getattr(node, "targets", ())):
+            yield False  # put into a list, kept on the module
 
     def _running(self, node: ast.AST) -> Iterator[ast.AST]:
         """node and what is below, but for branches that no input reaches that is not empty."""
@@ -200,7 +193,6 @@ class _Body:
         return wraps and len(maps) > 1 and (calls or any(name != names[0] for name in names))
 
     def _call(self, node: ast.Call) -> Iterator[bool | Doubt]:
-        """Doubts about a call that the input reaches; True and False stand for a Doubt of the call itself."""
         func, args = node.func, [*node.args, *(keyword.value for keyword in node.keywords)]
         kinds = [self._kind(arg) for arg in args]
         of = func.value if isinstance(func, ast.Attribute) else func
@@ -222,19 +214,18 @@ class _Body:
             yield from [True] * self._mixes(args)
         elif name:
             yield not _RESHAPES.fullmatch(name)
-        elif ast.unparse(of) == "super()" and self.owner:
-            order = type(self.module).__mro__
-            behind = order[order.index(self.owner) + 1 :]
-            yield from _method(self.module, _last_name(func), behind, [0, *kinds], self.done)
-        elif isinstance(called, FunctionType) and called.__module__.split(".")[0] != "torch" and not node.keywords:
-            is_method = isinstance(func, ast.Attribute) and ast.unparse(of) == "self"
-            if is_method and func.attr not in vars(self.module):
-                static = inspect.getattr_static(type(self.module), func.attr)
-                owner = next(base for base in type(self.module).__mro__ if func.attr in vars(base))
-                kinds = kinds if isinstance(static, staticmethod) else [0, *kinds]
-                yield from _function(self.module, called, owner, kinds, self.done)
+        elif ast.unparse(of) == "super()":
+            behind = type(self.module).__mro__[type(self.module).__mro__.index(self.owner) + 1 :]
+            yield from self.method(_last_name(func), behind, [0, *kinds])
+        elif (
+            isinstance(called, FunctionType)
+            and not node.keywords
+            and not (called.__module__ or "").startswith("torch.")
+        ):
+            if ast.unparse(of) == "self" and _last_name(func) not in vars(self.module):
+                yield from self.method(_last_name(func), type(self.module).__mro__, [0, *kinds])
             else:
-                yield from _function(self.module, called, None, kinds, self.done)
+                yield from self.function(called, kinds, self.owner)
         elif not (called is _CHILD or isinstance(called, nn.Module)) or len(args) != 1:
             yield False
 

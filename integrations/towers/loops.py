@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .mentions import INDEX, Mentions, clauses, elements, stored
+from .mentions import INDEX, Mentions, clauses, elements
+from .sources import stored
 
 _ROWS = (nn.Sequential, nn.ModuleList, list)
 _LEAVES = (ast.Break, ast.Continue, ast.Return)

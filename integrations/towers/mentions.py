@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
+from .sources import stored
+
 INDEX = ast.Name("<index>", ast.Load())  # what counts from 0
 _CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
 
@@ -103,11 +105,6 @@ class Mentions:
                     if depth and isinstance(target, ast.Name) and self._is_at(over, depth - 1):
                         found.append(target.id)
             self.local[depth] = {name for name in found if found.count(name) == bound.count(name)}
-
-
-def stored(node: ast.AST) -> list[ast.Name]:
-    """The names that node binds."""
-    return [n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
 
 def clauses(loop: ast.AST | None) -> list[ast.For] | list[ast.comprehension]:

@@ -31,6 +31,11 @@ def parse(function: FunctionType) -> ast.Module | None:
         return None
 
 
+def stored(node: ast.AST) -> list[ast.Name]:
+    """The names that node binds."""
+    return [n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+
+
 def methods_that_run(cls: type) -> list[tuple[str, ast.Module | None]]:
     """Qualified names and syntax trees (None without source) of the methods that an input may reach.
 

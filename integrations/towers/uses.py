@@ -13,8 +13,8 @@ from itertools import accumulate
 from torch import nn
 
 from .loops import NOT_IN_TURN, ONE_BY_ONE, Loop, Verdict
-from .mentions import Mentions, clauses, elements, stored
-from .sources import methods_that_run
+from .mentions import Mentions, clauses, elements
+from .sources import methods_that_run, stored
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
