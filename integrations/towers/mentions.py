@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
-from .sources import stored
+from .sources import parents, stored, words
 
 INDEX = ast.Name("<index>", ast.Load())  # what counts from 0
 _CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
@@ -39,7 +39,9 @@ class Mentions:
     def enter(self, holder: nn.Module, method: ast.Module) -> Iterator[ast.AST]:
         """The mentions in a method of `holder`, which holds the container or is it."""
         self.holder, self.method = holder, method
-        self.parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+        if self.attribute is not None and self.attribute not in words(method):
+            return
+        self.parents = parents(method)
         self.local: list[set[str]] = [set() for _ in self.keys] + [set()]
         if self.aliases:
             self._find_aliases()

@@ -24,20 +24,21 @@ def replace_towers(model: nn.Module, where: Where | None = None, **ifr_kwargs: A
         where: which towers. None: all of three convolutions or more, also those of a backbone without shortcuts
             (VGG). A glob or a list of globs ("*.cls_convs", "roi_heads"): each is matched against the path of the new
             IFRHead and of all that holds it, and must lead to a replacement. Or a callable (path, container) -> bool.
-            What is named is trusted: a run of two convolutions, a container whose use is unknown and a wrapper that
-            may do more than its children are replaced too.
+            What is named is trusted where the source does not tell: a run of two convolutions, a container whose use
+            is unknown and a wrapper that calls something unknown are replaced too. "" names the model itself.
         ifr_kwargs: passed to IFRHead.
 
     Returns a Report: a list of Replacement, with the list of Skipped as its attribute `skipped`.
 
-    The IFRHead takes its tower's device, dtype, memory format and mode, and the name of the first layer. In a
-    Sequential the other layers' names go. Elsewhere they hold nn.Identity, so that `len(convs)`, `convs[i]` and
+    The IFRHead takes its tower's device, dtype, memory format and mode, and the name of the first layer. The other
+    names of a Sequential that is called whole go. Elsewhere they hold nn.Identity, so that `len(convs)`, `convs[i]` and
     `zip(convs, others)` stay right; a plain list of the layers follows. All other names, hence checkpoint keys, stay.
     The parameters are new and require gradients: call this before the optimizer is built and the model is wrapped or
     compiled.
 
     Raises ValueError, before anything is changed: where `model` is no nn.Module, `where` is of another type or leads
-    to no replacement (the message says what was found), or IFRHead refuses a tower that `where` names.
+    to no replacement (the message says what was found), or IFRHead refuses a tower that `where` names; and for wrong
+    options what IFRHead raises.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected an nn.Module, got {type(model).__name__}")
