@@ -151,12 +151,12 @@ def _read_row(
     uses = [read_use(model, p) if attribute is None else read_list_use(model, p, attribute) for p in paths]
     use = min(uses, key=lambda use: (False, None, True).index(use.in_order))
     breaks = frozenset[int]().union(*(use.breaks for use in uses))
+    by_place = any(use.by_place for use in uses) or not isinstance(container, nn.Sequential)
     towers = []
     for run in _split(layers, use.in_order is True, breaks):
         held = [layers[name].convolutions for name in run if layers[name].convolutions]
         if len(held) > 1 and run[0] in chosen:  # one element that holds them all is a container, read by itself
             own = {name: child for name in run if (child := children[name]) is not None}
-            by_place = use.by_place or not isinstance(container, nn.Sequential)
             towers.append(Tower(container, attribute, paths, own, sum(held, ()), by_place))
     if use.in_order is False or (use.in_order is None and not trusted):
         path = paths[0] if attribute is None else join(paths[0], attribute)
@@ -206,5 +206,5 @@ def _read_elsewhere(model: nn.Module, tower: Tower, beside: list[tuple[str, nn.M
         holds_layers = any(tower.container not in held and held & layers for held in inside)
         is_own = (module, attribute) == (tower.container, tower.attribute)
         if holds_layers and not is_own and may_be_read(model, path, attribute):
-            return f"its layers may be read from {join(path, attribute)}, too"
+            return f"its layers may be read from {join(path, attribute)}, too: leave one of both"
     return ""

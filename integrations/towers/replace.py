@@ -81,7 +81,7 @@ def _check(ifr_kwargs: dict[str, Any]) -> None:
     """Raises what IFRHead raises for options that are wrong whatever the tower: all but its channels is known."""
     groups = ifr_kwargs.get("groups")
     with torch.device("meta"):  # takes no random number
-        IFRHead(groups if isinstance(groups, int) and groups > 0 else 256, **ifr_kwargs)
+        IFRHead(int(groups) if isinstance(groups, int) and groups > 0 else 256, **ifr_kwargs)
 
 
 def _build_head(tower: Tower, ifr_kwargs: dict[str, Any]) -> IFRHead:

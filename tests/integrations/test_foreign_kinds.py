@@ -9,7 +9,6 @@ from small_towers import QUICK, conv, heads, tower
 from torch import nn
 from torch.nn import functional as F
 
-from ifr_fast import IFRHead
 from ifr_fast.integrations.towers import replace_towers
 from ifr_fast.integrations.towers.uses import read_use
 
@@ -240,4 +239,3 @@ def test_options_are_checked_without_a_random_number():
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match=r"0: left alone, 8 channels: "):
         replace_towers(tower(), groups=3)
-    assert isinstance(IFRHead(C, **QUICK), IFRHead)
