@@ -9,9 +9,9 @@ from torch import nn
 
 from ifr_fast import IFRHead
 
-from .layers import Layer, a_kind, read_layer
-from .loops import may_be_read, read_list_use, read_use
+from .layers import Layer, a_kind, read_layer, tensors
 from .report import Skipped
+from .uses import may_be_read, read_list_use, read_use
 
 Where = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -25,6 +25,7 @@ class Tower:
     paths: list[str]  # of the container; several where one object hangs at several places
     layers: dict[str, nn.Module]  # by their names in the container
     convolutions: tuple[nn.Conv2d, ...]
+    by_place: bool  # whether the places of the layers after the first must stay
 
     @property
     def path(self) -> str:
@@ -34,8 +35,16 @@ class Tower:
         """Those of the first layer, hence of the IFRHead that replaces it."""
         return [join(path, next(iter(self.layers))) for path in self.paths]
 
+    def names(self) -> list[str]:
+        """What `where` may call it: those paths, and the list's attribute."""
+        return [*self.all_paths(), *(join(path, self.attribute) for path in self.paths if self.attribute)]
+
     def modules(self) -> list[nn.Module]:
         return [module for layer in self.layers.values() for module in layer.modules()]
+
+    def holders(self) -> set[nn.Module]:
+        """Those of its modules that hold tensors. An activation without any may be part of several towers."""
+        return {module for module in self.modules() if tensors(module)}
 
 
 def find_towers(model: nn.Module, where: Where | None) -> tuple[list[Tower], list[Skipped]]:
@@ -44,7 +53,7 @@ def find_towers(model: nn.Module, where: Where | None) -> tuple[list[Tower], lis
     owners: dict[int, list[str]] = defaultdict(list)  # paths of the modules that hold a tensor, by its id
     for path, module in model.named_modules(remove_duplicate=False):
         paths[module].append(path)
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+        for tensor in tensors(module):
             owners[id(tensor)].append(path)
     done = {m for head in paths if isinstance(head, IFRHead) for m in head.modules()}
     beside = beside_the_tree(model)
@@ -56,10 +65,9 @@ def find_towers(model: nn.Module, where: Where | None) -> tuple[list[Tower], lis
         found, left = _read_row(model, container, attribute, paths[container], where)
         skipped += left
         for tower in found:
-            modules = set(tower.modules())
-            done |= modules
+            done |= set(tower.modules())
             reason = _unfit(tower, owners) or _read_elsewhere(model, tower, beside)
-            other = next((other for other in towers if modules & set(other.modules())), None)
+            other = next((other for other in towers if tower.holders() & other.holders()), None)
             if not reason and len(tower.convolutions) == 2 and where is None:
                 reason = "two convolutions, as many as an IFRHead has: name it with `where`"
             elif not reason and other:
@@ -82,9 +90,9 @@ def globs_of(where: Where | None) -> list[str]:
 
 
 def matches(path: str, glob: str) -> bool:
-    """Whether glob matches path or one of its ancestors."""
+    """Whether glob matches path or one of its ancestors. "" is the model itself, which holds all."""
     names = path.split(".")
-    return any(fnmatchcase(".".join(names[:n]), glob) for n in range(1, len(names) + 1))
+    return not glob or any(fnmatchcase(".".join(names[:n]), glob) for n in range(1, len(names) + 1))
 
 
 def join(path: str, name: str) -> str:
@@ -131,7 +139,8 @@ def _read_row(
 
     def selected(name: str) -> bool:
         if globs:
-            return any(matches(join(path, name), glob) for path in paths for glob in globs)
+            names = [join(path, part) for path in paths for part in (name, attribute) if part]
+            return any(matches(path, glob) for path in names for glob in globs)
         return not callable(where) or any(where(path, container) for path in paths)
 
     chosen = [name for name in children if selected(name)]
@@ -142,12 +151,13 @@ def _read_row(
     uses = [read_use(model, p) if attribute is None else read_list_use(model, p, attribute) for p in paths]
     use = min(uses, key=lambda use: (False, None, True).index(use.in_order))
     breaks = frozenset[int]().union(*(use.breaks for use in uses))
+    by_place = any(use.by_place for use in uses) or not isinstance(container, nn.Sequential)
     towers = []
     for run in _split(layers, use.in_order is True, breaks):
         held = [layers[name].convolutions for name in run if layers[name].convolutions]
         if len(held) > 1 and run[0] in chosen:  # one element that holds them all is a container, read by itself
             own = {name: child for name in run if (child := children[name]) is not None}
-            towers.append(Tower(container, attribute, paths, own, sum(held, ())))
+            towers.append(Tower(container, attribute, paths, own, sum(held, ()), by_place))
     if use.in_order is False or (use.in_order is None and not trusted):
         path = paths[0] if attribute is None else join(paths[0], attribute)
         return [], [Skipped(path, use.reason)] if towers else []
@@ -181,8 +191,8 @@ def _unfit(tower: Tower, owners: dict[int, list[str]]) -> str:
     for module in tower.modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             return f"{a_kind(module)} in it has hooks, which would be lost"
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            for path in owners[id(tensor)] if tensor is not None else ():
+        for tensor in tensors(module):
+            for path in owners[id(tensor)]:
                 if not any(path == own or path.startswith(f"{own}.") for own in inside):
                     return f"it shares parameters with {path}, outside the tower"
     return ""
@@ -190,11 +200,11 @@ def _unfit(tower: Tower, owners: dict[int, list[str]]) -> str:
 
 def _read_elsewhere(model: nn.Module, tower: Tower, beside: list[tuple[str, nn.Module, str]]) -> str:
     """Which list beside the module tree the tower's layers may be read from, too, or ""."""
-    layers = set(tower.modules())
+    layers = tower.holders()
     for path, module, attribute in beside:
         inside = [set(held.modules()) for held in _modules_in(vars(module)[attribute])]
         holds_layers = any(tower.container not in held and held & layers for held in inside)
         is_own = (module, attribute) == (tower.container, tower.attribute)
         if holds_layers and not is_own and may_be_read(model, path, attribute):
-            return f"its layers may be read from {join(path, attribute)}, too"
+            return f"its layers may be read from {join(path, attribute)}, too: leave one of both"
     return ""

@@ -1,335 +1,223 @@
-"""How a model applies the children of a container: read from the source of the classes that hold it.
-
-`for conv in self.convs: x = conv(x)` applies one after the other, a feature pyramid's `[self.convs[i](x[i]) for i in
-…]` one to each level. Both hold the same nn.ModuleList: only the source tells them apart. A container is taken for a
-chain only where every mention of it is understood (class _Reader).
-"""
+"""What a loop does with the elements of a container: followed through the names of its body, each in place of what it
+holds, until `x` is seen to be `relu(element(x))`, or to be something else."""
 
 import ast
-import inspect
-import re
-from collections.abc import Callable, Collection, Sized
+import copy
+from collections.abc import Sized
 from dataclasses import dataclass
-from itertools import accumulate
 
 from torch import nn
 
-from .sources import methods_that_run
+from .mentions import INDEX, Mentions, clauses, elements
+from .sources import stored
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ROWS = (nn.Sequential, nn.ModuleList, list)
-_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
-_LEAVES = (ast.Break, ast.Continue, ast.Return, ast.Yield, ast.YieldFrom)
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_RELU = {"F.relu", "F.relu_", "torch.relu", "torch.relu_"}
-_OTHERWISE = "its elements are not applied one after the other: "
-_UNKNOWN = "an unknown use, name it with `where`: "
-_NOT_SHOWN = "no source shows how its elements are applied: name it with `where`"
+_LEAVES = (ast.Break, ast.Continue, ast.Return)
+_RELU_NAMES = {"F.relu", "F.relu_", "torch.relu", "torch.relu_"}
+_MOST_NODES = 400  # of one name's value
+_ELEMENT, _RELU, _OTHER = (ast.Name(f"<{name}>", ast.Load()) for name in ("element", "relu", "other"))
+NOT_IN_TURN = "its elements are not applied one after the other: "
+ONE_BY_ONE = "its elements are called one by one, not in one loop: "
+NOT_ALONE = "the loop does not just apply one element after the other, with a ReLU: "
 
 
 @dataclass(frozen=True)
-class Use:
-    """How the children of a container are applied.
-
-    in_order: True where one value passes through them in turn, False where they are certainly used otherwise,
-      None where the source does not tell.
-    breaks: positions before which a loop does something else to the value (SOLO resizes it there).
-    reason: why in_order is not True.
-    """
+class Verdict:
+    """in_order: as Use's. breaks: positions before which something else is done. why: what is certainly otherwise."""
 
     in_order: bool | None
+    why: str = ""
     breaks: frozenset[int] = frozenset()
-    reason: str = ""
 
 
-def read_use(model: nn.Module, path: str) -> Use:
-    """How `model` applies the children of its container at `path` ("" for the model itself)."""
-    above, names = _modules_to(model, path), path.split(".")
-    outer = len(above) - 1  # where the outermost of the containers around it is
-    while outer and isinstance(above[outer - 1], _CONTAINERS):
-        outer -= 1
-    inside = above[outer:]
-    by_itself = [_Reader(module, None) for module in inside]
-    held = _Reader(inside[0], names[outer - 1] if outer else "")
-    for reader, module in zip(by_itself, inside, strict=True):
-        reader.read(module)
-    for holder in reversed(above[:outer]):
-        held.read(holder)
+class Loop:
+    """One loop over the elements of a container: a For, While or comprehension; or a whole method, for single ones."""
 
-    own = [by_itself[-1], held] if len(inside) == 1 else [by_itself[-1]]
-    for reader in (*own, *by_itself, held):
-        if reader.otherwise and reader in own:
-            return Use(False, reason=_OTHERWISE + reader.otherwise)
-        if reader.doubt or reader.otherwise:
-            return Use(None, reason=_UNKNOWN + (reader.doubt or reader.otherwise))
-    applied = held.applied or not held.has_source
-    for module, reader in zip(inside, by_itself, strict=True):
-        if type(module).forward not in (nn.Sequential.forward, nn.Module.forward):
-            applied = applied and reader.applied
-        elif module is inside[-1] and not isinstance(module, nn.Sequential):
-            applied = held.applied and held in own
-    if not applied:
-        return Use(None, reason=_NOT_SHOWN)
-    return Use(True, frozenset[int]().union(*(reader.breaks for reader in own)))
-
-
-def read_list_use(model: nn.Module, path: str, attribute: str) -> Use:
-    """How `model` applies those children of its module at `path` that this also holds in the plain list `attribute`.
-
-    detectron2's heads of 0.1, and heads written after them, add each layer by its name and walk a list.
-    """
-    above = _modules_to(model, path)
-    holder = above[-1]
-    layers = vars(holder)[attribute]
-    named = {name: child for name, child in holder._modules.items() if child is not None and child in layers}
-    by_list, by_name = _Reader(layers, attribute), _Reader(holder, None, set(named))
-    alone = {name: _Reader(child, name) for name, child in named.items()}
-    for module in reversed(above):
-        for reader in (by_list, by_name, *alone.values()):
-            reader.read(module)
-    calls = [f"{name} is called by itself" for name, reader in alone.items() if reader.applied]
-    if by_list.otherwise or calls:
-        return Use(False, reason=_OTHERWISE + (by_list.otherwise or calls[0]))
-    doubt = by_list.doubt or by_name.doubt or by_name.otherwise
-    if doubt:
-        return Use(None, reason=_UNKNOWN + doubt)
-    return Use(True, frozenset(by_list.breaks)) if by_list.applied else Use(None, reason=_NOT_SHOWN)
-
-
-def may_be_read(model: nn.Module, path: str, attribute: str) -> bool:
-    """Whether a method of the module at `path`, or of one above it, may use what it holds as `attribute`."""
-    above = _modules_to(model, path)
-    reader = _Reader(vars(above[-1])[attribute], attribute)
-    for module in above:
-        reader.read(module)
-    return reader.applied or bool(reader.doubt or reader.otherwise)
-
-
-def _modules_to(model: nn.Module, path: str) -> list[nn.Module]:
-    """model, the module at path, and those between."""
-    return list(accumulate(path.split(".") if path else [], nn.Module.get_submodule, initial=model))
-
-
-def _is_name(node: ast.AST | None, name: str | None = None) -> bool:
-    return isinstance(node, ast.Name) and (name is None or node.id == name)
-
-
-class _Reader:
-    """Judges every mention of one container in the methods of the modules that hold it.
-
-    code, where `self.convs` is the container              what is understood
-    -----------------------------------------------------  ------------------------------------------------------------
-    self.convs(x)                                          in order, if the container's own class applies them so
-    for conv in self.convs: x = conv(x)                    in order
-    for i, conv in enumerate(self.convs): x = conv(x)      in order
-    for conv, b in zip(self.convs, self.bs): x = conv(x)   in order, where bs is a container or list as long
-    for i in range(len(self.convs)): x = self.convs[i](x)  in order; or range(4), range(self.n), if that is the length
-    x = relu(conv(x)) for x = conv(x)                      in order; relu: F.relu, torch.relu, a child nn.ReLU of self
-    if i == 2: x = resize(x), ahead of x = conv(x)         in order up to there and from there; i from enumerate
-    self.convs is None, len(self.convs)                    no use
-    any other call of an element or of self.convs[…]       certainly another use
-    a, b, c = self.convs                                   certainly another use
-    all else: run(self.convs), convs = self.convs,         unknown
-    self.convs[:-1], getattr(self, "convs"), a method
-    without source, a forward put on the object
-
-    In order, no other statement of the loop meets the element, none after `x = conv(x)` meets x, and nothing leaves
-    the loop early. A ReLU may stand around the call: in a place that holds nn.Identity it is repeated, which changes
-    nothing. In an nn.Sequential a tower's other places go, so range, zip and `i == 2` are no order there. A mention
-    that may be another's (`net.convs`, where net is a local name) makes nothing certain.
-
-    Args:
-        container: an nn.Sequential, nn.ModuleList, plain list or single layer.
-        attribute: its name in the modules that hold it. None: `self` in its own class, and its children's names.
-        names: the children that count, where not all do.
-
-    Attributes: applied, whether the elements are applied in order somewhere. otherwise, doubt: the first certain other
-    use and the first unknown one, "" for none. breaks: as Use's. has_source: whether there was a method to read.
-    """
-
-    def __init__(
-        self, container: nn.Module | list[nn.Module], attribute: str | None, names: Collection[str] = ()
-    ) -> None:
-        self.container, self.attribute = container, attribute
-        self.names = names or (container._modules if isinstance(container, nn.Module) else ())
-        # A Sequential loses the names of a tower's other layers: a loop with an index would notice.
-        self.keeps_places = not isinstance(container, nn.Sequential)
-        self.has_source = self.applied = False
-        self.doubt = self.otherwise = ""
+    def __init__(self, node: ast.AST, mentions: Mentions) -> None:
+        self.node, self.mentions = node, mentions
+        self.whole: bool | None = None  # whether the loop meets every element in turn
+        self.effects: list[ast.AST] = []
+        self.tests: list[ast.AST] = []
+        self.leaves = False
         self.breaks: set[int] = set()
-
-    def read(self, holder: nn.Module) -> None:
-        """Reads the methods of one module that holds the container, or of the container itself."""
-        self.holder = holder
-        if "forward" in vars(holder):
-            self.doubt = f"{type(holder).__name__} has a forward put on it"
-        for method, tree in methods_that_run(type(holder)):
-            self.has_source = True
-            if tree is None:
-                self.doubt = self.doubt or f"{method} has no source"
-                continue
-            self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-            for node in ast.walk(tree):
-                if self._mentions(node):
-                    self._judge(method, node)
-
-    def _mentions(self, node: ast.AST) -> bool:
-        if self.attribute is None:
-            is_own = self.holder is self.container
-            if not isinstance(node, ast.Attribute):
-                return is_own and _is_name(node, "self") and not isinstance(self.parents[node], ast.Attribute)
-            of = self._resolve(node.value)
-            if of is self.container:
-                return node.attr in self.names or node.attr in _CHILDREN
-            return of is None and not is_own and node.attr in self.names
-        if isinstance(node, ast.Call) and _is_name(node.func, "getattr"):
-            return any(isinstance(a, ast.Constant) and a.value == self.attribute for a in node.args)
-        is_attribute = isinstance(node, ast.Attribute) and node.attr == self.attribute
-        return is_attribute and any(self._resolve(node) is it for it in (None, self.container))
-
-    def _resolve(self, node: ast.AST) -> object:
-        """The module or list that `self.a.b` is, None where that does not show."""
-        if _is_name(node, "self"):
-            return self.holder
-        of = self._resolve(node.value) if isinstance(node, ast.Attribute) else None
-        if not (isinstance(node, ast.Attribute) and isinstance(of, nn.Module)):
-            return None
-        return of._modules.get(node.attr, vars(of).get(node.attr))
-
-    def _is_container(self, node: ast.AST) -> bool:
-        if self.attribute is None:
-            return _is_name(node, "self")
-        return isinstance(node, ast.Attribute) and node.attr == self.attribute and self._mentions(node)
-
-    def _judge(self, method: str, node: ast.AST) -> None:
-        parent = self.parents[node]
-        is_none = isinstance(parent, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops)
-        if is_none or (isinstance(parent, ast.Call) and _is_name(parent.func, "len")):
-            return
-        certain = self._resolve(node) is self.container
-        whole = self.attribute is not None and isinstance(parent, ast.Call) and parent.func is node
-        place, in_order = (parent, True) if whole else self._place(node)
-        if in_order:
-            self.applied = self.applied or certain
-            return
-        said = f"{method}: `{' '.join(ast.unparse(place).split())[:120]}`"
-        if certain and in_order is False:
-            self.otherwise = self.otherwise or said
+        env: dict[str, ast.AST] = {}
+        for clause in clauses(node):
+            self._bind(clause, env)
+        if isinstance(node, (ast.For, ast.While, ast.FunctionDef)):
+            self._run(node.body, env)
         else:
-            self.doubt = self.doubt or said
+            self.effects += [self._inline(child, env) for child in ast.iter_child_nodes(node)]
+        self.env = env
 
-    def _place(self, node: ast.AST) -> tuple[ast.AST, bool | None]:
-        """The statement or expression around a mention, and whether it applies the elements in order."""
-        parent = self.parents[node]
-        if isinstance(parent, ast.Subscript) and parent.value is node:
-            call = self.parents[parent]
-            if not (isinstance(call, ast.Call) and call.func is parent):
-                return parent, None
-            loop = self._around(call, lambda n: isinstance(n, ast.For) and _is_name(n.target))
-            return call, self._is_range(loop, parent.slice) and self._is_chain(loop, call, [parent])
-        if isinstance(parent, ast.Assign) and any(isinstance(t, (ast.Tuple, ast.List)) for t in parent.targets):
-            return parent, False
-        loop = self._around(node, lambda n: isinstance(n, (ast.For, *_COMPREHENSIONS)))
-        targets = [clause.target for clause in _clauses(loop) if any(n is node for n in ast.walk(clause.iter))]
-        bound = {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
-        calls = [n for n in ast.walk(loop or node) if isinstance(n, ast.Call) and getattr(n.func, "id", None) in bound]
-        if loop is None or not calls:
-            return parent, None
-        uses = self._uses(loop)
-        link = next((call for call in calls if call.func in uses), None)
-        return loop, link is not None and self._is_chain(loop, link, uses)
+    def judge(self) -> Verdict:
+        chains = [name for name, value in self.env.items() if any(_reads(call, name) for call in _calls(value))]
+        everything = [*self.env.values(), *self.effects, *self.tests]
+        single = isinstance(self.node, ast.FunctionDef)
+        if not chains or single:
+            why = ONE_BY_ONE if single else NOT_IN_TURN
+            return Verdict(False, why) if any(map(_calls, everything)) else Verdict(None)
+        links = [self._is_link(self.env[name], name) for name in chains]
+        if False in links:
+            return Verdict(False, NOT_ALONE)
+        inner = {name for name, value in self.env.items() if name not in chains and _reads(value, "<element>", *chains)}
+        if any(_calls(e) or _reads(e, *chains) for e in self.effects) or any(_reads(e, *inner) for e in everything):
+            return Verdict(False, NOT_IN_TURN)
+        if any(self._is_read_behind(name) for name in inner):
+            return Verdict(False, NOT_IN_TURN)
+        if self.whole is False or (self.leaves and isinstance(self.node, ast.For)):
+            return Verdict(False, NOT_ALONE)
+        unknown = None in links or self.whole is None or self.leaves
+        unknown = unknown or any(_reads(e, "<element>", *chains) for e in (*self.effects, *self.tests))
+        return Verdict(None if unknown else True, breaks=frozenset(self.breaks))
 
-    def _around(self, node: ast.AST | None, is_it: Callable[[ast.AST], bool]) -> ast.AST | None:
-        """The innermost node around `node` of which is_it."""
-        while node is not None and not is_it(node):
-            node = self.parents.get(node)
-        return node
+    def _bind(self, clause: ast.For | ast.comprehension, env: dict[str, ast.AST]) -> None:
+        env |= {n.id: _OTHER for n in stored(clause.target)}
+        lengths = []
+        for target, over in elements(clause.target, clause.iter):
+            lengths += [self._length(over)] * (over is not INDEX)
+            if isinstance(target, ast.Name):
+                env[target.id] = self._element_of(over)
+        sized = len(self.mentions.container) if isinstance(self.mentions.container, Sized) else None
+        is_strict = "strict=True" in ast.unparse(clause.iter) and sized in lengths
+        if sized is not None and (None not in lengths or is_strict):
+            self.whole = all(length in (sized, None) for length in lengths)
 
-    def _uses(self, loop: ast.AST) -> list[ast.AST]:
-        """Where the method reads the current element that `loop` binds, and no inner or other loop binds anew."""
-        name = self._element(loop)
+    def _element_of(self, over: ast.AST) -> ast.AST:
+        if self.mentions.is_container(over):
+            return _ELEMENT
+        if over is INDEX or (isinstance(over, ast.Call) and ast.unparse(over.func) == "range"):
+            return INDEX
+        row = self.mentions.resolve(over)
+        return _RELU if isinstance(row, _ROWS) and row and all(map(_is_relu, row)) else _OTHER
 
-        def binds(node: ast.AST) -> bool:
-            return any(_is_name(n, name) for clause in _clauses(node) for n in ast.walk(clause.target))
+    def _length(self, over: ast.AST) -> int | None:
+        """How many elements there are to walk, None where that does not show."""
+        match over:
+            case ast.Call(func=ast.Name(id="len" | "range"), args=[inner]):
+                return self._length(inner)
+            case ast.Call(func=ast.Name(id="range"), args=[ast.Constant(value=0), stop, *step]):
+                return self._length(stop) if [ast.unparse(n) for n in step] in ([], ["1"]) else None
+        value = self.mentions.container if self.mentions.is_container(over) else self.mentions.resolve(over)
+        return value if isinstance(value, int) else len(value) if isinstance(value, (*_ROWS, tuple)) else None
 
-        read = [n for n in self.parents if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)]
-        return [n for n in read if self._around(n, binds) in (loop, None)]
+    def _inline(self, node: ast.AST, env: dict[str, ast.AST]) -> ast.AST:
+        """node, with names replaced by what they hold and elements, indices and ReLUs by their marks."""
+        if isinstance(node, ast.Name):
+            return env.get(node.id, node)
+        if isinstance(node, ast.Subscript) and not isinstance(node.slice, ast.Slice):
+            index = self._inline(node.slice, env)
+            if self.mentions.is_container(node.value):
+                self.whole = self.whole if index is INDEX else None
+                return _ELEMENT
+            if index is INDEX and self._element_of(node.value) is _RELU:
+                return _RELU
+        if isinstance(node, ast.Attribute) and _is_relu(self.mentions.resolve(node) or ast.unparse(node)):
+            return _RELU
+        new = copy.copy(node)
+        for field, value in ast.iter_fields(node):
+            if isinstance(value, list):
+                setattr(new, field, [self._inline(v, env) if isinstance(v, ast.AST) else v for v in value])
+            elif isinstance(value, ast.AST):
+                setattr(new, field, self._inline(value, env))
+        if sum(1 for _ in ast.walk(new)) <= _MOST_NODES:
+            return new
+        leaves = {n.id: n for n in ast.walk(new) if isinstance(n, ast.Name)}
+        return ast.Tuple([*leaves.values(), *_calls(new)[:1]], ast.Load())
 
-    def _is_range(self, loop: ast.AST | None, index: ast.AST) -> bool:
-        """loop is `for <index> in range(<length of the container>)`."""
-        if not (isinstance(loop, ast.For) and isinstance(index, ast.Name) and _is_name(loop.target, index.id)):
-            return False
-        over = loop.iter
-        if not (isinstance(over, ast.Call) and _is_name(over.func, "range") and len(over.args) == 1):
-            return False
-        length = over.args[0]
-        if isinstance(length, ast.Call) and _is_name(length.func, "len"):
-            return self.keeps_places and any(map(self._is_container, length.args))
-        return self._is_as_long(self._value(length))
+    def _run(self, body: list[ast.stmt], env: dict[str, ast.AST]) -> None:
+        for statement in body:
+            match statement:
+                case ast.Assign() | ast.AnnAssign(value=ast.AST()):
+                    value = self._inline(statement.value, env)
+                    for target in getattr(statement, "targets", None) or [statement.target]:
+                        self._assign(target, value, env)
+                case ast.AugAssign(target=target, op=op, value=value):
+                    self._assign(target, self._inline(ast.BinOp(target, op, value), env), env)
+                case ast.If(test=test):
+                    test = self._inline(test, env)
+                    branches = [dict(env), dict(env)]
+                    self._run(statement.body, branches[0])
+                    self._run(statement.orelse, branches[1])
+                    self.tests.append(test)
+                    for name in branches[0] | branches[1]:
+                        a, b = (branch.get(name, ast.Name(name, ast.Load())) for branch in branches)
+                        env[name] = a if ast.dump(a) == ast.dump(b) else ast.IfExp(test, a, b)
+                case ast.With() | ast.For() | ast.While() | ast.Try():
+                    inside = env if isinstance(statement, ast.With) else dict(env)
+                    parts = list(ast.iter_child_nodes(statement))
+                    self.effects += [self._inline(n, env) for n in parts if isinstance(n, (ast.expr, ast.withitem))]
+                    inside |= {n.id: _OTHER for clause in clauses(statement) for n in stored(clause.target)}
+                    leaves = self.leaves
+                    for part in parts:
+                        self._run([part] if isinstance(part, ast.stmt) else getattr(part, "body", []), inside)
+                    self.leaves = leaves or any(isinstance(n, ast.Return) for n in ast.walk(statement))
+                    changed = [name for name, value in inside.items() if env.get(name) is not value]
+                    env |= {name: ast.Starred(inside[name], ast.Load()) for name in changed}
+                case ast.Expr(value=value):
+                    value = self._inline(value, env)
+                    if not (isinstance(value, ast.Call) and value.func is _RELU):  # in place, or nothing
+                        self.effects.append(value)
+                case ast.Assert(test=test):
+                    self.tests.append(self._inline(test, env))
+                case _:
+                    self.leaves = self.leaves or isinstance(statement, _LEAVES)
+                    self.effects.append(self._inline(statement, env))
 
-    def _is_as_long(self, length: object) -> bool:
-        return self.keeps_places and isinstance(self.container, Sized) and length == len(self.container)
+    def _assign(self, target: ast.AST, value: ast.AST, env: dict[str, ast.AST]) -> None:
+        if isinstance(target, ast.Name):
+            env[target.id] = value
+        elif isinstance(target, ast.Tuple):
+            pairs = isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts)
+            for i, part in enumerate(target.elts):
+                self._assign(part, value.elts[i] if pairs else ast.Starred(value, ast.Load()), env)
+        else:
+            self.effects.append(value)
 
-    def _element(self, loop: ast.AST) -> str | None:
-        """The name of the current element in `loop`, where it is a `for` over the whole container."""
-        if not isinstance(loop, ast.For):
-            return None
-        name, over, target = None, loop.iter, loop.target
-        if self._is_container(over):
-            name = target
-        elif isinstance(over, ast.Call) and isinstance(over.func, ast.Name) and isinstance(target, ast.Tuple):
-            place = next((i for i, argument in enumerate(over.args) if self._is_container(argument)), None)
-            rows = [row for row in map(self._resolve, over.args) if isinstance(row, _ROWS)]
-            if over.func.id == "enumerate" and len(over.args) == 1 and not over.keywords and place == 0:
-                name = target.elts[1]
-            elif over.func.id == "zip" and place is not None and len(rows) == len(over.args):
-                name = target.elts[place] if all(self._is_as_long(len(row)) for row in rows) else None
-        return name.id if isinstance(name, ast.Name) else None
+    def _is_link(self, value: ast.AST, name: str) -> bool | None:
+        """Whether value is an element applied to what `name` held before, with ReLUs around it."""
+        match value:
+            case ast.Call(func=func, args=[inner, *more]) if func is _RELU:
+                return False if any(map(_calls, more)) else self._is_link(inner, name)
+            case ast.Call(func=ast.Attribute(value=inner, attr="relu" | "relu_"), args=[]):
+                return self._is_link(inner, name)
+            case ast.Call(func=func, args=[inner], keywords=[]) if func is _ELEMENT:
+                return self._is_start(inner, name)
+            case ast.IfExp():
+                both = [self._is_link(part, name) for part in (value.body, value.orelse)]
+                return False if False in both else None if None in both or _reads(value.test, "<index>") else True
+        is_passed_on = isinstance(value, ast.Call) and any(arg is _ELEMENT for arg in value.args)
+        return None if is_passed_on and not _calls(value) else False
 
-    def _value(self, node: ast.AST) -> object:
-        """The value of a constant or of an attribute of self."""
-        if isinstance(node, ast.Attribute) and _is_name(node.value, "self"):
-            return vars(self.holder).get(node.attr, inspect.getattr_static(type(self.holder), node.attr, None))
-        return node.value if isinstance(node, ast.Constant) else None
+    def _is_start(self, value: ast.AST, name: str) -> bool:
+        """Whether an element gets what `name` held before; other things that are done to it at one place are breaks."""
+        match value:
+            case ast.Name(id=found):
+                return found == name
+            case ast.IfExp(test=ast.Compare(left=index, ops=[ast.Eq()], comparators=[at])) if index is INDEX:
+                place = self.mentions.resolve(at)
+                if isinstance(place, int) and not _calls(value):
+                    self.breaks.add(place)
+                    return self._is_start(value.orelse, name)
+        return False
 
-    def _is_chain(self, loop: ast.AST | None, call: ast.Call, uses: list[ast.AST]) -> bool:
-        """One statement of the loop applies the element, `x = element(x)`, and no other meets the element or x."""
-        if not isinstance(loop, ast.For) or loop.orelse or any(isinstance(n, _LEAVES) for n in ast.walk(loop)):
-            return False
-        links = [i for i, s in enumerate(loop.body) if any(n is call for n in ast.walk(s))]
-        if len(links) != 1 or len(uses) != 1:
-            return False
-        element = re.escape(ast.unparse(call.func))
-        form = rf"(\w+) = (?:{element}\(\1\)|([\w.]+)\({element}\(\1\)(?:, inplace=[^()]+)?\))"
-        link = re.fullmatch(form, ast.unparse(loop.body[links[0]]))
-        if link is None or not (link[2] is None or self._is_relu(link[2])):
-            return False
-        breaks: set[int] = set()
-        for place, statement in enumerate(loop.body):
-            if place not in links and any(_is_name(n, link[1]) for n in ast.walk(statement)):
-                k = self._guard(statement, loop)
-                if k is None or place > links[0]:
-                    return False
-                breaks.add(k)
-        self.breaks |= breaks
-        return True
-
-    def _is_relu(self, function: str) -> bool:
-        own = self.holder._modules.get(function[5:]) if function.startswith("self.") else None
-        return isinstance(own, (nn.ReLU, nn.ReLU6)) or function in _RELU
-
-    def _guard(self, statement: ast.stmt, loop: ast.For) -> int | None:
-        """k, where the statement is `if i == k: …` on the index i of a loop over enumerate."""
-        if not (isinstance(statement, ast.If) and isinstance(statement.test, ast.Compare) and self.keeps_places):
-            return None
-        test, index = statement.test, loop.target.elts[0] if isinstance(loop.target, ast.Tuple) else None
-        is_enumerate = isinstance(loop.iter, ast.Call) and _is_name(loop.iter.func, "enumerate")
-        if statement.orelse or not is_enumerate or not isinstance(index, ast.Name) or not _is_name(test.left, index.id):
-            return None
-        k = self._value(test.comparators[0]) if len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq) else None
-        return k if isinstance(k, int) else None
+    def _is_read_behind(self, name: str) -> bool:
+        """Whether the method reads, behind the loop, what the loop left in a name."""
+        end = self.node.end_lineno, self.node.end_col_offset
+        names = [n for n in ast.walk(self.mentions.method) if isinstance(n, ast.Name) and n.id == name]
+        behind = [n for n in names if (n.lineno, n.col_offset) >= end]
+        stores = [n.lineno for n in behind if isinstance(n.ctx, ast.Store)]
+        return any(isinstance(n.ctx, ast.Load) and n.lineno < min(stores, default=n.lineno + 1) for n in behind)
 
 
-def _clauses(loop: ast.AST | None) -> list[ast.For] | list[ast.comprehension]:
-    """What binds a loop's variables: the For itself, or the clauses of a comprehension; [] for another node."""
-    return [loop] if isinstance(loop, ast.For) else getattr(loop, "generators", [])
+def _is_relu(function: object) -> bool:
+    """Whether it is an nn.ReLU or the code of torch's function."""
+    return type(function) in (nn.ReLU, nn.ReLU6) or (isinstance(function, str) and function in _RELU_NAMES)
+
+
+def _calls(node: ast.AST) -> list[ast.Call]:
+    """The calls of an element in node."""
+    return [n for n in ast.walk(node) if isinstance(n, ast.Call) and n.func is _ELEMENT]
+
+
+def _reads(node: ast.AST, *names: str) -> bool:
+    return any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(node))

@@ -24,24 +24,26 @@ def replace_towers(model: nn.Module, where: Where | None = None, **ifr_kwargs: A
         where: which towers. None: all of three convolutions or more, also those of a backbone without shortcuts
             (VGG). A glob or a list of globs ("*.cls_convs", "roi_heads"): each is matched against the path of the new
             IFRHead and of all that holds it, and must lead to a replacement. Or a callable (path, container) -> bool.
-            What is named is trusted: a run of two convolutions, a container whose use is unknown and a wrapper that
-            may do more than its children are replaced too.
+            What is named is trusted where the source does not tell: a run of two convolutions, a container whose use
+            is unknown and a wrapper that calls something unknown are replaced too. "" names the model itself.
         ifr_kwargs: passed to IFRHead.
 
     Returns a Report: a list of Replacement, with the list of Skipped as its attribute `skipped`.
 
-    The IFRHead takes its tower's device, dtype, memory format and mode, and the name of the first layer. In a
-    Sequential the other layers' names go. Elsewhere they hold nn.Identity, so that `len(convs)`, `convs[i]` and
+    The IFRHead takes its tower's device, dtype, memory format and mode, and the name of the first layer. The other
+    names of a Sequential that is called whole go. Elsewhere they hold nn.Identity, so that `len(convs)`, `convs[i]` and
     `zip(convs, others)` stay right; a plain list of the layers follows. All other names, hence checkpoint keys, stay.
     The parameters are new and require gradients: call this before the optimizer is built and the model is wrapped or
     compiled.
 
     Raises ValueError, before anything is changed: where `model` is no nn.Module, `where` is of another type or leads
-    to no replacement (the message says what was found), or IFRHead refuses a tower that `where` names.
+    to no replacement (the message says what was found), or IFRHead refuses a tower that `where` names; and for wrong
+    options what IFRHead raises.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected an nn.Module, got {type(model).__name__}")
     globs = globs_of(where)
+    _check(ifr_kwargs)
     towers, skipped = find_towers(model, where)
     heads: list[tuple[Tower, IFRHead]] = []
     for tower in towers:
@@ -52,7 +54,7 @@ def replace_towers(model: nn.Module, where: Where | None = None, **ifr_kwargs: A
             if where is not None:
                 raise ValueError(f"IFRHead for {tower.path}, {channels} channels: {error}") from error
             skipped.append(Skipped(tower.path, f"{channels} channels: {error}"))
-    paths = [path for tower, _ in heads for path in tower.all_paths()]
+    paths = [path for tower, _ in heads for path in tower.names()]
     for glob in globs or ["*"]:
         if not any(matches(path, glob) for path in paths):
             raise ValueError(_nothing_replaced(model, glob if globs else where, skipped))
@@ -75,6 +77,13 @@ def _nothing_replaced(model: nn.Module, where: object, skipped: list[Skipped]) -
     return f"{said}; its towers are at {', '.join(others)}" if others else said
 
 
+def _check(ifr_kwargs: dict[str, Any]) -> None:
+    """Raises what IFRHead raises for options that are wrong whatever the tower: all but its channels is known."""
+    groups = ifr_kwargs.get("groups")
+    with torch.device("meta"):  # takes no random number
+        IFRHead(int(groups) if isinstance(groups, int) and groups > 0 else 256, **ifr_kwargs)
+
+
 def _build_head(tower: Tower, ifr_kwargs: dict[str, Any]) -> IFRHead:
     first = tower.convolutions[0]
     head = IFRHead(first.in_channels, **ifr_kwargs)
@@ -89,15 +98,16 @@ def _install(tower: Tower, head: IFRHead, beside: list[tuple[str, nn.Module, str
     new: dict[int, nn.Module] = {id(tower.layers[first]): head}  # what takes a layer's place in a plain list
     setattr(tower.container, first, head)
     for name in others:
-        if isinstance(tower.container, nn.Sequential):
+        if not tower.by_place:
             delattr(tower.container, name)
         else:
             new[id(tower.layers[name])] = identity = nn.Identity()
             setattr(tower.container, name, identity)
     gone = {id(layer) for layer in tower.layers.values()} - new.keys()
+    own = {id(layer) for layer in tower.layers.values() if tower.holders() & set(layer.modules())}
     for _, module, attribute in beside:
         held = vars(module)[attribute]
-        if isinstance(held, list):
+        if isinstance(held, list) and own & set(map(id, held)):
             held[:] = [new.get(id(element), element) for element in held if id(element) not in gone]
     return Replacement(
         path=tower.path,

@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from types import FunctionType
 
-# Called by mmengine and torch to fill parameters, before any input is seen.
-_SETUP = {"__init__", "init_weights", "reset_parameters"}
+# Called by mmengine, torch and detectron2 to build the module and fill its parameters, before any input is seen.
+_SETUP = {"__init__", "from_config", "init_weights", "reset_parameters"}
 
 
 def own_functions(cls: type) -> Iterator[tuple[str, FunctionType]]:
@@ -31,6 +31,24 @@ def parse(function: FunctionType) -> ast.Module | None:
         return None
 
 
+@functools.lru_cache(maxsize=4096)
+def parents(tree: ast.Module) -> dict[ast.AST, ast.AST]:
+    """What each node of a tree stands in."""
+    return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+
+@functools.lru_cache(maxsize=4096)
+def words(tree: ast.Module) -> set[str]:
+    """The attributes and strings that a tree has."""
+    found = (getattr(node, "attr", getattr(node, "value", None)) for node in ast.walk(tree))
+    return {word for word in found if isinstance(word, str)}
+
+
+def stored(node: ast.AST) -> list[ast.Name]:
+    """The names that node binds."""
+    return [n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+
+
 def methods_that_run(cls: type) -> list[tuple[str, ast.Module | None]]:
     """Qualified names and syntax trees (None without source) of the methods that an input may reach.
 
@@ -39,7 +57,7 @@ def methods_that_run(cls: type) -> list[tuple[str, ast.Module | None]]:
     methods = [(name, function, parse(function)) for name, function in own_functions(cls)]
     mentions: dict[str, set[str]] = defaultdict(set)  # of methods by methods; bases' under the same name
     for name, _, tree in methods:
-        mentions[name] |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} if tree else set()
+        mentions[name] |= words(tree) if tree else set()
 
     def mentioned(by: set[str]) -> set[str]:
         return set[str]().union(*(mentions[name] for name in by))

@@ -1,11 +1,11 @@
-"""integrations.towers.loops: containers called whole, walking themselves, inside others, and used from above."""
+"""integrations.towers.uses: containers called whole, walking themselves, inside others, and used from above."""
 
 import pytest
 import torch
 from loop_owners import OneForEachLevel, Plain
 from torch import nn
 
-from ifr_fast.integrations.towers.loops import read_use
+from ifr_fast.integrations.towers.uses import read_use
 
 
 class Calls(nn.Module):
@@ -52,9 +52,10 @@ class Indexed(Calls):
         return x
 
 
-def test_an_indexed_sequential_is_not_taken_for_in_order():
-    """The names of a Sequential's replaced layers go."""
-    assert not read_use(Indexed(), "seq").in_order
+def test_places_of_an_indexed_sequential_count():
+    use, whole = read_use(Indexed(), "seq"), read_use(Calls(), "seq")
+    assert (use.in_order, use.by_place) == (True, True)
+    assert (whole.in_order, whole.by_place) == (True, False)
 
 
 @pytest.mark.parametrize("kind", [nn.Sequential, nn.ModuleList])

@@ -171,11 +171,11 @@ ENDS = [
     (lambda: normed(nn.Dropout2d()), "a Conv2d holding a Dropout2d"),
     (
         lambda: normed(activation=partial(F.interpolate, scale_factor=2)),
-        "a Conv2d that may be more than a convolution (`self.activation(x)`): name it with `where`",
+        "a Conv2d that may be more than a convolution (`self.activation(x)`)",
     ),
     (lambda: nn.Sequential(conv(stride=2), nn.ReLU()), "a 3×3 convolution with stride 2"),
     (Upscaling, "an Upscaling that may be more than a convolution (`F.interpolate("),
-    (NeedsMore, "a NeedsMore that may be more than a convolution (forward(self, x, mask)): name it with `where`"),
+    (NeedsMore, "a NeedsMore that may be more than a convolution (forward(self, x, mask))"),
     (Residual, "a Residual that may be more than a convolution (`x + super().forward(x)`)"),
     (
         lambda: ResidualConv(C, C, 3, padding=1),
@@ -183,7 +183,7 @@ ENDS = [
     ),
     (InPlaceResidual, "an InPlaceResidual that may be more than a convolution (`out.add_(x)`)"),
     (ByALambda, "a ByALambda that may be more than a convolution (its forward has no source)"),
-    (ByAMethod, "a ByAMethod that may be more than a convolution (`self.apply_all(x)`)"),
+    (ByAMethod, "a ByAMethod that may be more than a convolution (`x + self.conv(x)`)"),
 ]
 
 
@@ -222,5 +222,5 @@ def test_other_layers_end_a_tower(build, reason):
 @pytest.mark.parametrize("trusted", [False, True])
 def test_a_module_of_norms_whose_forward_does_more_ends_a_tower(trusted):
     layer = read_layer(Dial([nn.BatchNorm2d(C)]), trusted)
-    assert layer.ends.startswith("a Dial that may be more than a norm (`F.avg_pool2d(")
+    assert layer.ends.startswith("a Dial that may be more than a norm or activation (`F.avg_pool2d(")
     assert not layer.is_convolution

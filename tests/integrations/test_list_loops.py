@@ -1,10 +1,10 @@
-"""integrations.towers.loops: plain lists that a module keeps beside its named layers."""
+"""integrations.towers.uses: plain lists that a module keeps beside its named layers."""
 
 import pytest
 from torch import nn
 from torch.nn import functional as F
 
-from ifr_fast.integrations.towers.loops import may_be_read, read_list_use
+from ifr_fast.integrations.towers.uses import may_be_read, read_list_use
 
 
 class Lists(nn.Module):

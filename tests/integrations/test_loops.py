@@ -1,4 +1,4 @@
-"""integrations.towers.loops: which loops pass one value through a list's elements in order, read from their source."""
+"""integrations.towers.uses: which loops pass one value through a list's elements in order, read from their source."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from loop_owners import OneForEachLevel, Owner, Plain
 from torch import nn
 from torch.nn import functional as F
 
-from ifr_fast.integrations.towers.loops import read_use
+from ifr_fast.integrations.towers.uses import read_use
 
 
 class OutsideReLU(Owner):
