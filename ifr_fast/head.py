@@ -52,7 +52,8 @@ class IFRHead(nn.Module):
     Attributes:
         block: the ResidualBlock.
         last_solution: the Solution of the last forward pass. Its value may share memory with the output. None after an
-            Unroll, an export to ONNX and under torch.func's transforms. Not set where torch.compile traces a checkpointed region.
+            Unroll, after an export to ONNX and under torch.func's transforms. Not set where torch.compile traces a
+            checkpointed region.
         training_unroll: if not 0, passes in training mode apply the block this many times instead of solving.
             WarmupUnroll sets it.
 

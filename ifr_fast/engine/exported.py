@@ -25,7 +25,7 @@ def exported_solve(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solver) ->
     fz = f(z0).reshape(-1, 1, size)
     # Iterates and F(z) are multiplied by a power of two, so that squares neither overflow nor underflow.
     highest = fz.abs().amax(2, keepdim=True).clamp(min=torch.finfo(fz.dtype).tiny)
-    scale = highest.log2().ceil().neg().exp2()
+    scale = 2.0 ** -highest.log2().ceil()
     z = best = z0.reshape(-1, 1, size) * scale
     for k in range(solver.max_iter + 1):
         if k:
@@ -63,17 +63,17 @@ class _Broyden:
             self.inverse = torch.zeros_like(self.step)
             return fz
         history = torch.cat(self.residuals, 1)
-        gram = history @ history.mT
+        gram = history @ history.transpose(1, 2)
         step, inverse = pad(self.step, (0, 0, 0, 1)), pad(self.inverse, (0, 1, 0, 1))
         unit = torch.eye(k + 1, dtype=g.dtype, device=g.device)[:, k:]
         y = unit - unit.roll(-1, 0)
         gram_y = gram @ y
-        q = (gram @ step).mT @ inverse - step.mT
+        q = (gram @ step).transpose(1, 2) @ inverse - step.transpose(1, 2)
         pair = ((step + y - inverse @ gram_y) / (q @ gram_y)) @ q
         usable = pair.abs().sum((1, 2), keepdim=True) < torch.inf
         self.inverse = inverse + torch.where(usable, pair, 0)
         self.step = unit - self.inverse @ (gram @ unit)
-        return z + self.step.mT @ history
+        return z + self.step.transpose(1, 2) @ history
 
 
 class _Anderson:
@@ -91,11 +91,11 @@ class _Anderson:
         if not self.differences[-self.window :] or not self.window:
             return fz
         of_f, of_g = (torch.cat(d, 1) for d in zip(*self.differences[-self.window :], strict=True))
-        normal, one = of_g @ of_g.mT, torch.eye(of_g.shape[1], dtype=g.dtype, device=g.device)
+        normal, one = of_g @ of_g.transpose(1, 2), torch.eye(of_g.shape[1], dtype=g.dtype, device=g.device)
         trace = (normal * one).sum((1, 2), keepdim=True)
-        gamma = _eliminated(normal + one * torch.where(trace > 0, ridge(g.dtype) * trace, 1), of_g @ g.mT)
+        gamma = _eliminated(normal + one * torch.where(trace > 0, ridge(g.dtype) * trace, 1), of_g @ g.transpose(1, 2))
         usable = gamma.abs().sum(1, keepdim=True) < torch.inf
-        return fz - torch.where(usable, gamma, 0).mT @ of_f
+        return fz - torch.where(usable, gamma, 0).transpose(1, 2) @ of_f
 
 
 def _eliminated(system: Tensor, right: Tensor) -> Tensor:
