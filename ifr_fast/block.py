@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._torch import autocast, conv2d, forward_mode_active, tracing, transforms_active
+from ._torch import autocast, conv2d, forward_mode_active, transforms_active
 from .altered import CONVOLUTION, altered_module, called_hooks, update_weights
 from .checks import DTYPES, check_bool
 from .engine.linearise import FORMS
@@ -159,8 +159,7 @@ class ResidualBlock(nn.Module):
         """F by the modules' calls, under autocast if `dtype` has 16 bits and their parameters another dtype."""
         own = self.own_dtype(dtype)
         narrow = dtype.itemsize == 2 and own != dtype
-        exported = torch.onnx.is_in_onnx_export() and not tracing()
-        norm = _exported_norm if exported and not self.altered() else _called
+        norm = _exported_norm if torch.onnx.is_in_onnx_export() and not self.altered() else _called
         with autocast(x.device.type, narrow, dtype if narrow else None):
             r = (z + x).to(own)
             h = F.relu(norm(self.gn1, self.conv1(r)))
@@ -195,8 +194,9 @@ def _exported_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """norm(x) in float32 at least, for ONNX. What torch makes of a group norm fails where N = 0."""
     size = x.shape[1] // norm.num_groups * x.shape[2] * x.shape[3]
     groups = x.to(wide(x.dtype)).reshape(-1, norm.num_groups, size)
-    y = torch.instance_norm(groups, None, None, None, None, True, 0.0, norm.eps, False).view(-1, *x.shape[1:])
-    return y * norm.weight[:, None, None] + norm.bias[:, None, None]
+    one = torch.ones(norm.num_groups, dtype=groups.dtype, device=x.device)
+    y = torch.instance_norm(groups, one, torch.zeros_like(one), None, None, True, 0.0, norm.eps, False)
+    return y.view(-1, *x.shape[1:]) * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -52,8 +52,8 @@ class IFRHead(nn.Module):
     Attributes:
         block: the ResidualBlock.
         last_solution: the Solution of the last forward pass. Its value may share memory with the output. None after an
-            Unroll, after an export to ONNX and under torch.func's transforms. Not set where torch.compile traces a
-            checkpointed region.
+            Unroll and under torch.func's transforms. Not set where torch.compile traces a checkpointed region, and by
+            an export to ONNX.
         training_unroll: if not 0, passes in training mode apply the block this many times instead of solving.
             WarmupUnroll sets it.
 
@@ -226,7 +226,6 @@ class IFRHead(nn.Module):
             for _ in range(steps):
                 z = self.block(z, injection, **options)
         elif torch.onnx.is_in_onnx_export():
-            self._report(None)
             z = exported_solve(lambda z: self.block(z, injection, **options), z, self._iterative().resolve(dtype))
         else:
             solver = self._iterative().resolve(dtype)

@@ -1,7 +1,7 @@
 """The loop for ONNX: few and large operators, that nobody differentiates, and no report.
 
 The graph has every step of every sample; one that has stopped stays as it is. Coefficients are computed in the
-iterate's dtype, as GPU kernels do: TensorRT has no float64.
+iterate's dtype, as GPU kernels do: TensorRT has no float64. Norms of residuals must lie in its range, squared.
 """
 
 from __future__ import annotations
@@ -22,18 +22,12 @@ def exported_solve(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solver) ->
     size, shape = math.prod(z0.shape[1:]), (-1, *z0.shape[1:])
     rtol, _ = solver.resolved()
     next_iterate = METHODS[solver.method](solver)
-    fz = f(z0).reshape(-1, 1, size)
-    # Iterates and F(z) are multiplied by a power of two, so that squares neither overflow nor underflow.
-    highest = fz.abs().amax(2, keepdim=True).clamp(min=torch.finfo(fz.dtype).tiny)
-    scale = 2.0 ** -highest.log2().ceil()
-    z = best = z0.reshape(-1, 1, size) * scale
+    z = best = z0.reshape(-1, 1, size)
     for k in range(solver.max_iter + 1):
-        if k:
-            fz = f((z / scale).view(shape)).reshape(-1, 1, size)
-        fz = fz * scale
+        fz = f(z.view(shape)).reshape(-1, 1, size)
         g = fz - z
         norm, norm_f = (torch.linalg.vector_norm(t, dim=2, keepdim=True) for t in (g, fz))
-        relative, above = norm / norm_f, norm > rtol * norm_f  # both are false with NaN where they are compared
+        relative, above = norm / norm_f, norm > rtol * norm_f  # NaN is neither above nor less
         if k == 0:
             least, most, running = relative, DIVERGENCE * norm, above
         else:
@@ -43,7 +37,7 @@ def exported_solve(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solver) ->
             running = running & above & (norm <= most)
         if k < solver.max_iter:
             z = torch.where(running, next_iterate(z, fz, g), z)
-    return (best / scale).view(shape)
+    return best.view(shape)
 
 
 class _Broyden:
