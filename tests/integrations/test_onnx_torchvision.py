@@ -67,10 +67,9 @@ def test_a_whole_detector(name, tmp_path):
             (expected,) = model(image)
         actual = run.run(None, {run.get_inputs()[0].name: image[0].numpy()})
         actual = {name: torch.from_numpy(value) for name, value in zip(expected, actual, strict=True)}
-        assert len(expected["boxes"]) == 3
+        assert len(expected["boxes"])
         torch.testing.assert_close(actual["scores"], expected["scores"], rtol=1e-3, atol=1e-4)
-        gaps = expected["scores"].diff().abs()
-        if gaps.min() < 1e-4:  # nearly equal scores may change places
+        if (expected["scores"].diff().abs() < 1e-4).any():  # nearly equal scores may change places
             continue
         for key, value in expected.items():
             assert (actual[key] - value).abs().max() <= 1e-3 * value.abs().max(), key
