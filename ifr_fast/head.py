@@ -59,7 +59,8 @@ class IFRHead(nn.Module):
 
     If the block's modules were changed (`altered`), fixed_point solves by calling them. Raises ValueError for
     arguments, shapes, dtypes and devices that do not fit, and for a block without an equilibrium of each sample. Raises
-    NotImplementedError in forward mode and under tools that cannot take a solve.
+    NotImplementedError in forward mode and under tools that cannot take a solve. torch.onnx.export gets the solve in
+    plain operators, with all of max_iter's steps (engine/exported.py).
     """
 
     def __init__(

@@ -1,7 +1,9 @@
 """torchvision's refined detectors in ONNX, wherever the stock ones go: ONNX Runtime computes what torch does."""
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +86,15 @@ def test_the_newer_exporter_takes_no_detector(refined, tmp_path):
         session(
             refine(copy.deepcopy(model)) if refined else model, [torch.rand(3, 64, 64)], tmp_path / "x", dynamo=True
         )
+
+
+@pytest.mark.full
+def test_the_pages_commands(tmp_path, monkeypatch):
+    """Of integrations/README.md, as they stand."""
+    section = (Path(__file__).parents[2] / "integrations/README.md").read_text().split("## ONNX, AOTInductor")[1]
+    (example,) = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(example, "integrations/README.md", "exec"), names)
+    assert {path.name for path in tmp_path.iterdir()} == {"branch.onnx", "branch.pt2", "branch_aoti.pt2"}
+    assert names["masks"].shape == (2, 91, 28, 28)
