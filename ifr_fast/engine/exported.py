@@ -18,7 +18,7 @@ from ..solvers import Solver
 
 
 def exported_solve(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solver) -> Tensor:
-    """The iterates (n, …) that engine.loop.solve finds best, with a resolved solver."""
+    """The iterates (n, …) that engine.loop.solve finds best, with a resolved solver. The history has z0's dtype."""
     size, shape = math.prod(z0.shape[1:]), (-1, *z0.shape[1:])
     rtol, _ = solver.resolved()
     next_iterate = METHODS[solver.method](solver)
