@@ -16,6 +16,7 @@ from .block import ResidualBlock, compute_dtype
 from .checks import DTYPES, check_bool, check_int, check_tensor, refuse_forward_mode
 from .config import build
 from .engine.call import Call
+from .engine.exported import exported_solve
 from .engine.through import differentiable_solve
 from .fixed_point import fixed_point
 from .kernels import convolutions
@@ -51,13 +52,15 @@ class IFRHead(nn.Module):
     Attributes:
         block: the ResidualBlock.
         last_solution: the Solution of the last forward pass. Its value may share memory with the output. None after an
-            Unroll and under torch.func's transforms. Not set where torch.compile traces a checkpointed region.
+            Unroll and under torch.func's transforms. Not set where torch.compile traces a checkpointed region, and by
+            an export to ONNX.
         training_unroll: if not 0, passes in training mode apply the block this many times instead of solving.
             WarmupUnroll sets it.
 
     If the block's modules were changed (`altered`), fixed_point solves by calling them. Raises ValueError for
     arguments, shapes, dtypes and devices that do not fit, and for a block without an equilibrium of each sample. Raises
-    NotImplementedError in forward mode and under tools that cannot take a solve.
+    NotImplementedError in forward mode and under tools that cannot take a solve. torch.onnx.export gets the solve in
+    plain operators, with all of max_iter's steps (engine/exported.py).
     """
 
     def __init__(
@@ -164,11 +167,9 @@ class IFRHead(nn.Module):
         return self.block.altered() if isinstance(self.block, ResidualBlock) else "the block was exchanged"
 
     def _solve(self, x: Tensor) -> Tensor:
-        if self.adjoint.through:
+        if self.adjoint.through or torch.onnx.is_in_onnx_export():  # ONNX has no operator for a solve
             return self._differentiable(x, 0)
         refuse_forward_mode("IFRHead")
-        if torch.onnx.is_in_onnx_export():
-            raise NotImplementedError("IFRHead: ONNX has no operator for a solve; export it with solver=Unroll(steps)")
         if why := self.altered():
             return self._solve_by_calls(x, why)
         keep = self.adjoint.reuses and (torch.is_grad_enabled() or tracing())
@@ -225,6 +226,8 @@ class IFRHead(nn.Module):
             self._report(None)
             for _ in range(steps):
                 z = self.block(z, injection, **options)
+        elif torch.onnx.is_in_onnx_export():
+            z = exported_solve(lambda z: self.block(z, injection, **options), z, self._iterative().resolve(dtype))
         else:
             solver = self._iterative().resolve(dtype)
             solved = differentiable_solve(lambda z: self.block(z, injection, **options), z, solver)

@@ -5,7 +5,6 @@ import io
 import pickle
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -48,32 +47,6 @@ def test_export_with_a_dynamic_batch(options, strict, x, make_head):
         for n in (1, 3, 6):
             x = torch.randn(n, 8, 5, 4)
             torch.testing.assert_close(loaded(x), head(x))
-
-
-PACKAGE = """
-import sys, torch, ifr_fast
-path = sys.argv[1]
-model, inputs = torch._inductor.aoti_load_package(path + ".pt2"), torch.load(path + ".pt")
-for x, y in inputs:
-    torch.testing.assert_close(model(x), y, rtol=1e-3, atol=1e-3)
-print("the same from a package")
-"""
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_aotinductor_package_in_a_fresh_process(dtype, x, make_head, tmp_path):
-    head, x = make_head(8, groups=2, post_gain=0.3).to(dtype).eval(), x.to(dtype)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    with torch.no_grad():
-        program = torch.export.export(head, (x,), dynamic_shapes=({0: batch},))
-        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "head.pt2"))
-        inputs = [(x, head(x)) for x in (x, torch.randn(5, 8, 5, 4, dtype=dtype))]
-    torch.save(inputs, tmp_path / "head.pt")
-    (tmp_path / "load.py").write_text(textwrap.dedent(PACKAGE))
-    command = [sys.executable, str(tmp_path / "load.py"), str(tmp_path / "head")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert "the same from a package" in done.stdout, done.stderr[-3000:]
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
