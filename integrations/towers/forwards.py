@@ -181,8 +181,13 @@ class _Reader:
         if isinstance(node, ast.Subscript):
             return self._kind(node.value)
         kinds = [self._kind(child) for child in ast.iter_child_nodes(node)]
-        reduces = isinstance(node, ast.Call) and _REDUCTIONS.fullmatch(_last_name(node.func)) and kinds.count(2) < 2
+        reduces = isinstance(node, ast.Call) and kinds.count(2) < 2 and self._is_reduction(node.func)
         return min(max(kinds, default=0), 1 if reduces else 2)
+
+    def _is_reduction(self, func: ast.AST) -> bool:
+        """Whether func is torch's or a tensor's: a child may have such a name, as `self.norm` does."""
+        is_tensors = isinstance(func, ast.Attribute) and self._kind(func.value) > 0
+        return bool(_REDUCTIONS.fullmatch(_last_name(func))) and (is_tensors or id(self._resolve(func)) in _TORCH)
 
     def _mixes(self, operands: list[ast.AST]) -> bool:
         """Whether a wrapper computes with what its convolution gave and what it got."""

@@ -1,0 +1,45 @@
+"""integrations.towers: wrappers and loops that once were read wrong."""
+
+import pytest
+from detectron2_layouts import C
+from small_towers import QUICK, Loop, conv
+from torch import nn
+from torch.nn import functional as F
+
+from ifr_fast.integrations.towers import replace_towers
+
+
+class Wrapper(nn.Module):
+    """A convolution and a norm that has the name of a tensor's method."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = conv(), nn.GroupNorm(2, C), nn.ReLU()
+
+
+class Named(Wrapper):
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x)))
+
+
+class ResidualNamed(Wrapper):
+    def forward(self, x):
+        return x + self.norm(self.conv(x))
+
+
+class GateNamed(Wrapper):
+    def forward(self, x):
+        x = x * self.norm(self.conv(x)).sigmoid()
+        return F.relu(x)
+
+
+def test_a_child_named_norm_is_no_reduction():
+    (new,) = replace_towers(Loop(*(Named() for _ in range(4))), **QUICK)
+    assert new.convolutions == 4
+
+
+@pytest.mark.parametrize("where", [None, "convs"])
+@pytest.mark.parametrize("kind", [ResidualNamed, GateNamed])
+def test_a_child_named_norm_hides_no_residual(kind, where):
+    with pytest.raises(ValueError, match="more than a convolution"):
+        replace_towers(Loop(*(kind() for _ in range(4))), where, **QUICK)
