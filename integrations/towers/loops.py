@@ -170,8 +170,8 @@ class Loop:
             pairs = isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts)
             for i, part in enumerate(target.elts):
                 self._assign(part, value.elts[i] if pairs else ast.Starred(value, ast.Load()), env)
-        else:
-            self.effects.append(value)
+        else:  # a part of x is changed where x stands in the target
+            self.effects += [value, self._inline(target, env)]
 
     def _is_link(self, value: ast.AST, name: str) -> bool | None:
         """Whether value is an element applied to what `name` held before, with ReLUs around it."""

@@ -43,3 +43,17 @@ def test_a_child_named_norm_is_no_reduction():
 def test_a_child_named_norm_hides_no_residual(kind, where):
     with pytest.raises(ValueError, match="more than a convolution"):
         replace_towers(Loop(*(kind() for _ in range(4))), where, **QUICK)
+
+
+class WritesInto(Loop):
+    def forward(self, x):
+        for layer in self.convs:
+            x = layer(x)
+            x[:, 0] = 0
+        return self.last(x)
+
+
+@pytest.mark.parametrize("where", [None, "convs"])
+def test_writing_into_a_part_of_x_is_more_than_a_layer(where):
+    with pytest.raises(ValueError, match="no conv tower"):
+        replace_towers(WritesInto(), where, **QUICK)
