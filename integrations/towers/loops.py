@@ -202,7 +202,8 @@ class Loop:
 
     def _is_read_behind(self, name: str) -> bool:
         """Whether the method reads, behind the loop, what the loop left in a name."""
-        end = self.node.end_lineno, self.node.end_col_offset
+        last = self.node.body[-1] if isinstance(self.node, (ast.For, ast.While)) else self.node  # an else is behind it
+        end = last.end_lineno, last.end_col_offset
         names = [n for n in ast.walk(self.mentions.method) if isinstance(n, ast.Name) and n.id == name]
         behind = [n for n in names if (n.lineno, n.col_offset) >= end]
         stores = [n.lineno for n in behind if isinstance(n.ctx, ast.Store)]

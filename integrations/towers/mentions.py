@@ -9,7 +9,7 @@ from torch import nn
 from .sources import parents, stored, words
 
 INDEX = ast.Name("<index>", ast.Load())  # what counts from 0
-_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
+CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
 
 
 class Mentions:
@@ -77,7 +77,7 @@ class Mentions:
             return is_own and is_self and not isinstance(self.parents[node], ast.Attribute)
         of = self.resolve(node.value)
         if of is self.container:
-            return node.attr in self.names or node.attr in _CHILDREN
+            return node.attr in self.names or node.attr in CHILDREN
         return of is None and not is_own and node.attr in self.names
 
     def _is_at(self, node: ast.AST, depth: int) -> bool:

@@ -57,3 +57,40 @@ class WritesInto(Loop):
 def test_writing_into_a_part_of_x_is_more_than_a_layer(where):
     with pytest.raises(ValueError, match="no conv tower"):
         replace_towers(WritesInto(), where, **QUICK)
+
+
+class CallsAgain(Loop):
+    def forward(self, x):
+        for layer in self.convs:
+            x = layer(x)
+        else:
+            x = layer(x)
+        return self.last(x)
+
+
+class Called(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.Sequential(*(conv() for _ in range(4)))
+
+
+class ByModules(Called):
+    def forward(self, x):
+        return self.convs(x) + self.convs._modules["0"](x)
+
+
+class Averages(Called):
+    def forward(self, x):
+        return self.convs(x) / len(self.convs)
+
+
+@pytest.mark.parametrize("kind", [CallsAgain, ByModules])
+def test_layers_read_behind_the_loop_or_by_their_names_are_no_tower(kind):
+    with pytest.raises(ValueError, match="no conv tower"):
+        replace_towers(kind(), **QUICK)
+
+
+def test_a_length_that_is_read_stays():
+    model = Averages()
+    replace_towers(model, **QUICK)
+    assert len(model.convs) == 4
