@@ -39,6 +39,7 @@ _RESHAPES = re.compile("permute|reshape|transpose|view")  # may be undone furthe
 _QUESTIONS = re.compile(
     "device|dim|dtype|is_contiguous|is_cuda|is_floating_point|ndim|new_empty|new_zeros|numel|requires_grad|shape|size|stride"
 )
+_PLACES = re.compile("arange|bernoulli|linspace|meshgrid|normal|rand|randint|randn|randperm")  # what differs by place
 _GEOMETRY = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}  # how F.conv2d goes on, and its defaults
 _TORCH = {id(getattr(space, name)): name for space in (torch, F) for name in dir(space)}
 _ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr, ast.For)
@@ -207,6 +208,7 @@ class _Reader:
         if isinstance(func, ast.Attribute) and self._kind(of) == 2 and not _QUESTIONS.fullmatch(func.attr):
             name, args = func.attr, [of, *args]
         elif 2 not in kinds or _is_size(node):
+            yield from [True] * bool(_PLACES.fullmatch(name))
             return
         if name == "conv2d":
             given = dict(zip(_GEOMETRY, node.args[3:], strict=False)) | {k.arg: k.value for k in node.keywords}

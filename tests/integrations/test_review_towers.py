@@ -1,6 +1,7 @@
 """integrations.towers: wrappers and loops that once were read wrong."""
 
 import pytest
+import torch
 from detectron2_layouts import C
 from small_towers import QUICK, Loop, conv
 from torch import nn
@@ -94,3 +95,20 @@ def test_a_length_that_is_read_stays():
     model = Averages()
     replace_towers(model, **QUICK)
     assert len(model.convs) == 4
+
+
+class NoiseReLU(nn.Module):
+    def forward(self, x):
+        return F.relu(x + 0.1 * torch.randn(len(x), 1, *x.shape[-2:]))
+
+
+class PlacedNorm(nn.Module):
+    def forward(self, x):
+        return x + torch.linspace(-1, 1, x.shape[-1])
+
+
+@pytest.mark.parametrize("where", [None, "convs"])
+@pytest.mark.parametrize("kind", [NoiseReLU, PlacedNorm])
+def test_what_adds_noise_or_its_place_is_no_activation(kind, where):
+    with pytest.raises(ValueError, match="no conv tower"):
+        replace_towers(Loop(*(layer for _ in range(4) for layer in (conv(), kind()))), where, **QUICK)
