@@ -73,6 +73,11 @@ class _Reader:
     kinds: dict[str, int]
     done: set[object]
 
+    @property
+    def wraps(self) -> bool:
+        """Whether the module is or holds a convolution."""
+        return any(isinstance(module, nn.Conv2d) for module in self.module.modules())
+
     def method(self, name: str, classes: Sequence[type], kinds: list[int]) -> Iterator[Doubt]:
         owner = next((base for base in classes if name in vars(base)), object)
         function = vars(owner).get(name)
@@ -106,7 +111,11 @@ class _Reader:
             if isinstance(node, _ASSIGNMENTS) and value:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     names |= {n.id: max(names.get(n.id, 0), reader._kind(value)) for n in stored(target)}
+        rebound = {name.id for name in stored(tree.body[0])}
         for node in nodes:
+            given = getattr(node.value, "id", "self") if isinstance(node, ast.Return) else "self"
+            if is_forward and self.wraps and given == takes.args[1].arg and given not in rebound:
+                yield Doubt(f"`return {given}`, its input", certain=True)
             for doubt in reader._doubts(node, is_forward):
                 said = f"`{' '.join(ast.unparse(node).split())[:80]}`"
                 yield doubt if isinstance(doubt, Doubt) else Doubt(said, doubt)
@@ -195,8 +204,7 @@ class _Reader:
         maps = [operand for operand in operands if self._kind(operand) == 2]
         names = [{n.id for n in ast.walk(m) if isinstance(n, ast.Name) and self.kinds.get(n.id) == 2} for m in maps]
         calls = any(word in ast.unparse(m) for m in maps for word in ("self.", "super()"))
-        wraps = any(isinstance(m, nn.Conv2d) for m in self.module.modules())
-        return wraps and len(maps) > 1 and (calls or any(name != names[0] for name in names))
+        return self.wraps and len(maps) > 1 and (calls or any(name != names[0] for name in names))
 
     def _call(self, node: ast.Call) -> Iterator[bool | Doubt]:
         func, args = node.func, [*node.args, *(keyword.value for keyword in node.keywords)]

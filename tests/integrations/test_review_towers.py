@@ -112,3 +112,26 @@ class PlacedNorm(nn.Module):
 def test_what_adds_noise_or_its_place_is_no_activation(kind, where):
     with pytest.raises(ValueError, match="no conv tower"):
         replace_towers(Loop(*(layer for _ in range(4) for layer in (conv(), kind()))), where, **QUICK)
+
+
+class Skips(Wrapper):
+    """Stochastic depth: some calls give what they got."""
+
+    def forward(self, x):
+        if self.training and torch.rand(1) < 0.5:
+            return x
+        return self.act(self.conv(x))
+
+
+class SkipsSmall(Wrapper):
+    def forward(self, x):
+        if x.shape[-1] < 8:
+            return x
+        return self.act(self.conv(x))
+
+
+@pytest.mark.parametrize("where", [None, "convs"])
+@pytest.mark.parametrize("kind", [Skips, SkipsSmall])
+def test_a_wrapper_that_may_return_its_input_is_no_layer(kind, where):
+    with pytest.raises(ValueError, match="more than a convolution"):
+        replace_towers(Loop(*(kind() for _ in range(4))), where, **QUICK)
