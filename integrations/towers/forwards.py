@@ -136,6 +136,8 @@ class _Reader:
                 yield True
         elif kind == 2 and isinstance(node, (ast.Subscript, *_SCOPES)):
             yield isinstance(node, ast.Subscript)
+        elif kind == 2 and isinstance(node, ast.Attribute) and node.attr in ("H", "T", "mH", "mT"):
+            yield True
         elif kind == 2 and any(isinstance(n, (ast.Attribute, ast.Subscript)) for n in getattr(node, "targets", ())):
             yield False  # put into a list, kept on the module
 
@@ -241,7 +243,7 @@ class _Reader:
                 yield from self.method(_last_name(func), type(self.module).__mro__, [0, *kinds])
             else:
                 yield from self.function(called, kinds, self.owner)
-        elif not (called is _CHILD or isinstance(called, nn.Module)) or len(args) != 1:
+        elif not (called is _CHILD or called in [self.module, *self.module.children()]) or len(args) != 1:
             yield False
 
 

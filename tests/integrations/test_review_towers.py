@@ -102,14 +102,36 @@ class NoiseReLU(nn.Module):
         return F.relu(x + 0.1 * torch.randn(len(x), 1, *x.shape[-2:]))
 
 
+class TransposedReLU(nn.Module):
+    def forward(self, x):
+        return F.relu(x).mT
+
+
+SMOOTH = nn.AvgPool2d(3, 1, 1)
+
+
+class SmoothReLU(nn.Module):
+    def forward(self, x):
+        return F.relu(SMOOTH(x))
+
+
+class HiddenReLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.__dict__["smooth"] = nn.AvgPool2d(3, 1, 1)
+
+    def forward(self, x):
+        return F.relu(self.smooth(x))
+
+
 class PlacedNorm(nn.Module):
     def forward(self, x):
         return x + torch.linspace(-1, 1, x.shape[-1])
 
 
 @pytest.mark.parametrize("where", [None, "convs"])
-@pytest.mark.parametrize("kind", [NoiseReLU, PlacedNorm])
-def test_what_adds_noise_or_its_place_is_no_activation(kind, where):
+@pytest.mark.parametrize("kind", [NoiseReLU, PlacedNorm, TransposedReLU, SmoothReLU, HiddenReLU])
+def test_what_mixes_or_marks_places_is_no_activation(kind, where):
     with pytest.raises(ValueError, match="no conv tower"):
         replace_towers(Loop(*(layer for _ in range(4) for layer in (conv(), kind()))), where, **QUICK)
 
