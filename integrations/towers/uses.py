@@ -181,7 +181,7 @@ class _Reader:
                 return call, Loop(loop, self.mentions).judge()
         loop = next((up for up in self._above(node) if isinstance(up, _LOOPS)), None)
         walked = [over for clause in clauses(loop) for _, over in elements(clause.target, clause.iter)]
-        by_name = is_own and isinstance(node, ast.Attribute)
+        by_name = is_own and isinstance(node, ast.Attribute) and node.attr not in CHILDREN
         if by_name or not any(map(self.mentions.is_container, walked)):
             return parent, Verdict(None)
         self.by_place = self.by_place or not any(clause.iter is node for clause in clauses(loop))

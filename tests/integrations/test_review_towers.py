@@ -157,3 +157,48 @@ class SkipsSmall(Wrapper):
 def test_a_wrapper_that_may_return_its_input_is_no_layer(kind, where):
     with pytest.raises(ValueError, match="more than a convolution"):
         replace_towers(Loop(*(kind() for _ in range(4))), where, **QUICK)
+
+
+class TapsByName(Called):
+    """As networks that give the features of chosen layers are written."""
+
+    def forward(self, x):
+        taps = []
+        for name, layer in self.convs._modules.items():
+            x = layer(x)
+            if name in "13":
+                taps.append(x)
+        return taps
+
+
+class AddsToChildren(Called):
+    def forward(self, x):
+        for layer in self.convs.children():
+            x = layer(x) + x
+        return x
+
+
+class WalksItsModules(nn.Sequential):
+    def forward(self, x):
+        for _, layer in self._modules.items():
+            x = layer(x) + x
+        return x
+
+
+class WalksItsChildren(Called):
+    def forward(self, x):
+        for _, layer in self.convs.named_children():
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("build", [TapsByName, AddsToChildren, lambda: WalksItsModules(*(conv() for _ in range(4)))])
+@pytest.mark.parametrize("where", [None, "*"])
+def test_loops_over_modules_and_children_are_read(build, where):
+    with pytest.raises(ValueError, match="no conv tower"):
+        replace_towers(build(), where, **QUICK)
+
+
+def test_a_chain_of_children_is_a_tower():
+    (new,) = replace_towers(WalksItsChildren(), **QUICK)
+    assert new.convolutions == 4
