@@ -202,3 +202,19 @@ def test_loops_over_modules_and_children_are_read(build, where):
 def test_a_chain_of_children_is_a_tower():
     (new,) = replace_towers(WalksItsChildren(), **QUICK)
     assert new.convolutions == 4
+
+
+class InPlaceAhead(Loop):
+    """Its result has negative numbers: a ReLU that stays in the loop would take them from an IFRHead's."""
+
+    def forward(self, x):
+        for layer in self.convs:
+            F.relu_(x)
+            x = layer(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("where", [None, "convs"])
+def test_a_relu_in_place_ahead_of_a_layer_is_more_than_a_layer(where):
+    with pytest.raises(ValueError, match="no conv tower"):
+        replace_towers(InPlaceAhead(*(conv() for _ in range(4))), where, **QUICK)
