@@ -70,6 +70,10 @@ class Loop:
         unknown = unknown or any(_reads(e, "<element>", *chains) for e in (*self.effects, *self.tests))
         return Verdict(None if unknown else True, breaks=frozenset(self.breaks))
 
+    def counts(self) -> bool:
+        """Whether something else is carried from one turn to the next, so that their number counts."""
+        return any(_reads(value, name) for name, value in self.env.items() if not _calls(value))
+
     def _bind(self, clause: ast.For | ast.comprehension, env: dict[str, ast.AST]) -> None:
         env |= {n.id: _OTHER for n in stored(clause.target)}
         lengths = []

@@ -184,8 +184,9 @@ class _Reader:
         by_name = is_own and isinstance(node, ast.Attribute) and node.attr not in CHILDREN
         if by_name or not any(map(self.mentions.is_container, walked)):
             return parent, Verdict(None)
-        self.by_place = self.by_place or not any(clause.iter is node for clause in clauses(loop))
-        return loop, Loop(loop, self.mentions).judge()
+        read = Loop(loop, self.mentions)
+        self.by_place = self.by_place or read.counts() or not any(clause.iter is node for clause in clauses(loop))
+        return loop, read.judge()
 
     def _is_no_child(self, name: str) -> bool:
         """Whether the container's attribute `name` shows nothing of its children: a method of its own is read, too."""

@@ -218,3 +218,18 @@ class InPlaceAhead(Loop):
 def test_a_relu_in_place_ahead_of_a_layer_is_more_than_a_layer(where):
     with pytest.raises(ValueError, match="no conv tower"):
         replace_towers(InPlaceAhead(*(conv() for _ in range(4))), where, **QUICK)
+
+
+class CountsTurns(Called):
+    def forward(self, x):
+        turns = 0
+        for layer in self.convs:
+            x = layer(x)
+            turns += 1
+        return x / turns
+
+
+def test_a_loop_that_counts_its_turns_keeps_their_number():
+    model = CountsTurns()
+    replace_towers(model, **QUICK)
+    assert len(model.convs) == 4
