@@ -159,7 +159,9 @@ class Loop:
                     env |= {name: ast.Starred(inside[name], ast.Load()) for name in changed}
                 case ast.Expr(value=value):
                     value = self._inline(value, env)
-                    if not (isinstance(value, ast.Call) and value.func is _RELU and _calls(value)):  # in place, or nothing
+                    if not (
+                        isinstance(value, ast.Call) and value.func is _RELU and _calls(value)
+                    ):  # in place, or nothing
                         self.effects.append(value)
                 case ast.Assert(test=test):
                     self.tests.append(self._inline(test, env))
