@@ -71,8 +71,8 @@ class Loop:
         return Verdict(None if unknown else True, breaks=frozenset(self.breaks))
 
     def counts(self) -> bool:
-        """Whether something else is carried from one turn to the next, so that their number counts."""
-        return any(_reads(value, name) for name, value in self.env.items() if not _calls(value))
+        """Whether something else is done or carried on in each turn, so that their number counts."""
+        return bool(self.effects) or any(_reads(v, name) for name, v in self.env.items() if not _calls(v))
 
     def _bind(self, clause: ast.For | ast.comprehension, env: dict[str, ast.AST]) -> None:
         env |= {n.id: _OTHER for n in stored(clause.target)}

@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import itertools
 import random
+import re
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_a_random_loop_is_replaced_only_by_what_it_computes(models, count):
             report = replace_towers(refined, where, **QUICK)
             replace_towers(copy.deepcopy(original), **QUICK)
         except ValueError as error:  # no tower; or one that only a name makes so, which is trusted
-            assert "found no conv tower" in str(error) or "leads to no conv tower" in str(error)
+            assert re.search("(found|leads to) no conv tower", str(error))
             continue
         replaced += 1
         for with_relu in (False, True):
