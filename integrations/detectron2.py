@@ -115,7 +115,7 @@ def refine(model: nn.Module, where: Sequence[str] | str | None = None, **ifr_kwa
 
     where: None, a glob or a list of globs. ifr_kwargs: IFRHead's options. Errors: see replace_towers.
     """
-    return _refined(model, ifr_kwargs, where if where is None or isinstance(where, str) else list(where))
+    return _refined(model, ifr_kwargs, where)
 
 
 @META_ARCH_REGISTRY.register()

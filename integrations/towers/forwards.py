@@ -39,6 +39,7 @@ _RESHAPES = re.compile("permute|reshape|transpose|view")  # may be undone furthe
 _QUESTIONS = re.compile(
     "device|dim|dtype|is_contiguous|is_cuda|is_floating_point|ndim|new_empty|new_zeros|numel|requires_grad|shape|size|stride"
 )
+_PLACES = re.compile("arange|bernoulli|linspace|meshgrid|normal|rand|randint|randn|randperm")  # what differs by place
 _GEOMETRY = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}  # how F.conv2d goes on, and its defaults
 _TORCH = {id(getattr(space, name)): name for space in (torch, F) for name in dir(space)}
 _ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr, ast.For)
@@ -71,6 +72,11 @@ class _Reader:
     globals: dict[str, object]
     kinds: dict[str, int]
     done: set[object]
+
+    @property
+    def wraps(self) -> bool:
+        """Whether the module is or holds a convolution."""
+        return any(isinstance(module, nn.Conv2d) for module in self.module.modules())
 
     def method(self, name: str, classes: Sequence[type], kinds: list[int]) -> Iterator[Doubt]:
         owner = next((base for base in classes if name in vars(base)), object)
@@ -105,7 +111,11 @@ class _Reader:
             if isinstance(node, _ASSIGNMENTS) and value:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     names |= {n.id: max(names.get(n.id, 0), reader._kind(value)) for n in stored(target)}
+        rebound = {name.id for name in stored(tree.body[0])}
         for node in nodes:
+            given = getattr(node.value, "id", "self") if isinstance(node, ast.Return) else "self"
+            if is_forward and self.wraps and given == takes.args[1].arg and given not in rebound:
+                yield Doubt(f"`return {given}`, its input", certain=True)
             for doubt in reader._doubts(node, is_forward):
                 said = f"`{' '.join(ast.unparse(node).split())[:80]}`"
                 yield doubt if isinstance(doubt, Doubt) else Doubt(said, doubt)
@@ -126,6 +136,8 @@ class _Reader:
                 yield True
         elif kind == 2 and isinstance(node, (ast.Subscript, *_SCOPES)):
             yield isinstance(node, ast.Subscript)
+        elif kind == 2 and isinstance(node, ast.Attribute) and node.attr in ("H", "T", "mH", "mT"):
+            yield True
         elif kind == 2 and any(isinstance(n, (ast.Attribute, ast.Subscript)) for n in getattr(node, "targets", ())):
             yield False  # put into a list, kept on the module
 
@@ -181,16 +193,20 @@ class _Reader:
         if isinstance(node, ast.Subscript):
             return self._kind(node.value)
         kinds = [self._kind(child) for child in ast.iter_child_nodes(node)]
-        reduces = isinstance(node, ast.Call) and _REDUCTIONS.fullmatch(_last_name(node.func)) and kinds.count(2) < 2
+        reduces = isinstance(node, ast.Call) and kinds.count(2) < 2 and self._is_reduction(node.func)
         return min(max(kinds, default=0), 1 if reduces else 2)
+
+    def _is_reduction(self, func: ast.AST) -> bool:
+        """Whether func is torch's or a tensor's: a child may have such a name, as `self.norm` does."""
+        is_tensors = isinstance(func, ast.Attribute) and self._kind(func.value) > 0
+        return bool(_REDUCTIONS.fullmatch(_last_name(func))) and (is_tensors or id(self._resolve(func)) in _TORCH)
 
     def _mixes(self, operands: list[ast.AST]) -> bool:
         """Whether a wrapper computes with what its convolution gave and what it got."""
         maps = [operand for operand in operands if self._kind(operand) == 2]
         names = [{n.id for n in ast.walk(m) if isinstance(n, ast.Name) and self.kinds.get(n.id) == 2} for m in maps]
         calls = any(word in ast.unparse(m) for m in maps for word in ("self.", "super()"))
-        wraps = any(isinstance(m, nn.Conv2d) for m in self.module.modules())
-        return wraps and len(maps) > 1 and (calls or any(name != names[0] for name in names))
+        return self.wraps and len(maps) > 1 and (calls or any(name != names[0] for name in names))
 
     def _call(self, node: ast.Call) -> Iterator[bool | Doubt]:
         func, args = node.func, [*node.args, *(keyword.value for keyword in node.keywords)]
@@ -202,6 +218,7 @@ class _Reader:
         if isinstance(func, ast.Attribute) and self._kind(of) == 2 and not _QUESTIONS.fullmatch(func.attr):
             name, args = func.attr, [of, *args]
         elif 2 not in kinds or _is_size(node):
+            yield from [True] * bool(_PLACES.fullmatch(name))
             return
         if name == "conv2d":
             given = dict(zip(_GEOMETRY, node.args[3:], strict=False)) | {k.arg: k.value for k in node.keywords}
@@ -226,7 +243,7 @@ class _Reader:
                 yield from self.method(_last_name(func), type(self.module).__mro__, [0, *kinds])
             else:
                 yield from self.function(called, kinds, self.owner)
-        elif not (called is _CHILD or isinstance(called, nn.Module)) or len(args) != 1:
+        elif not (called is _CHILD or called in [self.module, *self.module.children()]) or len(args) != 1:
             yield False
 
 

@@ -70,6 +70,10 @@ class Loop:
         unknown = unknown or any(_reads(e, "<element>", *chains) for e in (*self.effects, *self.tests))
         return Verdict(None if unknown else True, breaks=frozenset(self.breaks))
 
+    def counts(self) -> bool:
+        """Whether something else is done or carried on in each turn, so that their number counts."""
+        return bool(self.effects) or any(_reads(v, name) for name, v in self.env.items() if not _calls(v))
+
     def _bind(self, clause: ast.For | ast.comprehension, env: dict[str, ast.AST]) -> None:
         env |= {n.id: _OTHER for n in stored(clause.target)}
         lengths = []
@@ -155,7 +159,9 @@ class Loop:
                     env |= {name: ast.Starred(inside[name], ast.Load()) for name in changed}
                 case ast.Expr(value=value):
                     value = self._inline(value, env)
-                    if not (isinstance(value, ast.Call) and value.func is _RELU):  # in place, or nothing
+                    if not (
+                        isinstance(value, ast.Call) and value.func is _RELU and _calls(value)
+                    ):  # in place, or nothing
                         self.effects.append(value)
                 case ast.Assert(test=test):
                     self.tests.append(self._inline(test, env))
@@ -170,8 +176,8 @@ class Loop:
             pairs = isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts)
             for i, part in enumerate(target.elts):
                 self._assign(part, value.elts[i] if pairs else ast.Starred(value, ast.Load()), env)
-        else:
-            self.effects.append(value)
+        else:  # a part of x is changed where x stands in the target
+            self.effects += [value, self._inline(target, env)]
 
     def _is_link(self, value: ast.AST, name: str) -> bool | None:
         """Whether value is an element applied to what `name` held before, with ReLUs around it."""
@@ -202,7 +208,8 @@ class Loop:
 
     def _is_read_behind(self, name: str) -> bool:
         """Whether the method reads, behind the loop, what the loop left in a name."""
-        end = self.node.end_lineno, self.node.end_col_offset
+        last = self.node.body[-1] if isinstance(self.node, (ast.For, ast.While)) else self.node  # an else is behind it
+        end = last.end_lineno, last.end_col_offset
         names = [n for n in ast.walk(self.mentions.method) if isinstance(n, ast.Name) and n.id == name]
         behind = [n for n in names if (n.lineno, n.col_offset) >= end]
         stores = [n.lineno for n in behind if isinstance(n.ctx, ast.Store)]

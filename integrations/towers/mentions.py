@@ -9,7 +9,7 @@ from torch import nn
 from .sources import parents, stored, words
 
 INDEX = ast.Name("<index>", ast.Load())  # what counts from 0
-_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
+CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
 
 
 class Mentions:
@@ -66,7 +66,8 @@ class Mentions:
 
     def is_certain(self, node: ast.AST) -> bool:
         """Whether a mention is this container's, and not perhaps that of another with its name."""
-        return self.aliases or self.resolve(node) is self.container
+        of = node.value if isinstance(node, ast.Attribute) and node.attr in CHILDREN else node
+        return self.aliases or self.resolve(of) is self.container
 
     def _is_mention(self, node: ast.AST) -> bool:
         if self.attribute is not None:
@@ -77,7 +78,7 @@ class Mentions:
             return is_own and is_self and not isinstance(self.parents[node], ast.Attribute)
         of = self.resolve(node.value)
         if of is self.container:
-            return node.attr in self.names or node.attr in _CHILDREN
+            return node.attr in self.names or node.attr in CHILDREN
         return of is None and not is_own and node.attr in self.names
 
     def _is_at(self, node: ast.AST, depth: int) -> bool:
@@ -127,10 +128,11 @@ def elements(target: ast.AST | None, over: ast.AST) -> Iterator[tuple[ast.AST | 
                 yield from elements(parts[i] if i < len(parts) else None, row)
         case (
             ast.Call(func=ast.Name(id="list" | "tuple"), args=[inner])
-            | ast.Call(func=ast.Attribute(value=inner, attr="values"))
+            | ast.Call(func=ast.Attribute(value=inner, attr="values" | "children"))
+            | ast.Attribute(value=inner, attr="_modules")
         ):
             yield from elements(target, inner)
-        case ast.Call(func=ast.Attribute(value=inner, attr="items"), args=[]):
+        case ast.Call(func=ast.Attribute(value=inner, attr="items" | "named_children"), args=[]):
             yield from elements(parts[1] if len(parts) == 2 else None, inner)
         case _:
             yield target, over

@@ -13,7 +13,7 @@ from itertools import accumulate
 from torch import nn
 
 from .loops import NOT_IN_TURN, ONE_BY_ONE, Loop, Verdict
-from .mentions import Mentions, clauses, elements
+from .mentions import CHILDREN, Mentions, clauses, elements
 from .sources import methods_that_run, stored
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -166,6 +166,7 @@ class _Reader:
             case ast.Compare(ops=ops) if all(isinstance(op, (ast.Is, ast.IsNot)) for op in ops):
                 return parent, None
             case ast.Call(func=ast.Name(id="len")):
+                self.by_place = self.by_place or not is_own
                 return parent, None
             case ast.Call(func=func) if func is node and not is_own:
                 return parent, Verdict(True)
@@ -180,16 +181,17 @@ class _Reader:
                 return call, Loop(loop, self.mentions).judge()
         loop = next((up for up in self._above(node) if isinstance(up, _LOOPS)), None)
         walked = [over for clause in clauses(loop) for _, over in elements(clause.target, clause.iter)]
-        by_name = is_own and isinstance(node, ast.Attribute)
+        by_name = is_own and isinstance(node, ast.Attribute) and node.attr not in CHILDREN
         if by_name or not any(map(self.mentions.is_container, walked)):
             return parent, Verdict(None)
-        self.by_place = self.by_place or not any(clause.iter is node for clause in clauses(loop))
-        return loop, Loop(loop, self.mentions).judge()
+        read = Loop(loop, self.mentions)
+        self.by_place = self.by_place or read.counts() or not any(clause.iter is node for clause in clauses(loop))
+        return loop, read.judge()
 
     def _is_no_child(self, name: str) -> bool:
         """Whether the container's attribute `name` shows nothing of its children: a method of its own is read, too."""
         container = self.mentions.container
-        if isinstance(container, list) or name in container._modules or name == "forward":
+        if isinstance(container, list) or name in container._modules or name in ("forward", *CHILDREN):
             return False
         owner = next((base for base in type(container).__mro__ if name in vars(base)), None)
         return name in _LEAVE_ALONE or owner is None or owner.__module__.split(".")[0] != "torch"

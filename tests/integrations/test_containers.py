@@ -103,7 +103,7 @@ class AlsoTapped(nn.Sequential):
 
 @pytest.mark.parametrize(
     ("kind", "in_order"),
-    [(nn.Sequential, True), (Named, True), (Dense, False), (ByName, None), (Children, None), (AlsoTapped, False)],
+    [(nn.Sequential, True), (Named, True), (Dense, False), (ByName, None), (Children, True), (AlsoTapped, False)],
 )
 def test_a_container_that_walks_itself(kind, in_order):
     container = kind()

@@ -131,3 +131,9 @@ def test_wrong_architecture_or_place_is_named(overrides, message, d2):
     cfg.merge_from_list(on_command_line(**overrides))
     with pytest.raises(ValueError, match=message):
         d2.build_model(cfg)
+
+
+@pytest.mark.parametrize("where", [5, [5], []])
+def test_refine_refuses_a_where_of_another_type(d2, where):
+    with pytest.raises(ValueError, match="where: expected None, a glob"):
+        d2.ours.refine(torch.nn.Sequential(), where)
