@@ -95,6 +95,14 @@ def matches(path: str, glob: str) -> bool:
     return not glob or any(fnmatchcase(".".join(names[:n]), glob) for n in range(1, len(names) + 1))
 
 
+def _names(glob: str, path: str) -> bool:
+    """Whether glob names the module at path itself, which "*" for whatever there is does not."""
+    (above, _, last), (over, _, wanted) = path.rpartition("."), glob.rpartition(".")
+    if glob == path or wanted == "*":
+        return glob == path or (bool(over) and _names(over, above))
+    return fnmatchcase(last, wanted) and fnmatchcase(path, glob)
+
+
 def join(path: str, name: str) -> str:
     """The path of the child `name` of the module at `path`."""
     return f"{path}.{name}" if path else name
@@ -137,14 +145,17 @@ def _read_row(
         children = {names[layer]: layer for layer in vars(container)[attribute]}
     globs = globs_of(where)
 
+    def places(name: str) -> list[str]:
+        return [join(path, part) for path in paths for part in (name, attribute) if part]
+
     def selected(name: str) -> bool:
         if globs:
-            names = [join(path, part) for path in paths for part in (name, attribute) if part]
-            return any(matches(path, glob) for path in names for glob in globs)
+            return any(matches(path, glob) for path in places(name) for glob in globs)
         return not callable(where) or any(where(path, container) for path in paths)
 
     chosen = [name for name in children if selected(name)]
-    trusted = where is not None
+    own = {*paths, *(path for name in chosen for path in places(name))}
+    trusted = callable(where) or any(_names(glob, path) for path in own for glob in globs)
     layers = {name: read_layer(child, trusted) for name, child in children.items()} if chosen else {}
     if sum(layer.is_convolution for layer in layers.values()) < 2:
         return [], []

@@ -25,7 +25,8 @@ def replace_towers(model: nn.Module, where: Where | None = None, **ifr_kwargs: A
             (VGG). A glob or a list of globs ("*.cls_convs", "roi_heads"): each is matched against the path of the new
             IFRHead and of all that holds it, and must lead to a replacement. Or a callable (path, container) -> bool.
             What is named is trusted where the source does not tell: a run of two convolutions, a container whose use
-            is unknown and a wrapper that calls something unknown are replaced too. "" names the model itself.
+            is unknown and a wrapper that calls something unknown are replaced too. Of the latter two the container
+            itself must be named ("head.convs", "*.convs"; not "head", "*"). "" names the model itself.
         ifr_kwargs: passed to IFRHead.
 
     Returns a Report: a list of Replacement, with the list of Skipped as its attribute `skipped`.

@@ -153,7 +153,7 @@ def test_other_models_are_refused(model):
 
 
 def test_readme_shows_how():
-    (shown,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "refine" in block)
+    (shown,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "model = refine(" in block)
     scope = {}
     with torch.device("meta"):
         exec(shown.replace('weights="DEFAULT"', "weights=None, weights_backbone=None"), scope)

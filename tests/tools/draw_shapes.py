@@ -1,4 +1,4 @@
-"""Draws a dataset in COCO's format, of coloured triangles, squares, stars and discs on noise.
+"""Draws a dataset in COCO's format: yellow triangles, blue squares, red stars and green discs on noise.
 
 python tests/tools/draw_shapes.py DATA
 """
@@ -13,7 +13,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 HEIGHT, WIDTH = 144, 192
-SHAPES = {1: ("triangle", 3), 2: ("square", 4), 3: ("star", 10), 4: ("disc", 40)}  # with their corners
+SHAPES = {  # name, number of corners, colour
+    1: ("triangle", 3, (220, 190, 60)),
+    2: ("square", 4, (70, 110, 220)),
+    3: ("star", 10, (210, 70, 60)),
+    4: ("disc", 40, (80, 180, 90)),
+}
 
 
 def draw(data: Path, train: int, val: int) -> None:
@@ -22,9 +27,9 @@ def draw(data: Path, train: int, val: int) -> None:
     for split, count in (("train", train), ("val", val)):
         (data / split).mkdir()
         content = {"images": [], "annotations": [], "info": {}}
-        content["categories"] = [{"id": id, "name": name} for id, (name, _) in SHAPES.items()]
+        content["categories"] = [{"id": id, "name": name} for id, (name, *_) in SHAPES.items()]
         for index in range(count):
-            picture = Image.effect_noise((WIDTH, HEIGHT), 60).convert("RGB")
+            picture = Image.effect_noise((WIDTH, HEIGHT), 30).convert("RGB")
             for place in random.sample([(48, 36), (144, 36), (48, 108), (144, 108)], k=random.randint(1, 4)):
                 entry = {"id": len(content["annotations"]) + 1, "image_id": index, "iscrowd": 0}
                 content["annotations"].append(entry | shape(picture, place))
@@ -35,7 +40,7 @@ def draw(data: Path, train: int, val: int) -> None:
 
 def shape(picture: Image.Image, place: tuple[int, int]) -> dict:
     """Draws one shape near a place of the picture; returns its part of an annotation."""
-    category, (name, corners) = random.choice(list(SHAPES.items()))
+    category, (name, corners, colour) = random.choice(list(SHAPES.items()))
     radius, turn = random.uniform(14, 30), random.uniform(0, math.tau)
     angles = turn + np.linspace(0, math.tau, corners, endpoint=False)
     radii = np.where((np.arange(corners) % 2 == 1) & (name == "star"), radius / 2, radius)
@@ -43,7 +48,7 @@ def shape(picture: Image.Image, place: tuple[int, int]) -> dict:
         centre + random.uniform(-6, 6) + radii * f(angles) for centre, f in zip(place, (np.cos, np.sin), strict=True)
     )
     outline = np.stack([x, y], 1).flatten().tolist()
-    ImageDraw.Draw(picture).polygon(outline, fill=tuple(random.choices(range(50, 256), k=3)))
+    ImageDraw.Draw(picture).polygon(outline, fill=tuple(c + random.randint(-50, 30) for c in colour))
     area = abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2
     box = [x.min(), y.min(), np.ptp(x), np.ptp(y)]
     return {"category_id": category, "segmentation": [outline], "bbox": box, "area": area}
