@@ -208,7 +208,7 @@ def test_where_takes_the_path_of_a_plain_list(body, where):
     model = nn.Module()
     model.head = with_forward(body, Named)()
     if where in ("", "*") and body == WALKS[1]:  # an unknown use, and nothing that names the list
-        with pytest.raises(ValueError, match="name it with `where`: forward: `walk = self.fcns`"):
+        with pytest.raises(ValueError, match=r"name it with `where`: forward: `walk = self\.fcns`"):
             replace_towers(model, where, **QUICK)
         return
     (replacement,) = replace_towers(model, where, **QUICK)
