@@ -191,7 +191,7 @@ class _Reader:
     def _is_no_child(self, name: str) -> bool:
         """Whether the container's attribute `name` shows nothing of its children: a method of its own is read, too."""
         container = self.mentions.container
-        if isinstance(container, list) or name in container._modules or name in ("forward", *CHILDREN):
+        if not isinstance(container, nn.Module) or name in container._modules or name in ("forward", *CHILDREN):
             return False
         owner = next((base for base in type(container).__mro__ if name in vars(base)), None)
         return name in _LEAVE_ALONE or owner is None or owner.__module__.split(".")[0] != "torch"

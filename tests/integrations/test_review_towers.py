@@ -233,3 +233,32 @@ def test_a_loop_that_counts_its_turns_keeps_their_number():
     model = CountsTurns()
     replace_towers(model, **QUICK)
     assert len(model.convs) == 4
+
+
+class HeldTwice(Called):
+    def __init__(self, hold, again):
+        super().__init__()
+        self.again = again
+        object.__setattr__(self, "also", hold(self.convs))
+
+    def forward(self, x):
+        return self.convs(x) + self.again(self.also)(x)
+
+
+HOLDS = {
+    "dict": (lambda c: {"t": c}, lambda held: held["t"][0]),
+    "values": (lambda c: {"t": c}, lambda held: next(iter(held.values()))[0]),
+    "tuple": (lambda c: (c,), lambda held: held[0][0]),
+    "list": (lambda c: [c], lambda held: held[0][0]),
+    "nested": (lambda c: {"t": [c]}, lambda held: held["t"][0][0]),
+    "itself": (lambda c: c, lambda held: held[0]),
+}
+
+
+@pytest.mark.parametrize("how", HOLDS)
+def test_a_container_held_twice_may_be_read_from_both(how):
+    model = HeldTwice(*HOLDS[how])
+    with pytest.raises(ValueError, match="may be read from also, too"):
+        replace_towers(model, **QUICK)
+    (new,) = replace_towers(model, "convs", **QUICK)
+    assert new.convolutions == 4
