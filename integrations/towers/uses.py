@@ -162,6 +162,8 @@ class _Reader:
     def _verdict(self, node: ast.AST) -> tuple[ast.AST, Verdict | None]:
         """The code around a mention, and what it shows; None for no use."""
         parent, is_own = self.mentions.parents[node], self.mentions.attribute is None
+        if self.mentions.is_around(node):
+            return parent, Verdict(None)
         match parent:
             case ast.Compare(ops=ops) if all(isinstance(op, (ast.Is, ast.IsNot)) for op in ops):
                 return parent, None
