@@ -14,7 +14,7 @@ from torch import nn
 
 from .loops import NOT_IN_TURN, ONE_BY_ONE, Loop, Verdict
 from .mentions import CHILDREN, Mentions, clauses, elements
-from .sources import methods_that_run, stored
+from .sources import forward_of, methods_that_run, stored
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -66,7 +66,7 @@ def read_use(model: nn.Module, path: str) -> Use:
             return Use(None, reason=_UNKNOWN + (reader.doubt or reader.otherwise.partition(": ")[2]))
     applied = held.applied or not held.has_source
     for module, reader in zip(inside, by_itself, strict=True):
-        if type(module).forward not in (nn.Sequential.forward, nn.Module.forward):
+        if forward_of(module) not in (nn.Sequential.forward, nn.Module.forward):
             applied = applied and reader.applied
         elif module is inside[-1] and not isinstance(module, nn.Sequential):
             applied = held.applied and held in own
