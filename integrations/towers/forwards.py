@@ -110,7 +110,8 @@ class _Reader:
         if code is not function and not function.__globals__["__name__"].startswith("torch."):
             yield Doubt(f"a decorator of {function.__name__}", certain=False)
         names = dict(zip([name.arg for name in takes.args], kinds, strict=False))
-        reader = _Reader(self.module, owner, vars(builtins) | code.__globals__, names, self.done)
+        hidden = dict.fromkeys(code.__code__.co_varnames + code.__code__.co_freevars, _OTHER)
+        reader = _Reader(self.module, owner, vars(builtins) | code.__globals__ | hidden, names, self.done)
         nodes = list(reader._running(tree.body[0]))
         for node in nodes * 2:  # twice, for what a loop carries back
             value = node.iter if isinstance(node, ast.For) else getattr(node, "value", None)
