@@ -66,7 +66,7 @@ def find_towers(model: nn.Module, where: Where | None) -> tuple[list[Tower], lis
         skipped += left
         for tower in found:
             done |= set(tower.modules())
-            reason = _unfit(tower, owners) or _read_elsewhere(model, tower, beside)
+            reason = _unfit(tower, owners) or _read_elsewhere(model, tower, beside, where is not None)
             other = next((other for other in towers if tower.holders() & other.holders()), None)
             if not reason and len(tower.convolutions) == 2 and where is None:
                 reason = "two convolutions, as many as an IFRHead has: name it with `where`"
@@ -109,7 +109,7 @@ def join(path: str, name: str) -> str:
 
 
 def beside_the_tree(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Path, module and attribute of every list, tuple and dict of modules that is no part of the module tree."""
+    """Path, module and attribute of all that holds modules and is no part of the module tree, such as a list."""
     return [
         (path, module, attribute)
         for path, module in model.named_modules(remove_duplicate=False)
@@ -119,8 +119,10 @@ def beside_the_tree(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 
 def _modules_in(held: object) -> list[nn.Module]:
-    elements = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else ()
-    return [element for element in elements if isinstance(element, nn.Module)]
+    if isinstance(held, nn.Module):
+        return [held]
+    elements = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple, set)) else ()
+    return [module for element in elements for module in _modules_in(element)]
 
 
 def _rows(module: nn.Module) -> list[str | None]:
@@ -209,12 +211,12 @@ def _unfit(tower: Tower, owners: dict[int, list[str]]) -> str:
     return ""
 
 
-def _read_elsewhere(model: nn.Module, tower: Tower, beside: list[tuple[str, nn.Module, str]]) -> str:
-    """Which list beside the module tree the tower's layers may be read from, too, or ""."""
+def _read_elsewhere(model: nn.Module, tower: Tower, beside: list[tuple[str, nn.Module, str]], trusted: bool) -> str:
+    """What beside the module tree the tower's layers may be read from, too, or ""; trusted: not by their container."""
     layers = tower.holders()
     for path, module, attribute in beside:
         inside = [set(held.modules()) for held in _modules_in(vars(module)[attribute])]
-        holds_layers = any(tower.container not in held and held & layers for held in inside)
+        holds_layers = any(not (trusted and tower.container in held) and held & layers for held in inside)
         is_own = (module, attribute) == (tower.container, tower.attribute)
         if holds_layers and not is_own and may_be_read(model, path, attribute):
             return f"its layers may be read from {join(path, attribute)}, too: leave one of both"

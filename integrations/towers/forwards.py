@@ -8,8 +8,9 @@ import ast
 import builtins
 import functools
 import inspect
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import activation, batchnorm, instancenorm
 
-from .sources import parse, stored
+from .sources import forward_of, parse, stored
 
 NORMS = (batchnorm._BatchNorm, instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 _MIXING = {"GLU", "MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
@@ -56,55 +57,61 @@ class Doubt(NamedTuple):
 
 def read_forward(module: nn.Module) -> Doubt | None:
     """Why module's forward may be more than its children and elementwise functions, or None."""
-    if "forward" in vars(module):
-        return Doubt("a forward put on it", certain=False)
-    doubts = list(_Reader(module, type(module), {}, {}, set()).method("forward", type(module).__mro__, [0, 2]))
+    if forward_of(module) is None:
+        return Doubt("a forward put on it, or a __call__ of its own", certain=False)
+    doubts = list(_Reader(module, type(module), {}, {}, {}).method("forward", type(module).__mro__, [0, 2]))
     return next((doubt for doubt in doubts if doubt.certain), doubts[0] if doubts else None)
 
 
 @dataclass
 class _Reader:
     """Reads one function of `module`. A value's kind is 2 for one of the input's shape, 1 for what is reduced from
-    it, 0 for all else; a name's is the highest of the values that it may hold. done: the functions that were read."""
+    it, 0 for all else; a name's is the highest of the values that it may hold. done: how often the functions that were
+    read, and the calls in them, may apply the convolution; 2 stands for more, too."""
 
     module: nn.Module
     owner: type  # of the method
     globals: dict[str, object]
     kinds: dict[str, int]
-    done: set[object]
+    done: dict[object, set[int]]
 
     @property
     def wraps(self) -> bool:
         """Whether the module is or holds a convolution."""
         return any(isinstance(module, nn.Conv2d) for module in self.module.modules())
 
-    def method(self, name: str, classes: Sequence[type], kinds: list[int]) -> Iterator[Doubt]:
+    def method(self, name: str, classes: Sequence[type], kinds: list[int]) -> Generator[Doubt, None, set[int]]:
         owner = next((base for base in classes if name in vars(base)), object)
         function = vars(owner).get(name)
         if owner.__module__.split(".")[0] != "torch":
             is_static = isinstance(function, staticmethod)
-            yield from self.function(getattr(function, "__func__", function), kinds[is_static:], owner)
-        elif owner is not nn.Conv2d and function not in FORWARDS:
+            return (yield from self.function(getattr(function, "__func__", function), kinds[is_static:], owner))
+        if owner is not nn.Conv2d and function not in FORWARDS:
             yield Doubt(f"`{owner.__name__}.{name}`", certain=True)
         elif owner is nn.Conv2d and type(self.module)._conv_forward is not nn.Conv2d._conv_forward:
             yield Doubt(f"`{type(self.module).__name__}._conv_forward`", certain=False)
+        return {int(owner is nn.Conv2d)}
 
-    def function(self, function: object, kinds: list[int], owner: type) -> Iterator[Doubt]:
+    def function(self, function: object, kinds: list[int], owner: type) -> Generator[Doubt, None, set[int]]:
         """The doubts about a function that is given values of these kinds."""
         is_forward, tree = not self.done, parse(function) if isinstance(function, FunctionType) else None
         if function in self.done:
-            return
-        self.done.add(function)
+            return self.done[function]
+        self.done[function] = {0, 2}  # in a call of itself
         if not tree or not isinstance(tree.body[0], ast.FunctionDef):
             name = "its forward" if is_forward else getattr(function, "__name__", str(function))
             yield Doubt(f"{name} has no source", certain=False)
-            return
+            return {0}
         takes = tree.body[0].args
         if is_forward and (takes.vararg or len(takes.args) - len(takes.defaults) != 2):
             yield Doubt(f"forward({ast.unparse(takes)})", certain=not takes.vararg)
-            return
+            return {0}
+        code = inspect.unwrap(function)  # whose source was read
+        if code is not function and not function.__globals__["__name__"].startswith("torch."):
+            yield Doubt(f"a decorator of {function.__name__}", certain=False)
         names = dict(zip([name.arg for name in takes.args], kinds, strict=False))
-        reader = _Reader(self.module, owner, vars(builtins) | function.__globals__, names, self.done)
+        hidden = dict.fromkeys(code.__code__.co_varnames + code.__code__.co_freevars, _OTHER)
+        reader = _Reader(self.module, owner, vars(builtins) | code.__globals__ | hidden, names, self.done)
         nodes = list(reader._running(tree.body[0]))
         for node in nodes * 2:  # twice, for what a loop carries back
             value = node.iter if isinstance(node, ast.For) else getattr(node, "value", None)
@@ -119,6 +126,32 @@ class _Reader:
             for doubt in reader._doubts(node, is_forward):
                 said = f"`{' '.join(ast.unparse(node).split())[:80]}`"
                 yield doubt if isinstance(doubt, Doubt) else Doubt(said, doubt)
+        self.done[function] = reader._times(tree.body[0].body)
+        if is_forward and self.wraps and self.done[function] != {1}:
+            yield Doubt("its convolution is not certainly called once", certain=False)
+        return self.done[function]
+
+    def _times(self, nodes: list[ast.AST], turns: int = 1) -> set[int]:
+        """How often code that runs `turns` times may apply the convolution, on any way through it."""
+        times = {0}
+        for node in reversed(nodes):
+            test = getattr(node, "test", None) if isinstance(node, (ast.If, ast.IfExp)) else None
+            ways = [w if isinstance(w, list) else [w] for w in (node.body, node.orelse)] if test else []
+            if turns > 1 and isinstance(test, ast.Compare) and isinstance(test.comparators[0], ast.Constant):
+                times = _sums(self._times(ways[0]), self._times(ways[1], turns), times)  # one turn is meant
+            elif test:
+                truth, behind = self._truth(test), times
+                times = set()
+                for way in ways if truth is None else ways[:1] if truth else ways[1:]:
+                    leaves = any(isinstance(n, ast.Return) for part in way for n in ast.walk(part))
+                    times |= _sums(self._times(way, turns), {0} if leaves else behind)
+            elif isinstance(node, ast.Raise):
+                times = set()
+            else:
+                inside = 2 if isinstance(node, (ast.For, ast.While, *_SCOPES)) else turns
+                own = {n * turns for n in self.done.get(node, {0})}
+                times = _sums(own, self._times(list(ast.iter_child_nodes(node)), inside), times)
+        return times
 
     def _doubts(self, node: ast.AST, is_forward: bool) -> Iterator[bool | Doubt]:
         """Doubts about a node; True and False stand for a Doubt of the node itself, certain or not."""
@@ -172,8 +205,8 @@ class _Reader:
         """What the code names, as far as it does not change: _OTHER where that does not show."""
         if isinstance(node, ast.Name):
             return self.module if node.id == "self" else self.globals.get(node.id, _OTHER)
-        if isinstance(node, ast.Subscript) and isinstance(self._resolve(node.value), nn.Module):
-            return _CHILD
+        if isinstance(node, ast.Subscript) and isinstance(row := self._resolve(node.value), nn.Module):
+            return row._modules.get(str(getattr(node.slice, "value", None)), row)
         if not isinstance(node, ast.Attribute) or node.attr == "training":
             return _OTHER
         of = self._resolve(node.value)
@@ -221,6 +254,7 @@ class _Reader:
             yield from [True] * bool(_PLACES.fullmatch(name))
             return
         if name == "conv2d":
+            self.done[node] = {1}
             given = dict(zip(_GEOMETRY, node.args[3:], strict=False)) | {k.arg: k.value for k in node.keywords}
             own = {key: getattr(self.module, key, None) for key in _GEOMETRY}
             if any(key not in given and own[key] not in (n, (n, n)) for key, n in _GEOMETRY.items()):
@@ -233,21 +267,27 @@ class _Reader:
             yield not _RESHAPES.fullmatch(name)
         elif ast.unparse(of) == "super()":
             behind = type(self.module).__mro__[type(self.module).__mro__.index(self.owner) + 1 :]
-            yield from self.method(_last_name(func), behind, [0, *kinds])
+            self.done[node] = yield from self.method(_last_name(func), behind, [0, *kinds])
         elif (
             isinstance(called, FunctionType)
             and not node.keywords
             and not (called.__module__ or "").startswith("torch.")
         ):
             if ast.unparse(of) == "self" and _last_name(func) not in vars(self.module):
-                yield from self.method(_last_name(func), type(self.module).__mro__, [0, *kinds])
+                self.done[node] = yield from self.method(_last_name(func), type(self.module).__mro__, [0, *kinds])
             else:
-                yield from self.function(called, kinds, self.owner)
-        elif not (called is _CHILD or called in [self.module, *self.module.children()]) or len(args) != 1:
+                self.done[node] = yield from self.function(called, kinds, self.owner)
+        elif not (called is _CHILD or called in list(self.module.modules())) or len(args) != 1:
             yield False
+        elif isinstance(called, nn.Module):
+            self.done[node] = {int(any(isinstance(module, nn.Conv2d) for module in called.modules()))}
 
 
 _OTHER, _CHILD = object(), object()
+
+
+def _sums(*times: set[int]) -> set[int]:
+    return {min(sum(each), 2) for each in itertools.product(*times)}
 
 
 def _last_name(function: ast.AST) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .forwards import FORWARDS, NORMS, read_forward
+from .sources import forward_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Layer:
 
 def read_layer(module: nn.Module | None, trusted: bool = False) -> Layer:
     """What `module` means for a tower. trusted: its forward does no more than it shows."""
-    forward = type(module).forward if module is not None and "forward" not in vars(module) else None
+    forward = forward_of(module) if module is not None else None
     kind = a_kind(module)
     if isinstance(module, nn.Conv2d):
         ends = _misfit(module) or _does_more(module, trusted)

@@ -10,6 +10,7 @@ from .sources import parents, stored, words
 
 INDEX = ast.Name("<index>", ast.Load())  # what counts from 0
 CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
+_AROUND = {*CHILDREN, "get_submodule", "__dict__"}  # of a module, read without the names of its children
 
 
 class Mentions:
@@ -39,8 +40,10 @@ class Mentions:
     def enter(self, holder: nn.Module, method: ast.Module) -> Iterator[ast.AST]:
         """The mentions in a method of `holder`, which holds the container or is it."""
         self.holder, self.method = holder, method
-        if self.attribute is not None and self.attribute not in words(method):
-            return
+        if self.attribute is not None:
+            found = words(method)
+            if not found & {*_AROUND, "getattr", "vars"} and not any(self.attribute in word for word in found):
+                return
         self.parents = parents(method)
         self.local: list[set[str]] = [set() for _ in self.keys] + [set()]
         if self.aliases:
@@ -69,9 +72,31 @@ class Mentions:
         of = node.value if isinstance(node, ast.Attribute) and node.attr in CHILDREN else node
         return self.aliases or self.resolve(of) is self.container
 
+    def is_around(self, node: ast.AST) -> bool:
+        """Whether node may lead to the container by more than its attribute: a string, all that a holder holds."""
+        match node:
+            case _ if self.aliases or self.attribute is None:
+                return False
+            case ast.Constant(value=str(path)):
+                at = self.parents[node]
+                is_key = isinstance(at, ast.Dict) or isinstance(getattr(at, "ctx", None), ast.Store)
+                is_read = isinstance(at, ast.Call) and ast.unparse(at.func) in ("getattr", "hasattr")
+                return self.attribute in path.split(".") and not (is_key or is_read)
+            case ast.Call(func=ast.Name(id="getattr" | "vars"), args=[of, *by]):
+                return not any(isinstance(name, ast.Constant) for name in by[:1]) and self._holds(self.resolve(of))
+            case ast.Attribute(value=of, attr=attr) if attr in _AROUND:
+                is_lists = attr in CHILDREN and isinstance(self.within, list)  # a module's list is none of its children
+                return not is_lists and self._holds(self.resolve(of))
+        return False
+
+    def _holds(self, module: object) -> bool:
+        """Whether module is not the container, and what holds it."""
+        layer = self.within[0] if isinstance(self.within, list) else self.within
+        return isinstance(module, nn.Module) and module is not layer and any(m is layer for m in module.modules())
+
     def _is_mention(self, node: ast.AST) -> bool:
         if self.attribute is not None:
-            return isinstance(node, ast.expr) and self.is_container(node)
+            return isinstance(node, ast.expr) and (self.is_container(node) or self.is_around(node))
         is_own = self.holder is self.container
         if not isinstance(node, ast.Attribute):
             is_self = isinstance(node, ast.Name) and node.id == "self"

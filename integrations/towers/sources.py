@@ -8,8 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from types import FunctionType
 
-# Called by mmengine, torch and detectron2 to build the module and fill its parameters, before any input is seen.
-_SETUP = {"__init__", "from_config", "init_weights", "reset_parameters"}
+from torch import nn
+
+# Called by mmengine, torch and detectron2 to build the module, fill its parameters and set its mode, without an input.
+_SETUP = {"__init__", "_load_from_state_dict", "from_config", "init_weights", "reset_parameters", "train"}
 
 
 def own_functions(cls: type) -> Iterator[tuple[str, FunctionType]]:
@@ -20,6 +22,12 @@ def own_functions(cls: type) -> Iterator[tuple[str, FunctionType]]:
                 function = getattr(value, "fget", None) or getattr(value, "__func__", value)
                 if isinstance(function, FunctionType):
                     yield name, function
+
+
+def forward_of(module: nn.Module) -> object:
+    """The forward of module's class, None where a call of module may run something else."""
+    kind = type(module)
+    return kind.forward if "forward" not in vars(module) and kind.__call__ is nn.Module.__call__ else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -39,9 +47,10 @@ def parents(tree: ast.Module) -> dict[ast.AST, ast.AST]:
 
 @functools.lru_cache(maxsize=4096)
 def words(tree: ast.Module) -> set[str]:
-    """The attributes and strings that a tree has."""
+    """The attributes and strings that a tree has, and what reads attributes by strings."""
     found = (getattr(node, "attr", getattr(node, "value", None)) for node in ast.walk(tree))
-    return {word for word in found if isinstance(word, str)}
+    called = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & {"getattr", "vars"}
+    return called | {word for word in found if isinstance(word, str)}
 
 
 def stored(node: ast.AST) -> list[ast.Name]:

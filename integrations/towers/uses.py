@@ -14,7 +14,7 @@ from torch import nn
 
 from .loops import NOT_IN_TURN, ONE_BY_ONE, Loop, Verdict
 from .mentions import CHILDREN, Mentions, clauses, elements
-from .sources import methods_that_run, stored
+from .sources import forward_of, methods_that_run, stored
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -66,7 +66,7 @@ def read_use(model: nn.Module, path: str) -> Use:
             return Use(None, reason=_UNKNOWN + (reader.doubt or reader.otherwise.partition(": ")[2]))
     applied = held.applied or not held.has_source
     for module, reader in zip(inside, by_itself, strict=True):
-        if type(module).forward not in (nn.Sequential.forward, nn.Module.forward):
+        if forward_of(module) not in (nn.Sequential.forward, nn.Module.forward):
             applied = applied and reader.applied
         elif module is inside[-1] and not isinstance(module, nn.Sequential):
             applied = held.applied and held in own
@@ -162,6 +162,8 @@ class _Reader:
     def _verdict(self, node: ast.AST) -> tuple[ast.AST, Verdict | None]:
         """The code around a mention, and what it shows; None for no use."""
         parent, is_own = self.mentions.parents[node], self.mentions.attribute is None
+        if self.mentions.is_around(node):
+            return parent, Verdict(None)
         match parent:
             case ast.Compare(ops=ops) if all(isinstance(op, (ast.Is, ast.IsNot)) for op in ops):
                 return parent, None
@@ -191,7 +193,7 @@ class _Reader:
     def _is_no_child(self, name: str) -> bool:
         """Whether the container's attribute `name` shows nothing of its children: a method of its own is read, too."""
         container = self.mentions.container
-        if isinstance(container, list) or name in container._modules or name in ("forward", *CHILDREN):
+        if not isinstance(container, nn.Module) or name in container._modules or name in ("forward", *CHILDREN):
             return False
         owner = next((base for base in type(container).__mro__ if name in vars(base)), None)
         return name in _LEAVE_ALONE or owner is None or owner.__module__.split(".")[0] != "torch"

@@ -120,6 +120,17 @@ class DropReLU(nn.Module):
         return F.dropout(F.relu(x), 0.5, self.training)
 
 
+halving = False
+
+
+class HidesAGlobalReLU(nn.Module):
+    def forward(self, x):
+        halving = self.training
+        if halving:
+            x = F.max_pool2d(x, 2)
+        return F.relu(x)
+
+
 class ReLUAndNorm(nn.Module):
     def forward(self, x):
         return F.relu(x), x
@@ -158,7 +169,15 @@ class LinearReLU(nn.Linear):
 
 
 MORE = [PoolReLU, GlobalNorm, CReLU, TransposedNorm, StridedNorm, ByAFunctionReLU, DropReLU, ReLUAndNorm, GatedReLU]
-MORE += [TwoInputsNorm, lambda: MaxReLU(2), DeconvBNReLU, PositionNorm, lambda: LinearReLU(C, C), nn.GLU]
+MORE += [
+    HidesAGlobalReLU,
+    TwoInputsNorm,
+    lambda: MaxReLU(2),
+    DeconvBNReLU,
+    PositionNorm,
+    lambda: LinearReLU(C, C),
+    nn.GLU,
+]
 
 
 @pytest.mark.parametrize("trusted", [False, True])
