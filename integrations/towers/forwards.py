@@ -113,11 +113,14 @@ class _Reader:
         hidden = dict.fromkeys(code.__code__.co_varnames + code.__code__.co_freevars, _OTHER)
         reader = _Reader(self.module, owner, vars(builtins) | code.__globals__ | hidden, names, self.done)
         nodes = list(reader._running(tree.body[0]))
-        for node in nodes * 2:  # twice, for what a loop carries back
-            value = node.iter if isinstance(node, ast.For) else getattr(node, "value", None)
-            if isinstance(node, _ASSIGNMENTS) and value:
-                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    names |= {n.id: max(names.get(n.id, 0), reader._kind(value)) for n in stored(target)}
+        before = None
+        while before != names:  # again, for what a loop carries back
+            before = dict(names)
+            for node in nodes:
+                value = node.iter if isinstance(node, ast.For) else getattr(node, "value", None)
+                if isinstance(node, _ASSIGNMENTS) and value:
+                    for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                        names |= {n.id: max(names.get(n.id, 0), reader._kind(value)) for n in stored(target)}
         rebound = {name.id for name in stored(tree.body[0])}
         for node in nodes:
             given = getattr(node.value, "id", "self") if isinstance(node, ast.Return) else "self"
