@@ -1,6 +1,7 @@
 """The example of integrations/README.md, "From Monday to Friday": its commands, on drawn shapes."""
 
 import re
+from pathlib import Path
 
 import draw_shapes
 import pytest
@@ -20,7 +21,8 @@ def test_from_a_folder_to_onnx(monkeypatch, tmp_path, capsys):
         finetune.main()
         return capsys.readouterr().out
 
-    data, folder = tmp_path / "data", tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    data, folder = Path("shapes"), Path("run")  # as in the README
     draw_shapes.draw(data, train=4, val=2)
     said = run("train", data, folder, "--epochs", 1, "--batch", 2, "--size", 64, "--lr", 1e-5, "--scratch")
     assert re.search(r"epoch 1: loss \d+\.\d+; \d+ samples \(.*\), worst relative residual \S+$", said, re.MULTILINE)
@@ -37,3 +39,9 @@ def test_from_a_folder_to_onnx(monkeypatch, tmp_path, capsys):
     differences = dict(re.findall(r"^(\w+) \(3,.*\): (\S+)$", said, re.MULTILINE))
     assert differences.keys() == {"boxes", "labels", "scores", "masks"}
     assert all(float(difference) < 0.01 for difference in differences.values())
+
+    readme = (Path(__file__).parents[2] / "integrations/README.md").read_text()
+    (shown,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "detector.onnx" in block)
+    names = {}
+    exec(shown, names)
+    assert names["masks"].shape == (3, 1, 144, 192)
