@@ -47,7 +47,11 @@ def batches(*size, dtype=torch.float32):
     return [torch.randn(n, *size, dtype=dtype) for n in (0, 1, 7)]
 
 
-@pytest.mark.parametrize("solver", FEW, ids=str)
+QUICK = (Broyden, Unroll)  # torch's exporter takes seconds
+SOME = [solver if isinstance(solver, QUICK) else pytest.param(solver, marks=pytest.mark.full) for solver in FEW]
+
+
+@pytest.mark.parametrize("solver", SOME, ids=str)
 def test_every_solver(solver, make_head, tmp_path):
     head, x = make_head(solver=solver, post_gain=0.5).eval(), torch.randn(2, 16, 6, 5)
     before, solution, state = (
