@@ -57,7 +57,7 @@ class Loop:
             why = ONE_BY_ONE if single else NOT_IN_TURN
             return Verdict(False, why) if any(map(_calls, everything)) else Verdict(None)
         links = [self._is_link(self.env[name], name) for name in chains]
-        if False in links:
+        if False in links or len(links) > 1:  # the elements of two chains may have a ReLU in one of them
             return Verdict(False, NOT_ALONE)
         inner = {name for name, value in self.env.items() if name not in chains and _reads(value, "<element>", *chains)}
         if any(_calls(e) or _reads(e, *chains) for e in self.effects) or any(_reads(e, *inner) for e in everything):

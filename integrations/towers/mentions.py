@@ -82,8 +82,11 @@ class Mentions:
                 is_key = isinstance(at, ast.Dict) or isinstance(getattr(at, "ctx", None), ast.Store)
                 is_read = isinstance(at, ast.Call) and ast.unparse(at.func) in ("getattr", "hasattr")
                 return self.attribute in path.split(".") and not (is_key or is_read)
-            case ast.Call(func=ast.Name(id="getattr" | "vars"), args=[of, *by]):
-                return not any(isinstance(name, ast.Constant) for name in by[:1]) and self._holds(self.resolve(of))
+            case ast.Call(func=ast.Name(id="getattr"), args=[of, name, *_]):
+                is_used = isinstance(self.parents[node], (ast.Call, ast.Subscript, ast.Attribute))  # as a module is
+                return is_used and not isinstance(name, ast.Constant) and self._holds(self.resolve(of))
+            case ast.Call(func=ast.Name(id="vars"), args=[of]):
+                return self._holds(self.resolve(of))
             case ast.Attribute(value=of, attr=attr) if attr in _AROUND:
                 is_lists = attr in CHILDREN and isinstance(self.within, list)  # a module's list is none of its children
                 return not is_lists and self._holds(self.resolve(of))

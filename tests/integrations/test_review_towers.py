@@ -213,10 +213,22 @@ class InPlaceAhead(Loop):
         return self.last(x)
 
 
+class TwoChains(Loop):
+    """A ReLU that stays in one of the two would be none of the other's."""
+
+    def forward(self, x):
+        y = x
+        for layer in self.convs:
+            y = layer(y)
+            x = F.relu(layer(x))
+        return self.last(x + y)
+
+
 @pytest.mark.parametrize("where", [None, "convs"])
-def test_a_relu_in_place_ahead_of_a_layer_is_more_than_a_layer(where):
+@pytest.mark.parametrize("kind", [InPlaceAhead, TwoChains])
+def test_a_relu_elsewhere_than_behind_a_layer_is_more_than_a_layer(kind, where):
     with pytest.raises(ValueError, match="no conv tower"):
-        replace_towers(InPlaceAhead(*(conv() for _ in range(4))), where, **QUICK)
+        replace_towers(kind(*(conv() for _ in range(4))), where, **QUICK)
 
 
 class CountsTurns(Called):
