@@ -88,9 +88,7 @@ def exported(module: nn.Module, x: Tensor, threads: int) -> tuple[Callable[[Tens
         warnings.simplefilter("ignore")  # torch's own, of the stack too
         path = Path(folder, "head.onnx")
         shapes = ({0: torch.export.Dim.DYNAMIC},)
-        torch.onnx.export(
-            module, (x,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
-        )  # fmt: skip
+        torch.onnx.export(module, (x,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False)
         file = {"operators": len(onnx.load(path).graph.node), "bytes": path.stat().st_size}
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (name,) = [given.name for given in session.get_inputs()]

@@ -67,7 +67,8 @@ def find_towers(model: nn.Module, where: Where | None) -> tuple[list[Tower], lis
         for tower in found:
             done |= set(tower.modules())
             reason = _unfit(tower, owners) or _read_elsewhere(model, tower, beside, where is not None)
-            other = next((other for other in towers if tower.holders() & other.holders()), None)
+            holders = tower.holders()
+            other = next((other for other in towers if holders & other.holders()), None)
             if not reason and len(tower.convolutions) == 2 and where is None:
                 reason = "two convolutions, as many as an IFRHead has: name it with `where`"
             elif not reason and other:
@@ -98,8 +99,10 @@ def matches(path: str, glob: str) -> bool:
 def _names(glob: str, path: str) -> bool:
     """Whether glob names the module at path itself, which "*" for whatever there is does not."""
     (above, _, last), (over, _, wanted) = path.rpartition("."), glob.rpartition(".")
-    if glob == path or wanted == "*":
-        return glob == path or (bool(over) and _names(over, above))
+    if glob == path:
+        return True
+    if wanted == "*":
+        return bool(over) and _names(over, above)
     return fnmatchcase(last, wanted) and fnmatchcase(path, glob)
 
 
@@ -156,8 +159,8 @@ def _read_row(
         return not callable(where) or any(where(path, container) for path in paths)
 
     chosen = [name for name in children if selected(name)]
-    own = {*paths, *(path for name in chosen for path in places(name))}
-    trusted = callable(where) or any(_names(glob, path) for path in own for glob in globs)
+    named = {*paths, *(path for name in chosen for path in places(name))}
+    trusted = callable(where) or any(_names(glob, path) for path in named for glob in globs)
     layers = {name: read_layer(child, trusted) for name, child in children.items()} if chosen else {}
     if sum(layer.is_convolution for layer in layers.values()) < 2:
         return [], []

@@ -75,7 +75,7 @@ class _Reader:
     kinds: dict[str, int]
     done: dict[object, set[int]]
 
-    @property
+    @functools.cached_property
     def wraps(self) -> bool:
         """Whether the module is or holds a convolution."""
         return any(isinstance(module, nn.Conv2d) for module in self.module.modules())

@@ -56,8 +56,9 @@ class Loop:
         if not chains or single:
             why = ONE_BY_ONE if single else NOT_IN_TURN
             return Verdict(False, why) if any(map(_calls, everything)) else Verdict(None)
-        links = [self._is_link(self.env[name], name) for name in chains]
-        if False in links or len(links) > 1:  # the elements of two chains may have a ReLU in one of them
+        # Of two chains one may have a ReLU behind its elements, and the other none.
+        link = self._is_link(self.env[chains[0]], chains[0]) if len(chains) == 1 else False
+        if link is False:
             return Verdict(False, NOT_ALONE)
         inner = {name for name, value in self.env.items() if name not in chains and _reads(value, "<element>", *chains)}
         if any(_calls(e) or _reads(e, *chains) for e in self.effects) or any(_reads(e, *inner) for e in everything):
@@ -66,7 +67,7 @@ class Loop:
             return Verdict(False, NOT_IN_TURN)
         if self.whole is False or (self.leaves and isinstance(self.node, ast.For)):
             return Verdict(False, NOT_ALONE)
-        unknown = None in links or self.whole is None or self.leaves
+        unknown = link is None or self.whole is None or self.leaves
         unknown = unknown or any(_reads(e, "<element>", *chains) for e in (*self.effects, *self.tests))
         return Verdict(None if unknown else True, breaks=frozenset(self.breaks))
 
@@ -159,9 +160,8 @@ class Loop:
                     env |= {name: ast.Starred(inside[name], ast.Load()) for name in changed}
                 case ast.Expr(value=value):
                     value = self._inline(value, env)
-                    if not (
-                        isinstance(value, ast.Call) and value.func is _RELU and _calls(value)
-                    ):  # in place, or nothing
+                    is_in_place = isinstance(value, ast.Call) and value.func is _RELU and _calls(value)  # or nothing
+                    if not is_in_place:
                         self.effects.append(value)
                 case ast.Assert(test=test):
                     self.tests.append(self._inline(test, env))

@@ -46,3 +46,16 @@ class Called(nn.Module):
 class Averages(Called):
     def forward(self, x):
         return self.convs(x) / len(self.convs)
+
+
+class Wrapper(nn.Module):
+    """A convolution and a norm that has the name of a tensor's method."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = conv(), nn.GroupNorm(2, C), nn.ReLU()
+
+
+class Named(Wrapper):
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x)))
