@@ -12,6 +12,7 @@ from .fixed_point import fixed_point
 from .head import IFRHead
 from .kernels import weight_cache
 from .kernels.choose import backends
+from .regularisation import jacobian_penalty
 from .solution import Solution, Status
 from .solvers import Anderson, Broyden, Picard, Unroll
 from .warmup import WarmupUnroll
@@ -34,6 +35,7 @@ __all__ = [
     "backends",
     "fixed_point",
     "graphs",
+    "jacobian_penalty",
     "weight_cache",
 ]
 

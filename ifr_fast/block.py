@@ -137,7 +137,7 @@ class ResidualBlock(nn.Module):
         dtype = dtype or compute_dtype(x)
         # torch.func's transforms and forward mode do not see inside our ops; ONNX does not know them.
         if self.altered() or transforms_active() or forward_mode_active() or torch.onnx.is_in_onnx_export():
-            return self._by_calls(z, x, dtype)
+            return self.by_calls(z, x, dtype)
         affine = wide(dtype)
         conv1, gn1_weight, gn1_bias, conv2, *norms = self.tensors_for(x)
         norm1, norms = ([t.to(affine).contiguous() for t in ts] for ts in ((gn1_weight, gn1_bias), norms))
@@ -155,8 +155,9 @@ class ResidualBlock(nn.Module):
         tensors = [getattr(self.gn1, "weight", None), *self.parameters(), *self.buffers()]
         return next((t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), default)
 
-    def _by_calls(self, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """F by the modules' calls, under autocast if `dtype` has 16 bits and their parameters another dtype."""
+    def by_calls(self, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """F by the modules' calls, under autocast if `dtype` has 16 bits and their parameters another dtype. It has all
+        derivatives, where forward has one."""
         own = self.own_dtype(dtype)
         narrow = dtype.itemsize == 2 and own != dtype
         norm = _exported_norm if torch.onnx.is_in_onnx_export() and not self.altered() else _called

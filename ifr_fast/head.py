@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -90,6 +91,7 @@ class IFRHead(nn.Module):
         self._solver = build(solver, (Solver, Unroll), "solver")
         self.adjoint = adjoint
         self.last_solution: Solution | None = None
+        self._last_input: weakref.ref[Tensor] | None = None  # what last_solution is of
         self.register_load_state_dict_pre_hook(_forget_warmup_count)
 
     @property
@@ -157,6 +159,14 @@ class IFRHead(nn.Module):
         self._iterative()
         return self._solve(x)
 
+    def equilibrium(self, x: Tensor) -> Tensor:
+        """The equilibrium for x, detached: last_solution's if that is of this very tensor, else solved for. Raises
+        ValueError if the solver is an Unroll."""
+        if self.last_solution is not None and self._last_input is not None and self._last_input() is x:
+            return self.last_solution.value
+        with torch.no_grad():
+            return self.solve(x)
+
     def _iterative(self) -> Solver:
         if isinstance(self._solver, Unroll):
             raise ValueError(f"solver={self._solver} has no equilibrium to solve for")
@@ -176,7 +186,7 @@ class IFRHead(nn.Module):
         params, call = self.block.tensors_for(x), self.call(compute_dtype(x), keep)
         solve = transformed_solve if transforms_active() else torch.ops.ifr_fast.solve
         value, residual, iterations, trace, status, *_ = solve(x, params, call)
-        self._report(Solution(value, residual, iterations, trace, status))
+        self._report(Solution(value, residual, iterations, trace, status), x)
         # The op's own result is saved for the backward pass. The caller gets a copy, which it may change
         # (nn.ReLU(inplace=True)). A trace always copies: its one graph serves calls with and without gradients.
         return value.clone() if value.requires_grad or tracing() else value
@@ -200,12 +210,14 @@ class IFRHead(nn.Module):
             adjoint=self.adjoint.fitted(solver, narrowest),
             backend=backend,
         )
-        self._report(solution and replace(solution, value=solution.value.to(x.dtype)))
+        self._report(solution and replace(solution, value=solution.value.to(x.dtype)), x)
         return value.to(x.dtype)
 
-    def _report(self, solution: Solution | None) -> None:
-        if torch.compiler.is_compiling() and in_traced_subgraph():
+    def _report(self, solution: Solution | None, x: Tensor) -> None:
+        compiled = torch.compiler.is_compiling()
+        if compiled and in_traced_subgraph():
             return
+        self._last_input = None if compiled else weakref.ref(x)
         # The tensors of a transform are not valid after it ends.
         self.last_solution = None if solution is None or transforms_active() else solution.detach()
 
@@ -223,7 +235,7 @@ class IFRHead(nn.Module):
         takes_dtype = getattr(type(self.block), "forward", None) is ResidualBlock.forward
         options = {"dtype": dtype} if takes_dtype else {}
         if steps:
-            self._report(None)
+            self._report(None, x)
             for _ in range(steps):
                 z = self.block(z, injection, **options)
         elif torch.onnx.is_in_onnx_export():
@@ -231,7 +243,7 @@ class IFRHead(nn.Module):
         else:
             solver = self._iterative().resolve(dtype)
             solved = differentiable_solve(lambda z: self.block(z, injection, **options), z, solver)
-            self._report(solved)
+            self._report(solved, x)
             z = solved.value
         return z.to(x.dtype).contiguous(memory_format=memory_format(x))
 
@@ -266,7 +278,7 @@ class IFRHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle holds no batch, and takes no part in the warm-up of the model that it is of."""
-        return {**self.__dict__, "last_solution": None, "_training_unroll": 0}
+        return {**self.__dict__, "last_solution": None, "_last_input": None, "_training_unroll": 0}
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, adjoint={self.adjoint}"

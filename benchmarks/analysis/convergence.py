@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
-from benchmarks.quality.ablation import load_test_objects, trained_branch
+from benchmarks.quality.sweep import load_test_objects, trained_branch
 from benchmarks.report import results_page
 from benchmarks.report.convergence_report import CONVERGED, PLAIN, STEADY, save_picture, worst
 from benchmarks.report.environment import environment

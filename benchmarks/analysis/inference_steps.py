@@ -20,10 +20,10 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
 from benchmarks.analysis.resampling import paired_gain
-from benchmarks.quality.ablation import load_test_objects, trained_branches
 from benchmarks.quality.mask_branch import evaluate
 from benchmarks.quality.objects import Objects
 from benchmarks.quality.strategies import BASELINE, STRATEGIES
+from benchmarks.quality.sweep import load_test_objects, trained_branches
 from benchmarks.report import results_page
 from benchmarks.report.environment import environment
 from benchmarks.report.files import DataError, write_json
@@ -38,12 +38,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("data", help="the sweep's folder in COCO format", type=Path)
     parser.add_argument("--sweep", help="ablation.py's output (%(default)s)", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--rows", help="of the sweep (%(default)s)", nargs="+", default=ROWS, metavar="ROW")
+    limit = "of the unseen objects to test on, evenly spaced (all)"
+    parser.add_argument("--objects", help=limit, type=int)
     steps, tolerances = [5, 7, 10, 15], [1e-1, 3e-2, 1e-2]
     parser.add_argument("--steps", help="to cut after (%(default)s)", nargs="+", type=int, default=steps)
     stop = "residuals to stop at, after at most 15 steps (%(default)s)"
     parser.add_argument("--rtols", help=stop, nargs="+", type=float, default=tolerances)
     parser.add_argument("--output", help="folder (%(default)s)", type=Path, default=Path("runs/inference_steps"))
     options = parser.parse_args(arguments)
+    if options.objects is not None and options.objects < 1:
+        parser.error(f"--objects: expected at least 1, got {options.objects}")
     for name in ("steps", "rtols"):
         if min(getattr(options, name)) <= 0:
             parser.error(f"--{name}: expected positive numbers, got {min(getattr(options, name))}")
@@ -54,6 +58,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     branches = {row: trained_branches(options.sweep, row) for row in (BASELINE, *options.rows)}
     check(branches)
     objects = load_test_objects(options.data, options.sweep)
+    if options.objects:
+        objects = objects[torch.linspace(0, len(objects) - 1, min(options.objects, len(objects))).long()]
+    channels = branches[BASELINE][0].reduce.out_channels
     solvers = {f"{steps} steps": Broyden(max_iter=steps, rtol=EXACT) for steps in options.steps}
     solvers |= {f"to {rtol:g}": Broyden(rtol=rtol) for rtol in options.rtols}
     total = sum(len(of_seed) * (len(solvers) if row != BASELINE else 1) for row, of_seed in branches.items())
@@ -61,14 +68,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         baseline = evaluations(branches.pop(BASELINE), BASELINE, objects, bar)
         rows = {
             row: {
-                name: summary(row, evaluations(of_seed, row, objects, bar, solver), baseline)
+                name: summary(row, evaluations(of_seed, row, objects, bar, solver), baseline[: len(of_seed)], channels)
                 for name, solver in solvers.items()
             }
             for row, of_seed in branches.items()
         }
     report = {
         "data": options.data.resolve().name,
-        "channels": branches[options.rows[0]][0].refine.block.channels,
+        "channels": channels,
         "objects": len(objects),
         "environment": environment(torch.device("cpu")),
         "baseline": [test["iou"] for test in baseline],
@@ -80,12 +87,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def check(branches: dict[str, list]) -> None:
-    """Raises DataError for a row that solves nothing, or has other seeds than the baseline."""
+    """Raises DataError for a row that solves nothing, or has more seeds than the baseline."""
     for row, of_seed in branches.items():
         refine = of_seed[0].refine
         if row != BASELINE and (not isinstance(refine, IFRHead) or isinstance(refine.solver, Unroll)):
             raise DataError(f"rows: expected some that solve for an equilibrium, got {row!r}")
-        if len(of_seed) != len(branches[BASELINE]):
+        if len(of_seed) > len(branches[BASELINE]):
             raise DataError(f"sweep: {row!r} has {len(of_seed)} seeds, {BASELINE!r} {len(branches[BASELINE])}")
 
 
@@ -102,14 +109,14 @@ def evaluations(
     return found
 
 
-def summary(row: str, own: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(row: str, own: list[dict[str, Any]], baseline: list[dict[str, Any]], channels: int) -> dict[str, Any]:
     steps = [test["iterations"] for test in own]
     return {
         "iou": [test["iou"] for test in own],
         "gain": paired_gain(own, baseline),
         "residual": [test["residual"] for test in own],
         "steps": steps,
-        "convolutions": STRATEGIES[row].convolutions(statistics.mean(steps)),
+        "convolutions": STRATEGIES[row].convolutions(statistics.mean(steps), channels),
     }
 
 
@@ -119,7 +126,7 @@ def save_picture(path: Path, report: dict[str, Any]) -> None:
     axes = figure.subplots()
     level = 100 * statistics.mean(report["baseline"])
     axes.axhline(level, color="black", linestyle="--", label=BASELINE)
-    axes.plot(STRATEGIES[BASELINE].convolutions(None), level, "ko")
+    axes.plot(STRATEGIES[BASELINE].convolutions(None, report["channels"]), level, "ko")
     for number, (row, found) in enumerate(report["rows"].items()):
         for marker, kind in (("o-", "steps"), ("*", "to")):
             of = [entry for name, entry in found.items() if kind in name.split()]

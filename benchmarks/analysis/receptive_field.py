@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
-from benchmarks.quality.ablation import load_test_objects, trained_branches
+from benchmarks.quality.sweep import load_test_objects, trained_branches
 from benchmarks.report import results_page
 from benchmarks.report.environment import environment
 from benchmarks.report.files import DataError, write_json

@@ -3,7 +3,7 @@
 Seeds alone would tell how training scatters on one set of images, and nothing of another set.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools.cocoeval import COCOeval
 
 RESAMPLES = 2000
-Evaluation = dict[str, Any]  # of one training: "images", an image's id for every object, and "ious"
+Evaluation = dict[str, Any]  # of one training: "images", ids, with each one's "objects" and "iou_sums" over them
 
 
 def paired_gain(own: list[Evaluation], others: list[Evaluation]) -> dict[str, float]:
@@ -21,13 +21,32 @@ def paired_gain(own: list[Evaluation], others: list[Evaluation]) -> dict[str, fl
     own[i] and others[i] are of equal seeds, and of the same objects. Objects of an image are drawn together, as are the
     two trainings of a seed.
     """
-    images = np.unique(own[0]["images"], return_inverse=True)[1]
-    counts = np.bincount(images)
-    gains = np.array([sums(a, images) - sums(b, images) for a, b in zip(own, others, strict=True)])
+    counts = np.array(own[0]["objects"])
+    gains = np.subtract(*([evaluation["iou_sums"] for evaluation in of] for of in (own, others)))
     of_seeds, of_images = draws(*gains.shape)
     means = (of_seeds @ gains * of_images).sum(1) / (len(gains) * of_images @ counts)
     low, high = np.quantile(means, [0.025, 0.975])
     return {"mean": gains.sum() / (len(gains) * counts.sum()), "low": low, "high": high}
+
+
+def gains(
+    rows: dict[str, list[dict[str, Any]]], reference: str, parts: dict[str, Callable[..., Any]]
+) -> dict[str, dict[str, Any]]:
+    """Each row's IoU less the reference's of equal seeds, on several parts of the data.
+
+    parts: a part's name → a function that takes a training's evaluation on it from its report.
+    """
+    found = {}
+    references = {report["seed"]: report for report in rows.get(reference, []) if "failed" not in report}
+    for row, reports in rows.items():
+        own = [report for report in reports if "failed" not in report and report["seed"] in references]
+        if row == reference or len(own) < 2:
+            continue
+        others = [references[report["seed"]] for report in own]
+        found[row] = {"seeds": len(own)}
+        for name, of in parts.items():
+            found[row][name] = paired_gain([of(report) for report in own], [of(report) for report in others])
+    return found
 
 
 def paired_precision_gain(own: list[COCOeval], others: list[COCOeval]) -> dict[str, float]:
@@ -112,11 +131,11 @@ def draws(seeds: int, images: int) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def sums(evaluation: Evaluation, images: np.ndarray) -> np.ndarray:
-    """Of each image's IoUs."""
-    return np.bincount(images, evaluation["ious"])
-
-
 def together(first: Evaluation, second: Evaluation) -> Evaluation:
     """Evaluations of different images as one."""
-    return {key: first[key] + second[key] for key in ("images", "ious")}
+    return {key: first[key] + second[key] for key in ("images", "objects", "iou_sums")}
+
+
+def summary(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation without what it says of every image."""
+    return {key: value for key, value in evaluation.items() if key not in ("images", "objects", "iou_sums")}

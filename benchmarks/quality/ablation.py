@@ -1,91 +1,62 @@
-"""Reproduce the paper's ablations on the mask branch alone, trained on frozen features of annotated objects.
+"""Compare refinements in the mask branch alone, trained on frozen features of annotated objects.
 
     python benchmarks/quality/ablation.py DATA --output runs/ablation
     python benchmarks/quality/ablation.py DATA --output runs/ablation --rows "4 convolutions" IFR --seeds 3
+    python benchmarks/quality/ablation.py --output runs/ablation --test FOLDER
 
-DATA is a folder in COCO format (see accuracy.py). Every training leaves a file in the output folder, so a sweep that
-was stopped goes on where it was; ablation.json there holds them all. results_page.py makes tables of it.
+DATA is a folder in COCO format (see accuracy.py). Every training leaves a report and its weights in the output folder,
+so a sweep that was stopped goes on where it was; ablation.json there holds all reports. results_page.py makes tables of
+it. --test trains nothing: it evaluates the saved weights on the objects of another folder in COCO format.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
-import re
-import statistics
 import sys
-import threading
-import warnings
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
-from benchmarks.analysis.resampling import paired_gain, together
+from benchmarks.analysis.resampling import gains, summary, together
 from benchmarks.quality import accuracy
-from benchmarks.quality.coco import CocoFolder, DataError
-from benchmarks.quality.mask_branch import MaskBranch, Splits, train_branch
-from benchmarks.quality.objects import Objects, load_objects
+from benchmarks.quality.coco import DataError
+from benchmarks.quality.held_out import evaluate_sweep
 from benchmarks.quality.strategies import REFERENCES, STRATEGIES
-from benchmarks.quality.training import use_deterministic_algorithms
+from benchmarks.quality.sweep import Run, Settings, Sweep, claim, load_given
 from benchmarks.report import results_page
 from benchmarks.report.environment import environment
-from benchmarks.report.files import refuse_changes, write_json, write_whole
-
-SEARCH_SEEDS = 2  # of each learning rate; the trainings at the chosen one count
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all trainings of an output folder share."""
-
-    data: str
-    channels: int
-    epochs: int
-    batch_size: int
-    min_area: int
-    device: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training."""
-
-    row: str
-    lr: float
-    seed: int
-
-    def path(self, folder: Path) -> Path:
-        """Of its report; its weights lie beside."""
-        row = re.sub(r"[^a-z0-9.]+", "-", self.row.lower()).strip("-")
-        return folder / "trainings" / f"{row}-lr{self.lr:g}-seed{self.seed}.json"
+from benchmarks.report.files import write_json
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked. Exits with a message where options clash."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = partial(accuracy.add, parser)
-    add("data", "folder in COCO format", type=Path)
+    add("data", "folder in COCO format to train on", type=Path, nargs="?")
     add("--output", "folder for trainings and ablation.json", type=Path, default=Path("runs/ablation"))
     add("--rows", "which to train (all)", nargs="+", choices=list(STRATEGIES), metavar="ROW")
     add("--seeds", "trainings of each row", type=int, default=5)
+    add("--search-seeds", "trainings of each learning rate to choose by", type=int, default=2)
     add("--lrs", "highest learning rates to choose from", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     add("--channels", "width of the branch", type=int, default=256)
     add("--epochs", "length of a training", type=int, default=8)
     add("--batch-size", "objects an iteration", type=int, default=16)
     add("--min-area", "of an object, in pixels", type=int, default=32**2)
+    add("--test", "folder in COCO format, to evaluate the saved weights on instead of training", type=Path)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", "where to train", choices=("cpu", "cuda"), default=default_device)
     add("--processes", "trainings side by side (one a core, or one on a GPU)", type=int)
     options = parser.parse_args(arguments)
-    for name in ("seeds", "channels", "epochs", "batch_size", "processes"):
+    if (options.data is None) == (options.test is None):
+        parser.error("expected DATA, to train on, or --test FOLDER, to evaluate what was trained")
+    for name in ("seeds", "search_seeds", "channels", "epochs", "batch_size", "processes"):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
@@ -99,132 +70,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def claim(folder: Path, settings: Settings) -> None:
-    """Write down the settings, or raise DataError where the folder holds trainings with others."""
-    path = folder / "settings.json"
-    if path.exists():
-        refuse_changes(path, json.loads(path.read_text()), asdict(settings))
-    else:
-        write_json(path, asdict(settings))
-
-
-def load_given(data: Path, folder: Path, settings: Settings) -> list[Objects]:
-    """train's objects, to train and validate with, and val's, to test with; their features are kept in the folder."""
-    return [
-        load_objects(CocoFolder(data, split), folder / "features", min_area=settings.min_area)
-        for split in ("train", "val")
-    ]
-
-
-_splits: Splits | None = None  # of this process
-
-
-def _start(data: Path, folder: Path, settings: Settings, threads: int) -> None:
-    global _splits
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    if settings.device == "cuda":  # a CPU's are anyway
-        use_deterministic_algorithms()
-    warnings.filterwarnings("ignore", message="form='paper'")
-    _splits = Splits.make(*load_given(data, folder, settings), torch.device(settings.device))
-
-
-def _end_with_parent() -> None:
-    """A killed sweep does not clean up after itself, and its trainings would go on beside those of the next one."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def check_report(run: Run, folder: Path) -> None:
-    """Raises DataError where the run was done with another definition of its row."""
-    path = run.path(folder)
-    if path.exists():
-        definition = json.loads(json.dumps(asdict(STRATEGIES[run.row])))
-        refuse_changes(path, json.loads(path.read_text()), definition)
-
-
-def _train(run: Run, folder: Path, settings: Settings) -> tuple[Run, dict[str, Any]]:
-    strategy = STRATEGIES[run.row]
-    lengths = {"channels": settings.channels, "epochs": settings.epochs, "batch_size": settings.batch_size}
-    try:
-        branch, report = train_branch(strategy, _splits, **lengths, lr=run.lr, seed=run.seed)
-    except FloatingPointError as error:
-        report = {"failed": str(error)}
-    else:
-        write_whole(run.path(folder).with_suffix(".pt"), partial(torch.save, branch.state_dict()))
-    report = {**asdict(run), **asdict(strategy), **report}
-    write_json(run.path(folder), report)
-    return run, report
-
-
-class Sweep:
-    """Trainings in processes of their own; those whose report is there are not repeated."""
-
-    def __init__(self, data: Path, folder: Path, settings: Settings, processes: int) -> None:
-        self.folder, self.settings = folder, settings
-        self.pool = ProcessPoolExecutor(
-            processes,
-            multiprocessing.get_context("spawn"),
-            initializer=_start,
-            initargs=(data, folder, settings, max(1, (os.cpu_count() or 1) // processes)),
-        )
-
-    def train(self, runs: list[Run], title: str) -> None:
-        """ablation.json is written anew after every training."""
-        for run in runs:
-            check_report(run, self.folder)
-        left = [run for run in runs if not run.path(self.folder).exists()]
-        with tqdm(total=len(runs), initial=len(runs) - len(left), desc=title, dynamic_ncols=True) as bar:
-            for future in as_completed([self.pool.submit(_train, run, self.folder, self.settings) for run in left]):
-                run, report = future.result()
-                figure = report.get("failed") or f"test IoU {100 * report['test']['iou']:.1f} %"
-                bar.write(f"{run.row}, lr {run.lr:g}, seed {run.seed}: {figure}")
-                bar.update()
-                write_report(self.folder, self.settings)
-
-
 def best_rates(reports: list[dict[str, Any]]) -> dict[str, float]:
-    """For each strategy that others take their learning rate from, the one that validates best, failures as zero."""
-    scores = defaultdict(lambda: defaultdict(list))
+    """For each strategy that others take their learning rate from, the one that validates best, failures as zero.
+
+    Learning rates are compared by the seeds that all of them have.
+    """
+    scores = defaultdict(lambda: defaultdict(dict))
     for report in reports:
-        if STRATEGIES[report["row"]].tuned == report["row"] and report["seed"] < SEARCH_SEEDS:
-            scores[report["row"]][report["lr"]].append(validation_iou(report) or 0.0)
-    return {row: max(rates, key=lambda lr: statistics.mean(rates[lr])) for row, rates in scores.items()}
+        if STRATEGIES[report["row"]].tuned == report["row"]:
+            scores[report["row"]][report["lr"]][report["seed"]] = validation_iou(report) or 0.0
+
+    def score(rates: dict[float, dict[int, float]], lr: float) -> float:
+        common = set.intersection(*(set(seeds) for seeds in rates.values()))
+        return sum(rates[lr][seed] for seed in common)
+
+    return {row: max(rates, key=partial(score, rates)) for row, rates in scores.items()}
 
 
 def validation_iou(report: dict[str, Any]) -> float | None:
     return None if "failed" in report else report["validation"]["iou"]
 
 
-def gains(rows: dict[str, list[dict[str, Any]]], reference: str) -> dict[str, dict[str, Any]]:
-    """Each row's IoU less the reference's of equal seeds, on the test's images, and on those for validation too."""
-    found = {}
-    references = {report["seed"]: report for report in rows.get(reference, []) if "failed" not in report}
-    for row, reports in rows.items():
-        own = [report for report in reports if "failed" not in report and report["seed"] in references]
-        if row == reference or len(own) < 2:
-            continue
-        others = [references[report["seed"]] for report in own]
-        found[row] = {"seeds": len(own)}
-        for name, of in (("test", test_of), ("held_out", held_out_of)):
-            found[row][name] = paired_gain([of(report) for report in own], [of(report) for report in others])
-    return found
+PARTS = {
+    "test": itemgetter("test"),
+    "held_out": lambda report: together(report["test"], report["validation"]),
+}
 
 
-def test_of(report: dict[str, Any]) -> dict[str, Any]:
-    return report["test"]
-
-
-def held_out_of(report: dict[str, Any]) -> dict[str, Any]:
-    return together(report["test"], report["validation"])
-
-
-def without_objects(report: dict[str, Any]) -> dict[str, Any]:
-    """A report without what it says of every object."""
-    return {
-        key: {k: v for k, v in value.items() if k not in ("ious", "images")} if isinstance(value, dict) else value
-        for key, value in report.items()
-    }
+def without_images(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without what it says of every image."""
+    return report | {key: summary(report[key]) for key in ("test", "validation") if key in report}
 
 
 def write_report(folder: Path, settings: Settings) -> dict[str, Any]:
@@ -246,55 +121,11 @@ def write_report(folder: Path, settings: Settings) -> dict[str, Any]:
             for report in reports
             if report["row"] in rates
         ],
-        "rows": {row: [without_objects(report) for report in of_row] for row, of_row in rows.items()},
-        "gains": {reference: gains(rows, reference) for reference in REFERENCES},
+        "rows": {row: [without_images(report) for report in of_row] for row, of_row in rows.items()},
+        "gains": {reference: gains(rows, reference, PARTS) for reference in REFERENCES},
     }
     write_json(folder / "ablation.json", content)
     return content
-
-
-def trained_branches(folder: Path, row: str) -> list[MaskBranch]:
-    """A row's branches in a sweep, seed by seed.
-
-    Raises DataError where the folder has none.
-    """
-    content = _content(folder)
-    if row not in content["rows"]:
-        raise DataError(f"sweep: {folder} has no row {row!r}, only {', '.join(content['rows'])}")
-    return [_branch(folder, content, row, report) for report in content["rows"][row] if "failed" not in report]
-
-
-def trained_branch(folder: Path, row: str, seed: int) -> MaskBranch:
-    """One of them. Raises DataError where the folder lacks it."""
-    content = _content(folder)
-    for report in content["rows"].get(row, []):
-        if report["seed"] == seed and "failed" not in report:
-            return _branch(folder, content, row, report)
-    raise DataError(f"sweep: {folder} has no training of {row!r} with seed {seed}")
-
-
-def load_test_objects(data: Path, folder: Path) -> Objects:
-    """The unseen objects of a sweep on the folder `data`."""
-    settings = _content(folder)["settings"]
-    if data.resolve().name != settings["data"]:
-        raise DataError(f"data: expected {settings['data']}, which the sweep in {folder} was trained on, got {data}")
-    return load_objects(CocoFolder(data, "val"), folder / "features", min_area=settings["min_area"])
-
-
-def _content(folder: Path) -> dict[str, Any]:
-    path = folder / "ablation.json"
-    if not path.exists():
-        raise DataError(f"sweep: {folder} has no ablation.json, which ablation.py --output {folder} writes")
-    return json.loads(path.read_text())
-
-
-def _branch(folder: Path, content: dict[str, Any], row: str, report: dict[str, Any]) -> MaskBranch:
-    weights = Run(row, report["lr"], report["seed"]).path(folder).with_suffix(".pt")
-    state = torch.load(weights, map_location="cpu", weights_only=True)
-    channels = content["settings"]["channels"]
-    branch = MaskBranch(*(state[name].flatten() for name in ("mean", "std")), channels, STRATEGIES[row].build(channels))
-    branch.load_state_dict(state)
-    return branch.eval()
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -312,11 +143,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     sweep = Sweep(options.data, options.output, settings, options.processes)
     try:
         tuned = sorted({STRATEGIES[row].tuned for row in rows})
-        seeds = range(min(SEARCH_SEEDS, options.seeds))
-        sweep.train([Run(row, lr, seed) for row in tuned for lr in options.lrs for seed in seeds], "learning rates")
-        rates = write_report(options.output, settings)["learning_rates"]
+        seeds = range(min(options.search_seeds, options.seeds))
+        report = partial(write_report, options.output, settings)
+        searched = [Run(row, lr, seed) for row in tuned for lr in options.lrs for seed in seeds]
+        sweep.train(searched, "learning rates", report)
+        rates = report()["learning_rates"]
         runs = [Run(row, rates[STRATEGIES[row].tuned], seed) for seed in range(options.seeds) for row in rows]
-        sweep.train(runs, "rows")
+        sweep.train(runs, "rows", report)
     finally:
         sweep.pool.shutdown(cancel_futures=True)
     return write_report(options.output, settings)
@@ -324,9 +157,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
-    report = run(options)
-    print(results_page.ablation(report))
-    print(f"wrote {options.output / 'ablation.json'}")
+    if options.test is None:
+        report, path = run(options), options.output / "ablation.json"
+        print(results_page.ablation(report))
+    else:
+        report, path = evaluate_sweep(options.output, options.test, options.rows)
+        print(results_page.held_out(report))
+    print(f"wrote {path}")
     return report
 
 

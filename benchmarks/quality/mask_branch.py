@@ -4,7 +4,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from benchmarks.quality.objects import FINE, PREDICTED, Objects
 from benchmarks.quality.strategies import Strategy
 from benchmarks.quality.training import CLIP_NORM, WEIGHT_DECAY, Plan, autocast, warm_up
-from ifr_fast import IFRHead, WarmupUnroll
+from ifr_fast import IFRHead, WarmupUnroll, jacobian_penalty
 from ifr_fast.diagnostics import adjoint_residual
 
 
@@ -72,9 +71,8 @@ def train_branch(
 ) -> tuple[MaskBranch, dict]:
     """Train one strategy; returns the branch, and what is to be reported of it.
 
-    "test" and "validation" are of the end of the training, when the learning rate has come down; "best_epoch" is
-    the one that validated best, and "stopped_early" what the test finds in its weights. On a CPU "seconds" are of
-    processor time, so that several trainings may share the machine.
+    "test" and "validation" are of the end of the training, when the learning rate has come down. On a CPU "seconds" are
+    of processor time, so that several trainings may share the machine.
     Raises FloatingPointError where the loss is not finite.
     """
     device = splits.device
@@ -85,12 +83,12 @@ def train_branch(
     model = MaskBranch(splits.mean, splits.std, channels, strategy.build(channels)).to(device)
     warmup = warm_up(model, plan)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
-    epochs_done, best_state = [], {}
+    epochs_done = []
     for epoch in range(epochs):
         clock = seconds(device)
         model.train()
         losses = [
-            train_step(model, optimizer, batch, plan, warmup, iteration)
+            train_step(model, optimizer, batch, plan, warmup, iteration, strategy.penalty)
             for iteration, batch in enumerate(shuffled(splits.train, plan, epoch), epoch * iterations // epochs)
         ]
         loss = torch.stack(losses).mean().item()
@@ -98,22 +96,17 @@ def train_branch(
             raise FloatingPointError(f"the loss is not finite in epoch {epoch}")
         spent = seconds(device) - clock
         validation = evaluate(model, splits.validation, bf16=plan.bf16)
-        iou = validation["iou"]
-        epochs_done.append({"loss": loss, "validation_iou": iou, "seconds": spent})
-        if iou == max(entry["validation_iou"] for entry in epochs_done):
-            best_state = deepcopy(model.state_dict())
+        epochs_done.append({"loss": loss, "validation_iou": validation["iou"], "seconds": spent})
+    some = splits.test[: 4 * batch_size]
     report = {
         "parameters": sum(parameter.numel() for parameter in model.refine.parameters()),
         "epochs": epochs_done,
         "validation": validation,
         "seconds_per_epoch": statistics.median(entry["seconds"] for entry in epochs_done),
         "test": evaluate(model, splits.test, bf16=plan.bf16),
-        "backward_residual": backward_residual(model, splits.test[: 4 * batch_size], bf16=plan.bf16),
-        "best_epoch": max(range(epochs), key=lambda epoch: epochs_done[epoch]["validation_iou"]),
+        "backward_residual": backward_residual(model, some, bf16=plan.bf16),
+        "jacobian": squared_jacobian(model, some, bf16=plan.bf16),
     }
-    best = deepcopy(model)
-    best.load_state_dict(best_state)
-    report["stopped_early"] = evaluate(best, splits.test, bf16=plan.bf16)
     return model, report
 
 
@@ -136,20 +129,24 @@ def train_step(
     plan: Plan,
     warmup: WarmupUnroll | None,
     iteration: int,
+    penalty: float,
 ) -> Tensor:
-    """Returns the loss, on the device."""
+    """Returns the masks' loss, on the device. penalty: the weight of the Jacobian's, which begins after the warm-up."""
     features, masks = batch
     for group in optimizer.param_groups:
         group["lr"] = plan.lr_at(iteration)
     with autocast(features.device, plan.bf16):
-        loss = mask_loss(model(features), masks)
+        x = model.reduced(features)
+        loss = of_masks = mask_loss(model.predict(model.refine(x))[:, 0], masks)
+        if penalty and not model.refine.training_unroll:
+            loss = of_masks + penalty * jacobian_penalty(model.refine, x)
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
     optimizer.step()
     if warmup:
         warmup.step()
-    return loss.detach()
+    return of_masks.detach()
 
 
 def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -161,8 +158,8 @@ def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: MaskBranch, objects: Objects, *, bf16: bool) -> dict[str, Any]:
     """Mean mask IoU, the shares of objects above 0.5 and 0.75, and where the refinement solves its median relative
-    residual and mean iterations; "ious", of every object, and "images", whose it is. Objects are seen in their
-    annotated boxes, and masks compared at 112×112."""
+    residual and mean iterations; "images", their ids, with each one's number of "objects" and the sum of their IoUs,
+    "iou_sums". Objects are seen in their annotated boxes, and masks compared at 112×112."""
     model.eval()
     ious, residuals, iterations = [], [], []
     for indices in torch.arange(len(objects), device=objects.images.device).split(64):
@@ -182,7 +179,10 @@ def evaluate(model: MaskBranch, objects: Objects, *, bf16: bool) -> dict[str, An
     if residuals:
         figures |= {"residual": torch.cat(residuals).median(), "iterations": torch.cat(iterations).float().mean()}
     found = {name: value.item() for name, value in figures.items()}
-    return {**found, "ious": [round(value, 5) for value in iou.tolist()], "images": objects.images.tolist()}
+    images, at, counts = (value.cpu() for value in objects.images.unique(return_inverse=True, return_counts=True))
+    sums = torch.zeros(len(images), dtype=torch.float64).index_add_(0, at, iou.cpu().double())
+    sums = [round(value, 4) for value in sums.tolist()]
+    return {**found, "images": images.tolist(), "objects": counts.tolist(), "iou_sums": sums}
 
 
 def backward_residual(model: MaskBranch, objects: Objects, *, bf16: bool) -> float | None:
@@ -197,6 +197,15 @@ def backward_residual(model: MaskBranch, objects: Objects, *, bf16: bool) -> flo
         refined = head(x).detach().requires_grad_()
         (grad,) = torch.autograd.grad(mask_loss(model.predict(refined)[:, 0], masks), refined)
         return adjoint_residual(head, x, grad).median().item()
+
+
+def squared_jacobian(model: MaskBranch, objects: Objects, *, bf16: bool) -> float | None:
+    """‖∂F/∂z‖² / D at the equilibria, the mean over the objects; None without a solve."""
+    if getattr(model.refine, "last_solution", None) is None:
+        return None
+    model.eval()
+    with torch.no_grad(), autocast(objects.features.device, bf16):
+        return jacobian_penalty(model.refine, model.reduced(objects.features)).item()
 
 
 def seconds(device: torch.device) -> float:

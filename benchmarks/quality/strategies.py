@@ -42,10 +42,22 @@ def normalised_stack(channels: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def separable_blocks(channels: int) -> nn.Sequential:
+    """What is cheap and explicit: four times a depthwise 5×5 convolution, a pointwise one, GroupNorm and ReLU."""
+    layers = []
+    for _ in range(DEPTH):
+        depthwise = nn.Conv2d(channels, channels, 5, padding=2, groups=channels, bias=False)
+        pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+        nn.init.kaiming_normal_(pointwise.weight, mode="fan_out", nonlinearity="relu")
+        layers += [depthwise, pointwise, nn.GroupNorm(GROUPS, channels), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
 BUILDERS = {
     "none": nn.Identity,
     "stack": lambda channels, layers: MaskRCNNHeads(channels, [channels] * layers, dilation=1),
     "stack, GroupNorm": normalised_stack,
+    "separable": separable_blocks,
     "shared": SharedConvolution,
     "unshared blocks": UnsharedBlocks,
 }
@@ -54,7 +66,8 @@ BUILDERS = {
 @dataclass(frozen=True)
 class Strategy:
     """kind: a key of BUILDERS, or "ifr" for IFRHead. options: its arguments; for "ifr", width is mid_channels /
-    channels, warmup the share of the training that unrolls. tuned: the strategy whose learning rate it takes."""
+    channels, warmup the share of the training that unrolls, penalty the weight of jacobian_penalty. tuned: the strategy
+    whose learning rate it takes."""
 
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +79,8 @@ class Strategy:
         if self.kind != "ifr":
             return BUILDERS[self.kind](channels, **self.options)
         options = {"groups": GROUPS, "width": 1.0, **self.options}
-        options.pop("warmup", None)
+        for of_the_training in ("warmup", "penalty"):
+            options.pop(of_the_training, None)
         mid_channels = round(options.pop("width") * channels)
         options["groups"] = math.gcd(options["groups"], mid_channels, channels)
         return IFRHead(channels, mid_channels=mid_channels, **options)
@@ -75,11 +89,17 @@ class Strategy:
         """How many of a training's iterations unroll the block."""
         return round(self.options.get("warmup", 0.1) * iterations) if self.kind == "ifr" else 0
 
-    def convolutions(self, steps: float | None) -> float:
+    @property
+    def penalty(self) -> float:
+        return self.options.get("penalty", 0.0)
+
+    def convolutions(self, steps: float | None, channels: int) -> float:
         """A forward pass's arithmetic, in 3×3 convolutions between all channels. steps: of its solve, None without."""
         if self.kind == "ifr":
             evaluations = DEPTH if steps is None else steps + 1
             return 2 * self.options.get("width", 1) * evaluations
+        if self.kind == "separable":
+            return DEPTH * (5**2 + channels) / (3**2 * channels)
         return {"none": 0, "unshared blocks": 2 * DEPTH}.get(self.kind, self.options.get("layers", DEPTH))
 
 
@@ -96,7 +116,8 @@ STRATEGIES = {
     "no convolution": Strategy("none"),
     **{f"{n} convolution{'s' * (n > 1)}": Strategy("stack", {"layers": n}) for n in range(1, DEPTH + 1)},
     "4 convolutions, shared": Strategy("shared", tuned="4 convolutions, shared"),
-    "4 convolutions, GroupNorm": Strategy("stack, GroupNorm"),
+    "4 convolutions, GroupNorm": Strategy("stack, GroupNorm", tuned="4 convolutions, GroupNorm"),
+    "4 separable 5×5 blocks": Strategy("separable", tuned="4 separable 5×5 blocks"),
     "unroll": ifr(solver={"type": "Unroll", "steps": DEPTH}, warmup=0, tuned="unroll"),
     "unroll, paper's form": ifr(form="paper", solver={"type": "Unroll", "steps": DEPTH}, warmup=0, tuned="unroll"),
     "unroll, unshared": Strategy("unshared blocks", tuned="unroll, unshared"),
@@ -109,6 +130,7 @@ STRATEGIES = {
     "IFR, C/4 inside, 7 steps, adjoint at 1e-1": ifr(
         solver={"type": "Broyden", "max_iter": 7, "rtol": 1e-6}, adjoint={"type": "Implicit", "rtol": 1e-1}, width=1 / 4
     ),
+    **{f"IFR, Jacobian penalty {weight:g}": ifr(penalty=weight) for weight in (0.1, 0.5, 2)},
     "IFR, plain form": ifr(form="plain"),
     "IFR, paper's form": ifr(form="paper"),
     "IFR, C/8 inside": ifr(width=1 / 8),
@@ -141,6 +163,7 @@ TABLES = {
         "4 convolutions",
         "4 convolutions, shared",
         "4 convolutions, GroupNorm",
+        "4 separable 5×5 blocks",
         "IFR",
     ],
     "Table 6: explicit or implicit": ["unroll, unshared", "unroll", "unroll, paper's form", "IFR"],
@@ -166,6 +189,10 @@ TABLES = {
         "IFR, C/4 inside, 7 steps, adjoint at 1e-1",
         "IFR, C/4 inside, stopping at 1e-1",
         "IFR",
+    ],
+    "Fewer steps by training for it": [
+        "IFR",
+        *(f"IFR, Jacobian penalty {weight:g}" for weight in (0.1, 0.5, 2)),
     ],
     "Groups of GroupNorm": ["IFR, 4 groups", "IFR, 16 groups", "IFR"],
     "Solver": ["IFR, Anderson", "IFR, Picard", "IFR"],

@@ -39,12 +39,14 @@ def ablation(content: Content) -> str:
     command += f" --epochs {settings['epochs']} --batch-size {settings['batch_size']} --device {settings['device']}"
     head = ["", "mask IoU, %", f"− {BASELINE}", f"− {BASELINE}, all", f"− {IFR}, all", "parameters"]
     head += ["residual forth / back", "steps", "convolutions", "seeds"]
-    lines = [ablation_row(name, rows[name], content["gains"]) for name in REFERENCES if name in rows]
+    lines = [
+        ablation_row(name, rows[name], content["gains"], settings["channels"]) for name in REFERENCES if name in rows
+    ]
     for title, names in TABLES.items():
         own = [name for name in names if name in rows and name not in {line[0].strip("*") for line in lines}]
         if own and len(rows) > FEW:
             lines.append([f"*{title}*", *[""] * (len(head) - 1)])
-        lines += [ablation_row(name, rows[name], content["gains"]) for name in own]
+        lines += [ablation_row(name, rows[name], content["gains"], settings["channels"]) for name in own]
     return "\n\n".join(
         [
             f"{len(trainings)} trainings of the mask branch alone on {settings['data']}, C = {settings['channels']}, "
@@ -55,7 +57,7 @@ def ablation(content: Content) -> str:
     )
 
 
-def ablation_row(name: str, reports: list[Content], gains: Content) -> list[str]:
+def ablation_row(name: str, reports: list[Content], gains: Content, channels: int) -> list[str]:
     done = [report for report in reports if "failed" not in report]
     if not done:
         return [name, reports[0]["failed"], *["–"] * 7, f"{len(reports)} failed"]
@@ -71,9 +73,34 @@ def ablation_row(name: str, reports: list[Content], gains: Content) -> list[str]
         f"{done[0]['parameters'] / 1e6:.2f} M",
         residuals(tests, done),
         spread(steps),
-        f"{statistics.mean(map(STRATEGIES[name].convolutions, steps)):.1f}",
+        f"{statistics.mean(STRATEGIES[name].convolutions(count, channels) for count in steps):.1f}",
         f"{len(done)}" + f", {len(reports) - len(done)} failed" * (len(done) < len(reports)),
     ]
+
+
+def held_out(content: Content) -> str:
+    lines = [
+        [
+            name,
+            spread((report["test"]["iou"] for report in reports), 100),
+            *(
+                interval(content["gains"][reference][name]["test"]) if name in content["gains"][reference] else "–"
+                for reference in REFERENCES
+            ),
+            spread(report["test"].get("iterations") for report in reports),
+            str(len(reports)),
+        ]
+        for name, reports in content["rows"].items()
+    ]
+    settings = content["settings"]
+    return "\n\n".join(
+        [
+            f"Mask branches trained on {settings['data']}, C = {settings['channels']}, tested on {content['objects']} "
+            f"objects in {content['images']} images of {content['data']}, {content['split']}; {machine(content)}. "
+            f"`python benchmarks/quality/ablation.py --output runs/ablation --test {content['data'].upper()}`",
+            table(["", "mask IoU, %", *(f"− {reference}" for reference in REFERENCES), "steps", "seeds"], lines),
+        ]
+    )
 
 
 def residuals(tests: list[Content], reports: list[Content]) -> str:
@@ -184,6 +211,7 @@ def convergence(content: Content) -> str:
 
 SECTIONS = {
     "ablation": ("The paper's ablations", ablation),
+    "held_out": ("Other objects", held_out),
     "inference_steps": ("Fewer or more steps at inference", inference_steps),
     "comparison": ("Mask R-CNN end to end", comparison),
     "convergence": ("Convergence", convergence),

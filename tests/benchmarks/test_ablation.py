@@ -2,13 +2,15 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
 from benchmarks.quality import ablation
-from benchmarks.quality.ablation import Run
+from benchmarks.quality import sweep as sweeps
 from benchmarks.quality.coco import DataError
 from benchmarks.quality.strategies import STRATEGIES, TABLES
+from benchmarks.quality.sweep import Run
 
 OPTIONS = ["--channels", "32", "--epochs", "1", "--batch-size", "4", "--min-area", "200", "--device", "cpu"]
 
@@ -29,6 +31,7 @@ def test_every_row_trains_and_is_reported(sweep):
     for row, (training,) in report["rows"].items():
         assert 0 <= training["test"]["above_75"] <= training["test"]["above_50"] <= 1, row
         assert math.isfinite(training["epochs"][0]["loss"]), row
+        assert (training["jacobian"] is None) == ("residual" not in training["test"]), row
     solved = {row for row, (training,) in report["rows"].items() if "residual" in training["test"]}
     assert solved == {row for row, s in STRATEGIES.items() if s.kind == "ifr"} - {"unroll", "unroll, paper's form"}
 
@@ -41,6 +44,7 @@ COSTS = {
     ("no convolution", None): 0,
     ("3 convolutions", None): 3,
     ("4 convolutions, shared", None): 4,
+    ("4 separable 5×5 blocks", None): 4 * (25 + 225) / (9 * 225),
     ("unroll", None): 8,
     ("unroll, unshared", None): 8,
     ("IFR", 15.0): 32,
@@ -51,7 +55,7 @@ COSTS = {
 
 @pytest.mark.parametrize(("row", "steps"), COSTS)
 def test_a_solve_costs_one_evaluation_more_than_it_has_steps(row, steps):
-    assert STRATEGIES[row].convolutions(steps) == COSTS[row, steps]
+    assert STRATEGIES[row].convolutions(steps, channels=225) == COSTS[row, steps]
 
 
 def test_a_stopped_sweep_goes_on_and_repeats_itself_to_the_last_digit(shapes, sweep):
@@ -71,27 +75,9 @@ def test_a_folder_of_other_trainings_is_refused(shapes, sweep):
 
 
 def test_trainings_of_a_row_of_another_definition_are_refused(shapes, sweep, monkeypatch):
-    monkeypatch.setitem(ablation.STRATEGIES, "no convolution", STRATEGIES["1 convolution"])
+    monkeypatch.setitem(sweeps.STRATEGIES, "no convolution", STRATEGIES["1 convolution"])
     with pytest.raises(DataError, match=r"was made with \{'kind': 'none', 'options': \{\}\}"):
         sweep_again(shapes, sweep, "--lrs", "1e-3")
-
-
-def test_gains_are_those_of_common_seeds_that_did_not_fail():
-    def report(seed, iou):
-        seen = {"images": [1, 2], "ious": [iou, iou]}
-        return {"seed": seed, "test": seen, "validation": {"images": [3], "ious": [0.0]}}
-
-    baseline = [report(0, 0.5), report(1, 0.6), {"seed": 2, "failed": "so"}]
-    rows = {
-        "4 convolutions": baseline,
-        "IFR": [report(0, 0.7), report(1, 0.7), report(2, 0.1)],
-        "IFR, Picard": [report(0, 0.9), {"seed": 1, "failed": "so"}],
-    }
-    found = ablation.gains(rows, "4 convolutions")
-    assert list(found) == ["IFR"]
-    assert found["IFR"]["seeds"] == 2
-    assert found["IFR"]["test"]["mean"] == pytest.approx(0.15)
-    assert found["IFR"]["held_out"]["mean"] == pytest.approx(0.1)
 
 
 def test_the_learning_rate_that_validates_best_is_taken():
@@ -106,6 +92,8 @@ def test_the_learning_rate_that_validates_best_is_taken():
     ("options", "message"),
     [
         (["--channels", "48"], "--channels: expected a multiple of 32"),
+        (["--test", "elsewhere"], "expected DATA, to train on, or --test FOLDER"),
+        (["--search-seeds", "0"], "--search-seeds: expected at least 1, got 0"),
         (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--lrs", "-1"], "--lrs: expected positive numbers, got -1.0"),
         (["--rows", "IFR, 4 steps"], "argument --rows: invalid choice"),
@@ -119,9 +107,48 @@ def test_bad_options_are_named(tmp_path, capsys, options, message):
 
 def test_a_sweep_of_which_weights_are_wanted_must_have_finished(tmp_path):
     with pytest.raises(DataError, match=r"has no ablation\.json"):
-        ablation.trained_branches(tmp_path, "IFR")
+        sweeps.trained_branches(tmp_path, "IFR")
 
 
 def test_an_unknown_row_of_a_sweep_is_named(sweep):
     with pytest.raises(DataError, match="has no row 'IFR, 7 steps'"):
-        ablation.trained_branches(sweep, "IFR, 7 steps")
+        sweeps.trained_branches(sweep, "IFR, 7 steps")
+
+
+def test_weights_that_did_not_come_with_the_reports_are_missed(sweep, tmp_path):
+    (tmp_path / "trainings").mkdir()
+    for name in ("ablation.json", "trainings/ifr-lr0.001-seed0.json"):
+        shutil.copy(sweep / name, tmp_path / name)
+    with pytest.raises(DataError, match=r"ifr-lr0.001-seed0.pt is missing"):
+        sweeps.trained_branches(tmp_path, "IFR")
+    with pytest.raises(DataError, match=r"has no weights"):
+        ablation.main(["--output", str(tmp_path), "--test", str(tmp_path), "--rows", "IFR"])
+
+
+def test_saved_weights_are_tested_on_any_folder(shapes, sweep):
+    """On the sweep's own test images they find what the training found."""
+    found = ablation.main(["--output", str(sweep), "--test", str(shapes), "--rows", "IFR", "4 convolutions"])
+    trained = json.loads((sweep / "ablation.json").read_text())["rows"]
+    assert list(found["rows"]) == ["IFR", "4 convolutions"]
+    for row, (test,) in found["rows"].items():
+        assert test["test"] == pytest.approx(trained[row][0]["test"], rel=1e-6), row
+    assert json.loads((sweep / "held_out-shapes0-val.json").read_text())["objects"] == found["objects"]
+
+
+def test_the_split_for_tests_is_taken_where_a_folder_has_one(shapes, sweep, tmp_path):
+    other = shutil.copytree(shapes, tmp_path / "other")
+    (other / "annotations" / "instances_train.json").rename(other / "annotations" / "instances_test2017.json")
+    (other / "train").rename(other / "test2017")
+    found = ablation.main(["--output", str(sweep), "--test", str(other), "--rows", "no convolution"])
+    assert found["split"] == "test"
+
+
+def test_an_unknown_row_to_test_is_named(shapes, tmp_path):
+    (tmp_path / "ablation.json").write_text(json.dumps({"settings": {}, "rows": {"IFR": []}}))
+    with pytest.raises(DataError, match="has no row 'IFR, Picard', only IFR"):
+        ablation.main(["--output", str(tmp_path), "--test", str(shapes), "--rows", "IFR, Picard"])
+
+
+def test_a_folder_without_objects_to_test_on_is_named(sweep, tmp_path):
+    with pytest.raises(DataError, match=r"expected one of instances_test.json, instances_val.json"):
+        ablation.main(["--output", str(sweep), "--test", str(tmp_path)])

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.analysis import inference_steps
-from benchmarks.quality.ablation import load_test_objects, trained_branches
 from benchmarks.quality.coco import DataError
 from benchmarks.quality.mask_branch import evaluate
+from benchmarks.quality.sweep import load_test_objects, trained_branches
 from benchmarks.report import results_page
 
 NARROW = "IFR, C/4 inside, stopping at 1e-1"

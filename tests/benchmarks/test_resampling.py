@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.analysis.resampling import average_precision, paired_gain, paired_precision_gain, together
+from benchmarks.analysis.resampling import average_precision, gains, paired_gain, paired_precision_gain, together
 from benchmarks.quality.coco import load_annotations, matched
 from benchmarks.report.files import write_json
 
@@ -20,7 +20,9 @@ def generator(seed):
 
 
 def evaluation(images, ious):
-    return {"images": list(images), "ious": list(ious)}
+    """Of objects with these IoUs in these images."""
+    found, at, counts = np.unique(images, return_inverse=True, return_counts=True)
+    return {"images": found.tolist(), "objects": counts.tolist(), "iou_sums": np.bincount(at, ious).tolist()}
 
 
 def test_the_mean_is_over_objects_and_an_equal_gain_is_certain(generator):
@@ -50,7 +52,25 @@ def test_seeds_that_differ_widen_the_interval(generator):
 
 
 def test_evaluations_of_different_images_are_joined():
-    assert together(evaluation([1], [0.5]), evaluation([2, 2], [0.1, 0.2])) == evaluation([1, 2, 2], [0.5, 0.1, 0.2])
+    joined = together(evaluation([1], [0.5]), evaluation([2, 2], [0.1, 0.2]))
+    assert joined == evaluation([1, 2, 2], [0.5, 0.1, 0.2])
+
+
+def test_gains_are_those_of_common_seeds_that_did_not_fail():
+    def report(seed, iou):
+        return {"seed": seed, "test": evaluation([1, 2], [iou, iou]), "validation": evaluation([3], [0.0])}
+
+    rows = {
+        "4 convolutions": [report(0, 0.5), report(1, 0.6), {"seed": 2, "failed": "so"}],
+        "IFR": [report(0, 0.7), report(1, 0.7), report(2, 0.1)],
+        "IFR, Picard": [report(0, 0.9), {"seed": 1, "failed": "so"}],
+    }
+    parts = {"test": lambda of: of["test"], "all": lambda of: together(of["test"], of["validation"])}
+    found = gains(rows, "4 convolutions", parts)
+    assert list(found) == ["IFR"]
+    assert found["IFR"]["seeds"] == 2
+    assert found["IFR"]["test"]["mean"] == pytest.approx(0.15)
+    assert found["IFR"]["all"]["mean"] == pytest.approx(0.1)
 
 
 def boxes(generator, count):

@@ -1,0 +1,38 @@
+"""The Jacobian penalty: a term of the loss that makes the equilibrium cheaper to find."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .block import ResidualBlock, compute_dtype
+from .checks import check_tensor, refuse_forward_mode
+from .head import IFRHead
+from .kernels.contract import wide
+
+
+def jacobian_penalty(head: IFRHead, x: Tensor) -> Tensor:
+    """Hutchinson's estimate of ‖∂F/∂z‖² / (C·H·W) at head's equilibrium for x, the mean over samples (Bai et al.,
+    "Stabilizing Equilibrium Models by Jacobian Regularization", 2021). ‖·‖ is Frobenius' norm.
+
+    Add it to the loss, times a weight: the smaller ∂F/∂z, the fewer steps a solver takes. It costs one evaluation of F
+    and one vjp, and is differentiable in head's parameters and in x, with the equilibrium held fixed, as in the paper.
+
+    x: (N, C, H, W). The equilibrium is that of head's latest forward pass if x is the tensor which that pass was given.
+    For any other tensor, in a warm-up and after a compiled pass the penalty solves first, without gradients. Its random
+    probe, of entries ±1, comes from torch's global generator. N = 0 gives 0.
+
+    Returns a scalar in float32, or in float64 if F computes in float64. Raises ValueError if head.solver is an Unroll
+    or if x does not fit, NotImplementedError in forward mode.
+    """
+    check_tensor("x", x)
+    refuse_forward_mode("jacobian_penalty")
+    z = head.equilibrium(x).to(wide(compute_dtype(x))).detach().requires_grad_()
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Called: the block's own kernels have no second derivative.
+        by_calls = isinstance(head.block, ResidualBlock) and not head.altered()
+        value = head.block.by_calls(z, x, compute_dtype(x)) if by_calls else head.block(z, x)
+        probe = torch.randint_like(value, 2).mul_(2).sub_(1)
+        (product,) = torch.autograd.grad(value, z, probe, create_graph=keep)
+    return product.square().sum() / max(1, product.numel())
