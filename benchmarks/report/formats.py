@@ -28,3 +28,8 @@ def spread(values: Iterable[float | None], scale: float = 1.0, digits: int = 1) 
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def median_power(values: Iterable[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    return f"{statistics.median(found):.0e}" if found else "–"

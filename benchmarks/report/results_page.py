@@ -7,18 +7,19 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
 from benchmarks.quality.strategies import BASELINE, IFR, REFERENCES, STRATEGIES, TABLES
+from benchmarks.report.choice import choice_table
 from benchmarks.report.convergence_report import PAPER_BOUND, STEADY, median, moving, near, numbers, worst
-from benchmarks.report.formats import cell, interval, spread, table
+from benchmarks.report.formats import cell, interval, median_power, spread, table
 
 RESULTS = Path(__file__).parents[1] / "results"
 FEW = 10  # rows of an ablation that need no titles
+MIN_AREA = 32**2  # ablation.py's default
 
 Content = dict[str, Any]
 
@@ -30,13 +31,40 @@ def machine(content: Content) -> str:
     return f"{device}; {versions}"
 
 
-def ablation(content: Content) -> str:
-    """One table; each row once, under the title of the paper's table or the question that it belongs to."""
-    settings, rows = content["settings"], content["rows"]
-    trainings = [report for reports in rows.values() for report in reports]
+def trainings(content: Content) -> str:
+    """What an ablation's trainings were, where they ran, and the command."""
+    settings = content["settings"]
+    count = sum(len(reports) for reports in content["rows"].values())
     rates = ", ".join(f"{row} {rate:g}" for row, rate in content["learning_rates"].items())
     command = f"python benchmarks/quality/ablation.py {settings['data'].upper()} --channels {settings['channels']}"
     command += f" --epochs {settings['epochs']} --batch-size {settings['batch_size']} --device {settings['device']}"
+    if settings["min_area"] != MIN_AREA:
+        command += f" --min-area {settings['min_area']}"
+    note = f" {content['note']}" if "note" in content else ""
+    return (
+        f"{count} trainings of the mask branch alone on {settings['data']}, C = {settings['channels']}, "
+        f"{settings['epochs']} epochs; {machine(content)}. Learning rates: {rates}. `{command}`{note}"
+    )
+
+
+def choice(content: Content, latency: Content) -> str:
+    seconds = sum(r["seconds_per_epoch"] * len(r["epochs"]) for rs in content["rows"].values() for r in rs)
+    return "\n\n".join(
+        [
+            f"{trainings(content)} These took {seconds / 3600:.0f} hours of one core, and the search of learning rates "
+            f"more. − {BASELINE}: points of mask IoU on the test's objects, with 95 % intervals by the bootstrap over "
+            f"seeds and images. ms: of the trained refinement on {latency['n']} unseen objects; {machine(latency)}, "
+            f"{latency['environment']['cpu'].rpartition(', ')[2]}. ×: over {BASELINE} of the same precision in the "
+            "same round. `python benchmarks/analysis/latency.py "
+            f"{content['settings']['data'].upper()} --sweep runs/ablation`",
+            choice_table(content, latency),
+        ]
+    )
+
+
+def ablation(content: Content) -> str:
+    """One table; each row once, under the title of the paper's table or the question that it belongs to."""
+    settings, rows = content["settings"], content["rows"]
     head = ["", "mask IoU, %", f"− {BASELINE}", f"− {BASELINE}, all", f"− {IFR}, all", "parameters"]
     head += ["residual forth / back", "steps", "convolutions", "seeds"]
     lines = [
@@ -47,14 +75,7 @@ def ablation(content: Content) -> str:
         if own and len(rows) > FEW:
             lines.append([f"*{title}*", *[""] * (len(head) - 1)])
         lines += [ablation_row(name, rows[name], content["gains"], settings["channels"]) for name in own]
-    return "\n\n".join(
-        [
-            f"{len(trainings)} trainings of the mask branch alone on {settings['data']}, C = {settings['channels']}, "
-            f"{settings['epochs']} epochs; {machine(content)}. Learning rates: {rates}. `{command}`"
-            + (f" {content['note']}" if "note" in content else ""),
-            table(head, lines),
-        ]
-    )
+    return f"{trainings(content)}\n\n{table(head, lines)}"
 
 
 def ablation_row(name: str, reports: list[Content], gains: Content, channels: int) -> list[str]:
@@ -109,11 +130,6 @@ def residuals(tests: list[Content], reports: list[Content]) -> str:
     return "–" if forth == "–" else f"{forth} / {back}"
 
 
-def median_power(values: Iterable[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    return f"{statistics.median(found):.0e}" if found else "–"
-
-
 def receptive_field(content: Content) -> str:
     rows = [
         [row, *(spread(field["outside"], 100, 2) for field in fields.values()), str(len(fields["gradient"]["outside"]))]
@@ -153,6 +169,24 @@ def inference_steps(content: Content) -> str:
             f"their solves cut after some steps or stopped at a residual; {BASELINE}: {baseline} %. "
             f"`python benchmarks/analysis/inference_steps.py {content['data'].upper()} --sweep runs/ablation`.",
             table(head, lines),
+        ]
+    )
+
+
+def latency(content: Content) -> str:
+    lines = []
+    for row, found in content["rows"].items():
+        for precision, entry in found.items():
+            low, middle, high = entry["ratio"]
+            times = [f"{1e3 * entry[key]:.1f}" for key in ("median", "processor_median")]
+            solve = [f"{entry['residual']:.0e}", f"{entry['steps']:.1f}"] if "steps" in entry else ["–", "–"]
+            lines.append([row, precision, *times, f"{middle:.2f} ({low:.2f}–{high:.2f})", *solve])
+    return "\n\n".join(
+        [
+            f"Trained refinements, C = {content['channels']}, on {content['n']} unseen objects of {content['data']} a "
+            f"pass, in turns within one run; {machine(content)}. × stack: paired within a round, median and quartiles. "
+            f"`python benchmarks/analysis/latency.py {content['data'].upper()} --sweep runs/ablation`",
+            table(["", "precision", "ms", "CPU ms", "× stack", "residual", "steps"], lines),
         ]
     )
 
@@ -219,13 +253,25 @@ SECTIONS = {
 }
 
 
+def read(path: Path) -> Content:
+    return json.loads(path.read_text())
+
+
 def page(results: Path) -> str:
-    """The page in Markdown. A file's name begins with its section's key; a picture of the same name is shown below."""
+    """The page in Markdown. A file's name begins with its section's key; a picture of the same name is shown below. An
+    ablation of which the latency was measured comes first."""
     parts = ["# Results", (results / "findings.md").read_text().strip()]
+    chosen = set()
+    for latency in sorted(results.glob("*/latency*.json")):
+        path = latency.with_name(latency.name.replace("latency", "ablation"))
+        picture = latency.with_name(latency.name.replace("latency", "choice")).with_suffix(".png")
+        parts += [f"## Which head: {path.parent.name}/{path.name}", choice(read(path), read(latency))]
+        parts += [f"![{picture.stem}]({picture.parent.name}/{picture.name})"]
+        chosen.add(path)
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         for kind, (title, section) in SECTIONS.items():
-            for path in sorted(folder.glob(f"{kind}*.json")):
-                parts += [f"## {title}: {folder.name}/{path.name}", section(json.loads(path.read_text()))]
+            for path in sorted(set(folder.glob(f"{kind}*.json")) - chosen):
+                parts += [f"## {title}: {folder.name}/{path.name}", section(read(path))]
                 pictures = sorted(folder.glob(f"{path.stem}*.png"))
                 parts += [f"![{picture.stem}]({folder.name}/{picture.name})" for picture in pictures]
     return "\n\n".join(parts) + "\n"

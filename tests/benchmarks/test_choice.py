@@ -1,0 +1,112 @@
+"""latency.py and choice.py: what trained heads cost, and the table and the picture that it stands in."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from benchmarks.analysis import latency
+from benchmarks.quality.coco import DataError
+from benchmarks.report import choice, results_page
+
+ROWS = ["4 separable 5×5 blocks", "IFR, stopping at 1e-1", "unroll"]
+
+
+@pytest.fixture(scope="module")
+def measured(shapes, sweep, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latency")
+    options = ["--sweep", str(sweep), "--output", str(folder), "--n", "2", "--threads", "1", "--budget", "0.1"]
+    return latency.main([str(shapes), *options, "--rows", *ROWS]), folder / "latency.json"
+
+
+def test_every_row_is_timed_beside_the_stack_in_both_precisions(measured):
+    report, path = measured
+    assert report == json.loads(path.read_text())
+    assert list(report["rows"]) == ["4 convolutions", *ROWS]
+    for row, found in report["rows"].items():
+        assert list(found) == ["bfloat16", "float32"]
+        for entry in found.values():
+            low, middle, high = entry["ratio"]
+            assert 0 < low <= middle <= high
+            assert entry["median"] > 0 < entry["processor_median"]
+            assert ("steps" in entry) == (row == "IFR, stopping at 1e-1")
+    assert report["rows"]["4 convolutions"]["float32"]["ratio"] == [1, 1, 1]
+
+
+def test_a_solve_stops_at_its_trainings_residual_in_float32_too(sweep):
+    found = latency.contenders(sweep, ["IFR", "IFR, stopping at 1e-1"])
+    assert [(c.precision, c.branch.refine.solver.rtol) for c in found] == [
+        ("bfloat16", 1e-2),
+        ("float32", 1e-2),
+        ("bfloat16", 1e-1),
+        ("float32", 1e-1),
+    ]
+
+
+def test_a_slower_head_takes_more_time(shapes, sweep, monkeypatch):
+    """The clock is of the refinement itself."""
+    found = latency.contenders(sweep, ["4 convolutions"])[0]
+    objects = latency.load_test_objects(shapes, sweep)[:2]
+    found.renew(objects)
+    assert found.x.shape == (2, 32, 14, 14)
+    assert found.call()().shape == found.x.shape
+    seen = []
+    monkeypatch.setattr(found.branch.refine, "forward", lambda x: seen.append(x) or x)
+    found.call()()
+    assert seen[0] is found.x
+
+
+def test_rows_and_options_that_are_not_there_are_named(shapes, sweep, capsys, tmp_path):
+    with pytest.raises(DataError, match="no training of 'IFR, 4 steps'"):
+        latency.main([str(shapes), "--sweep", str(sweep), "--rows", "IFR, 4 steps", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        latency.parse([str(shapes), "--n", "0"])
+    assert "--n: expected a positive number, got 0" in capsys.readouterr().err
+
+
+def two_seeds(content):
+    """A sweep's report as if it had another seed with the same figures."""
+    gain = {"seeds": 2, "test": {"mean": 0.0123, "low": 0.001, "high": 0.02}}
+    gains = {row: gain for row in content["rows"] if row != "4 convolutions"}
+    rows = {row: [reports[0], {**reports[0], "seed": 1}] for row, reports in content["rows"].items()}
+    return {**content, "rows": rows, "gains": {**content["gains"], "4 convolutions": gains}}
+
+
+def test_the_table_says_what_each_row_gains_weighs_and_costs(sweep, measured):
+    content = two_seeds(json.loads((sweep / "ablation.json").read_text()))
+    lines = choice.choice_table(content, measured[0]).splitlines()
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:]}
+    assert list(cells) == list(content["rows"])
+    assert cells["4 convolutions"][1] == "–"
+    assert cells["IFR"][1] == "+1.2 [+0.1, +2.0]"
+    assert cells["IFR"][6:10] == ["–"] * 4
+    timed = measured[0]["rows"]["unroll"]["bfloat16"]
+    assert cells["unroll"][6:8] == [f"{1e3 * timed['median']:.1f}", f"{timed['ratio'][1]:.2f}"]
+    assert cells["4 separable 5×5 blocks"][3] == "0.8"
+    assert cells["unroll"][-1] == "2"
+
+
+def test_the_picture_has_every_row(sweep, measured, tmp_path):
+    content = two_seeds(json.loads((sweep / "ablation.json").read_text()))
+    by_time, by_size = choice.draw(content, measured[0]).axes
+    assert {text.get_text() for text in by_time.texts} == {"4 convolutions", *ROWS}
+    assert {text.get_text() for text in by_size.texts} == set(content["rows"])
+    (tmp_path / "ablation.json").write_text(json.dumps(content))
+    choice.main([str(tmp_path / "ablation.json"), str(measured[1]), "--output", str(tmp_path / "choice.png")])
+    with Image.open(tmp_path / "choice.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_it_opens_the_page_and_its_sweep_has_no_other_table(sweep, measured, tmp_path):
+    folder = tmp_path / "some-device"
+    folder.mkdir()
+    (folder / "ablation-x.json").write_text(json.dumps(two_seeds(json.loads((sweep / "ablation.json").read_text()))))
+    shutil.copy(sweep / "ablation.json", folder / "ablation-y.json")
+    shutil.copy(measured[1], folder / "latency-x.json")
+    (tmp_path / "findings.md").write_text("What we found.")
+    titles = [line for line in results_page.page(tmp_path).splitlines() if line.startswith("## ")]
+    assert titles == [
+        "## Which head: some-device/ablation-x.json",
+        "## The paper's ablations: some-device/ablation-y.json",
+    ]
