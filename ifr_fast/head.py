@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import in_traced_subgraph, is_fake, not_traced, tracing, transforms_active
+from ._torch import in_traced_subgraph, is_fake, not_traced, tracing, transforms_active, version
 from .adjoints import Adjoint, Implicit
 from .altered import check_map, warn_once
 from .block import ResidualBlock, compute_dtype
@@ -26,6 +26,18 @@ from .ops.solve import transformed_solve
 from .released import released_state
 from .solution import Solution
 from .solvers import Broyden, Solver, Unroll
+
+
+class _Latest:
+    """Whose equilibrium a solution is; keeps neither alive."""
+
+    def __init__(self, x: Tensor, solution: Solution) -> None:
+        self.x, self.solution = weakref.ref(x), weakref.ref(solution)
+        self.versions = version(x), version(solution.value)
+
+    def is_of(self, x: Tensor, solution: Solution) -> bool:
+        """Whether it is these very two, neither changed in place since."""
+        return self.x() is x and self.solution() is solution and self.versions == (version(x), version(solution.value))
 
 
 class IFRHead(nn.Module):
@@ -91,7 +103,7 @@ class IFRHead(nn.Module):
         self._solver = build(solver, (Solver, Unroll), "solver")
         self.adjoint = adjoint
         self.last_solution: Solution | None = None
-        self._last_input: weakref.ref[Tensor] | None = None  # what last_solution is of
+        self._latest: _Latest | None = None
         self.register_load_state_dict_pre_hook(_forget_warmup_count)
 
     @property
@@ -162,8 +174,9 @@ class IFRHead(nn.Module):
     def equilibrium(self, x: Tensor) -> Tensor:
         """The equilibrium for x, detached: last_solution's if that is of this very tensor, else solved for. Raises
         ValueError if the solver is an Unroll."""
-        if self.last_solution is not None and self._last_input is not None and self._last_input() is x:
-            return self.last_solution.value
+        solution = self.last_solution
+        if solution is not None and self._latest is not None and self._latest.is_of(x, solution):
+            return solution.value
         with torch.no_grad():
             return self.solve(x)
 
@@ -217,9 +230,9 @@ class IFRHead(nn.Module):
         compiled = torch.compiler.is_compiling()
         if compiled and in_traced_subgraph():
             return
-        self._last_input = None if compiled else weakref.ref(x)
         # The tensors of a transform are not valid after it ends.
         self.last_solution = None if solution is None or transforms_active() else solution.detach()
+        self._latest = None if compiled or self.last_solution is None else _Latest(x, self.last_solution)
 
     def _differentiable(self, x: Tensor, steps: int) -> Tensor:
         """Applies the block `steps` times, or takes the solver's steps if `steps` is 0, recorded by autograd."""
@@ -278,7 +291,7 @@ class IFRHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle holds no batch, and takes no part in the warm-up of the model that it is of."""
-        return {**self.__dict__, "last_solution": None, "_last_input": None, "_training_unroll": 0}
+        return {**self.__dict__, "last_solution": None, "_latest": None, "_training_unroll": 0}
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, adjoint={self.adjoint}"

@@ -22,14 +22,19 @@ def jacobian_penalty(head: IFRHead, x: Tensor) -> Tensor:
     For any other tensor, in a warm-up and after a compiled pass the penalty solves first, without gradients. Its random
     probe, of entries ±1, comes from torch's global generator. N = 0 gives 0.
 
-    Returns a scalar in float32, or in float64 if F computes in float64. Raises ValueError if head.solver is an Unroll
-    or if x does not fit, NotImplementedError in forward mode.
+    Returns a scalar in float32, or in float64 if F computes in float64. Raises TypeError if head is no IFRHead,
+    ValueError if head.solver is an Unroll or if x does not fit, NotImplementedError in forward mode.
     """
+    head = getattr(head, "_orig_mod", head)  # as torch.compile wraps it
+    if not isinstance(head, IFRHead):
+        raise TypeError(f"head is {type(head).__name__}: expected IFRHead")
     check_tensor("x", x)
     refuse_forward_mode("jacobian_penalty")
-    z = head.equilibrium(x).to(wide(compute_dtype(x))).detach().requires_grad_()
     keep = torch.is_grad_enabled()
-    with torch.enable_grad():
+    z = head.equilibrium(x).to(wide(compute_dtype(x)))
+    with torch.inference_mode(False), torch.enable_grad():
+        x, z = (t.clone() if t.is_inference() else t for t in (x, z))  # a vjp cannot keep inference tensors
+        z = z.detach().requires_grad_()
         # Called: the block's own kernels have no second derivative.
         by_calls = isinstance(head.block, ResidualBlock) and not head.altered()
         value = head.block.by_calls(z, x, compute_dtype(x)) if by_calls else head.block(z, x)

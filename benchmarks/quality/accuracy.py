@@ -44,7 +44,7 @@ POSITIVE = (
     "detections_per_image",
     "checkpoint_every",
 )
-SOLVED = ("ifr", "ifr-narrow")  # refinements by an equilibrium
+SOLVED = ("ifr", "ifr-coarse", "ifr-narrow")  # refinements by an equilibrium
 IFR_OPTIONS = {
     "solver": SOLVED,
     "adjoint": SOLVED,
@@ -80,12 +80,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("data", "folder in COCO format", type=Path)
     option("--train-annotations", "instances file to train on, where it is not the usual one", type=Path)
     option("--val-annotations", "instances file to evaluate on, where it is not the usual one", type=Path)
-    option("--solver", "for ifr, ifr-narrow (broyden)", choices=SOLVERS)
+    option("--labelled", 'images to take, by what their entry "labelled" says (all)')
+    option("--solver", "for ifr and ifr-… (broyden)", choices=SOLVERS)
     option(
-        "--steps", "solver iterations, forward and backward, for ifr, ifr-narrow (15); blocks of unroll (4)", type=int
+        "--steps",
+        "solver iterations, forward and backward, for ifr and ifr-… (15); blocks of unroll (4)",
+        type=int,
     )
-    option("--adjoint", "how gradients pass through the solve, for ifr, ifr-narrow (implicit)", choices=ADJOINTS)
-    option("--groups", "groups of GroupNorm, for ifr, ifr-narrow and unroll (32)", type=int)
+    option(
+        "--adjoint",
+        "how gradients pass through the solve, for ifr and ifr-… (implicit)",
+        choices=ADJOINTS,
+    )
+    option("--groups", "groups of GroupNorm, for ifr, ifr-… and unroll (32)", type=int)
     option("--warmup-steps", "training iterations with an unrolled block before ifr solves (a tenth)", type=int)
     option("--backbone", "efficientnet_lite0 or a torchvision classifier's name", default="efficientnet_lite0")
     option("--weights", "of the backbone (imagenet for efficientnet_lite0, else none)", choices=("imagenet", "none"))
@@ -190,8 +197,8 @@ def build_model(options: argparse.Namespace, num_classes: int) -> torch.nn.Modul
 
 def run(options: argparse.Namespace, process: Process) -> tuple[torch.nn.Module, dict]:
     """Train and evaluate. The first process writes the report; the others' lacks the metrics."""
-    train_set = CocoFolder(options.data, "train", options.train_annotations)
-    val_set = CocoFolder(options.data, "val", options.val_annotations)
+    train_set = CocoFolder(options.data, "train", options.train_annotations, options.labelled)
+    val_set = CocoFolder(options.data, "val", options.val_annotations, options.labelled)
     if val_set.categories != train_set.categories:
         raise DataError(
             f"data: the splits' categories differ: {train_set.categories} to train on, "

@@ -55,10 +55,11 @@ def find_images(root: Path, annotations: Path, split: str, file_names: list[str]
     raise DataError(f"data: {file_names[0]}, named in {annotations.name}, is in none of: {looked}")
 
 
-def load_annotations(path: Path) -> COCO:
+def load_annotations(path: Path, labelled: str | None = None) -> COCO:
     """Read and check an instances file; fills in `iscrowd`, `area` and `bbox` where they are left out.
 
-    Raises DataError naming the first annotation that no mask can be made of.
+    labelled: keep the images whose entry has this "labelled" alone, which says what is annotated in them; None: all.
+    Raises DataError naming the first annotation that no mask can be made of, or where no image is left.
     """
     try:
         data = json.loads(path.read_text())
@@ -67,6 +68,12 @@ def load_annotations(path: Path) -> COCO:
     absent = [key for key in ("images", "annotations", "categories") if not (isinstance(data, dict) and key in data)]
     if absent or not data["images"] or not data["categories"]:
         raise DataError(f"{path}: not COCO format: {', '.join(absent) or 'images or categories'} missing or empty")
+    if labelled is not None:
+        data["images"] = [image for image in data["images"] if image.get("labelled") == labelled]
+        if not data["images"]:
+            raise DataError(f'{path}: no image has "labelled": "{labelled}"')
+        kept = {image["id"] for image in data["images"]}
+        data["annotations"] = [entry for entry in data["annotations"] if entry.get("image_id") in kept]
     data.setdefault("info", {})
     coco = COCO()
     coco.dataset = data
@@ -105,15 +112,17 @@ class CocoFolder(Dataset):
     `boxes` (n, 4) float32 corners in pixels, `labels` (n,) int64 from 1 (see `categories`), `masks`
     (n, H, W) uint8, `image_id`. Crowds, and objects thinner than a pixel, are left out.
 
-    Raises DataError where annotations or images cannot be found or used.
+    labelled: as for load_annotations. Raises DataError where annotations or images cannot be found or used.
     """
 
-    def __init__(self, root: str | Path, split: str, annotations: str | Path | None = None) -> None:
+    def __init__(
+        self, root: str | Path, split: str, annotations: str | Path | None = None, labelled: str | None = None
+    ) -> None:
         root = Path(root)
         if not root.is_dir():
             raise DataError(f"data: expected a folder in COCO format, {root} is none")
         path = Path(annotations) if annotations else find_annotations(root, split)
-        self.coco = load_annotations(path)
+        self.coco = load_annotations(path, labelled)
         self.image_ids = sorted(self.coco.imgs)
         self.categories = {id: self.coco.cats[id]["name"] for id in sorted(self.coco.cats)}
         self.labels = {id: label for label, id in enumerate(self.categories, start=1)}

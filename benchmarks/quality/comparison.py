@@ -218,8 +218,8 @@ def refine(model: MaskRCNN, dataset: CocoFolder, annotation: dict[str, Any]) -> 
 def main(arguments: list[str] | None = None) -> None:
     runs = parse(arguments)
     options, folder = runs[0], runs[0].output.parent
-    train_set = CocoFolder(options.data, "train", options.train_annotations)
-    val_set = CocoFolder(options.data, "val", options.val_annotations)
+    train_set = CocoFolder(options.data, "train", options.train_annotations, options.labelled)
+    val_set = CocoFolder(options.data, "val", options.val_annotations, options.labelled)
     for run in runs:
         accuracy.settle(run, train_set)
     examples = choose_examples(val_set)

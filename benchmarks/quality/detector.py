@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from benchmarks.quality.efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLite0Features, imagenet_state
 from ifr_fast import Anderson, Broyden, IFRHead, Implicit, JacobianFree, Phantom, Picard, Shine, Unroll, Unrolled
 
-REFINEMENTS = ("stack", "shared", "unroll", "ifr", "ifr-narrow", "none")
+REFINEMENTS = ("stack", "shared", "unroll", "ifr", "ifr-coarse", "ifr-narrow", "none")
 SOLVERS = {"broyden": Broyden, "anderson": Anderson, "picard": Picard}
 ADJOINTS = {
     "implicit": Implicit,
@@ -45,9 +45,9 @@ def build_refinement(name: str, channels: int, *, solver: str, steps: int, adjoi
     """What stands where Mask R-CNN's four mask-head convolutions stand, (N, C, H, W) → the same shape.
 
     "stack": torchvision's four convolutions; "shared": one of them, applied four times; "unroll": the IFR
-    block unrolled `steps` times; "ifr": its equilibrium, by `solver` within `steps` iterations; "ifr-narrow":
-    the same with a quarter of the channels between the block's convolutions, stopped at a residual of 1e-1, as
-    are Implicit's gradients; "none": nothing.
+    block unrolled `steps` times; "ifr": its equilibrium, by `solver` within `steps` iterations;
+    "ifr-coarse": the same stopped at a residual of 1e-1, as are Implicit's gradients; "ifr-narrow": the same with a
+    quarter of the channels between the block's convolutions; "none": nothing.
     """
     if name == "stack":
         return MaskRCNNHeads(channels, [channels] * 4, dilation=1)
@@ -55,8 +55,8 @@ def build_refinement(name: str, channels: int, *, solver: str, steps: int, adjoi
         return SharedConvolution(channels)
     if name == "unroll":
         return IFRHead(channels, groups=groups, solver=Unroll(steps=steps))
-    if name in ("ifr", "ifr-narrow"):
-        mid_channels, rtol = (channels, None) if name == "ifr" else (channels // 4, 1e-1)
+    if name in ("ifr", "ifr-coarse", "ifr-narrow"):
+        mid_channels, rtol = channels // 4 if name == "ifr-narrow" else channels, None if name == "ifr" else 1e-1
         gradient = Implicit(max_iter=steps, rtol=rtol) if adjoint == "implicit" else ADJOINTS[adjoint]()
         return IFRHead(
             channels,

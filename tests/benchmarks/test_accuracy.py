@@ -47,7 +47,10 @@ def test_the_solve_of_evaluation_is_reported(shapes, tmp_path, solver):
     [
         (["--refine", "stack", "--solver", "broyden"], "--solver applies to --refine ifr"),
         (["--refine", "unroll", "--adjoint", "shine"], "--adjoint applies to --refine ifr"),
-        (["--refine", "none", "--groups", "8"], "--groups applies to --refine ifr or ifr-narrow or unroll"),
+        (
+            ["--refine", "none", "--groups", "8"],
+            "--groups applies to --refine ifr or ifr-coarse or",
+        ),
         (["--batch-size", "0"], "--batch-size: expected a positive number, got 0"),
         (["--seed", "-1"], "--seed: expected zero or more, got -1"),
     ],

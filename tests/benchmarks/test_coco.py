@@ -25,6 +25,22 @@ def test_finds_annotations_and_images(tmp_path, layout):
     assert [len(coco.CocoFolder(root, split)) for split in ("train", "val")] == [3, 2]
 
 
+def test_images_are_taken_by_what_is_labelled_in_them(tmp_path):
+    root = write_dataset(tmp_path / "data", train=3)
+
+    def label(content):
+        for number, image in enumerate(content["images"]):
+            image["labelled"] = "persons" if number % 2 else "all"
+
+    edit(root, label)
+    whole, part = coco.CocoFolder(root, "train"), coco.CocoFolder(root, "train", labelled="all")
+    assert part.image_ids == whole.image_ids[::2]
+    assert {entry["image_id"] for entry in part.coco.dataset["annotations"]} <= set(part.image_ids)
+    assert part.categories == whole.categories
+    with pytest.raises(coco.DataError, match='no image has "labelled": "cars"'):
+        coco.CocoFolder(root, "train", labelled="cars")
+
+
 @pytest.mark.parametrize("encoding", ["polygon", "compressed", "uncompressed"])
 def test_masks_of_every_encoding(tmp_path, encoding):
     root = write_dataset(tmp_path / "data", train=2)

@@ -25,7 +25,14 @@ def test_parameters_of_every_refinement():
     }
     assert (counts["stack"], counts["shared"], counts["none"]) == (4 * layer, layer, 0)
     assert 2 * 9 * channels**2 < counts["ifr"] == counts["unroll"] < 2.5 * 9 * channels**2
+    assert counts["ifr"] == counts["ifr-coarse"]
     assert counts["ifr"] - counts["ifr-narrow"] == pytest.approx(2 * 9 * channels**2 * 3 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "rtol"), [("ifr", None), ("ifr-coarse", 1e-1), ("ifr-narrow", 1e-1)])
+def test_how_far_a_refinement_solves(name, rtol):
+    head = build_refinement(name, 16, solver="broyden", steps=4, adjoint="implicit", groups=4)
+    assert (head.solver.rtol, head.adjoint.rtol) == (rtol, rtol)
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)

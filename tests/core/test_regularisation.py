@@ -81,9 +81,17 @@ def test_it_takes_the_equilibrium_of_the_latest_pass_if_that_had_this_very_input
     jacobian_penalty(head, other)
     assert [seen is other for seen in solves] == [True]
     head(x)
+    x.mul_(2)
+    jacobian_penalty(head, x)
+    assert len(solves) == 2
+    with torch.no_grad():
+        head(x).relu_()  # the solution's value is that very tensor
+    jacobian_penalty(head, x)
+    assert len(solves) == 3
+    head(x)
     for forget in (copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))):
         jacobian_penalty(forget(head), x)
-    assert len(solves) == 3
+    assert len(solves) == 5
 
 
 def test_in_a_warmup_it_solves(make_head):
@@ -133,8 +141,22 @@ def test_without_samples_it_is_zero(make_head):
 
 def test_without_gradients_it_is_only_measured(make_head):
     head = make_head()
-    with torch.no_grad():
-        assert not jacobian_penalty(head, torch.randn(1, 16, 4, 4)).requires_grad
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            penalty = jacobian_penalty(head, torch.randn(1, 16, 4, 4))
+        assert not penalty.requires_grad
+        assert 0 < penalty < 10
+
+
+def test_of_a_compiled_head_it_is_the_heads_own(make_head):
+    head = make_head(8, groups=2, dtype=torch.float64, solver=Broyden(max_iter=50, rtol=1e-10))
+    compiled = torch.compile(head, backend="eager")
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    compiled(x)
+    torch.manual_seed(0)
+    found = jacobian_penalty(compiled, x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(jacobian_penalty(head, x.clone()), found)
 
 
 def test_it_passes_through_the_rest_of_a_model(make_head):
@@ -154,3 +176,5 @@ def test_what_has_no_equilibrium_is_refused(make_head):
         jacobian_penalty(make_head(), torch.randn(1, 8, 4, 4))
     with pytest.raises((TypeError, ValueError), match="x"):
         jacobian_penalty(make_head(), None)
+    with pytest.raises(TypeError, match="head is Conv2d: expected IFRHead"):
+        jacobian_penalty(nn.Conv2d(16, 16, 3), torch.randn(1, 16, 4, 4))
