@@ -7,6 +7,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def machine(content: Content) -> str:
 def trainings(content: Content) -> str:
     """What an ablation's trainings were, where they ran, and the command."""
     settings = content["settings"]
-    count = sum(len(reports) for reports in content["rows"].values())
+    reports = [report for reports in content["rows"].values() for report in reports]
+    machines = Counter(report["machine"] for report in reports if "machine" in report)
+    where = "; ".join(f"{count} on {name}" for name, count in machines.items()) or machine(content)
     rates = ", ".join(f"{row} {rate:g}" for row, rate in content["learning_rates"].items())
     command = f"python benchmarks/quality/ablation.py {settings['data'].upper()} --channels {settings['channels']}"
     command += f" --epochs {settings['epochs']} --batch-size {settings['batch_size']} --device {settings['device']}"
@@ -42,8 +45,8 @@ def trainings(content: Content) -> str:
         command += f" --min-area {settings['min_area']}"
     note = f" {content['note']}" if "note" in content else ""
     return (
-        f"{count} trainings of the mask branch alone on {settings['data']}, C = {settings['channels']}, "
-        f"{settings['epochs']} epochs; {machine(content)}. Learning rates: {rates}. `{command}`{note}"
+        f"{len(reports)} trainings of the mask branch alone on {settings['data']}, C = {settings['channels']}, "
+        f"{settings['epochs']} epochs; {where}. Learning rates: {rates}. `{command}`{note}"
     )
 
 
