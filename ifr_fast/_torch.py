@@ -142,6 +142,11 @@ def autocast(device: str, enabled: bool, dtype: torch.dtype | None = None) -> Ab
 vars(in_traced_subgraph)["_dynamo_marked_constant"] = True
 
 
+def outside_compile(function: Function) -> Function:
+    """`function` so that torch.compile traces nothing of what it calls. not_traced leaves that open."""
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function  # imports it otherwise
+
+
 def not_traced(reason: str) -> Callable[[Function], Function]:
     """Marks a function that torch.compile must not trace."""
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._torch import not_traced, outside_compile
 from .block import ResidualBlock, compute_dtype
 from .checks import check_tensor, refuse_forward_mode
 from .head import IFRHead
 from .kernels.contract import wide
 
 
+@not_traced("jacobian_penalty is differentiated twice, which torch.compile does not trace")
 def jacobian_penalty(head: IFRHead, x: Tensor) -> Tensor:
     """Hutchinson's estimate of ‖∂F/∂z‖² / (C·H·W) at head's equilibrium for x, the mean over samples (Bai et al.,
     "Stabilizing Equilibrium Models by Jacobian Regularization", 2021). ‖·‖ is Frobenius' norm.
@@ -25,6 +27,10 @@ def jacobian_penalty(head: IFRHead, x: Tensor) -> Tensor:
     Returns a scalar in float32, or in float64 if F computes in float64. Raises TypeError if head is no IFRHead,
     ValueError if head.solver is an Unroll or if x does not fit, NotImplementedError in forward mode.
     """
+    return outside_compile(_penalty)(head, x)
+
+
+def _penalty(head: IFRHead, x: Tensor) -> Tensor:
     head = getattr(head, "_orig_mod", head)  # as torch.compile wraps it
     if not isinstance(head, IFRHead):
         raise TypeError(f"head is {type(head).__name__}: expected IFRHead")

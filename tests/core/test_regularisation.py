@@ -169,6 +169,17 @@ def test_it_passes_through_the_rest_of_a_model(make_head):
     assert model[0].weight.grad.abs().sum() > 0
 
 
+def test_within_a_compiled_loss_it_runs_as_it_is(make_head):
+    head = make_head(8, groups=2)
+
+    @torch.compile(backend="aot_eager")
+    def loss(x):
+        return head(x).sum() + jacobian_penalty(head, x)
+
+    loss(torch.randn(2, 8, 4, 4)).backward()
+    assert head.block.gn1.weight.grad.abs().sum() > 0
+
+
 def test_what_has_no_equilibrium_is_refused(make_head):
     with pytest.raises(ValueError, match="no equilibrium"):
         jacobian_penalty(make_head(solver=Unroll(steps=2)), torch.randn(1, 16, 4, 4))
