@@ -118,7 +118,7 @@ class Sweep:
             processes,
             multiprocessing.get_context("spawn"),
             initializer=_start,
-            initargs=(data, folder, settings, max(1, (os.cpu_count() or 1) // processes)),
+            initargs=(data, folder, settings, max(1, torch.get_num_threads() // processes)),
         )
 
     def train(self, runs: list[Run], title: str, after_each: Callable[[], object]) -> None:
