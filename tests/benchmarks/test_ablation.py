@@ -88,6 +88,13 @@ def test_the_learning_rate_that_validates_best_is_taken():
     assert ablation.best_rates([*reports, failed, other]) == {"IFR": 3e-3}
 
 
+@pytest.mark.parametrize(("score", "chosen"), [(0.5995, 1e-2), (0.5985, 3e-3)])
+def test_of_learning_rates_that_are_level_the_highest_is_taken(score, chosen):
+    scores = {1e-3: 0.599, 3e-3: 0.6, 1e-2: score}
+    reports = [{"row": "IFR", "lr": lr, "seed": 0, "validation": {"iou": iou}} for lr, iou in scores.items()]
+    assert ablation.best_rates(reports) == {"IFR": chosen}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
