@@ -121,7 +121,11 @@ def write_report(folder: Path, settings: Settings) -> dict[str, Any]:
         "environment": environment(torch.device(settings.device)),
         "learning_rates": rates,
         "search": [
-            {**asdict(Run(report["row"], report["lr"], report["seed"])), "validation_iou": validation_iou(report)}
+            {
+                **asdict(Run(report["row"], report["lr"], report["seed"])),
+                "validation_iou": validation_iou(report),
+                "steps": report.get("test", {}).get("iterations"),
+            }
             for report in reports
             if report["row"] in rates
         ],
