@@ -27,7 +27,7 @@ LAYERS = [
     ["altered", "weight_norm", "released"],
     ["block", "fixed_point"],
     ["head"],
-    ["warmup", "diagnostics"],
+    ["warmup", "diagnostics", "regularisation"],
     ["__init__", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
