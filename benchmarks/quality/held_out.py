@@ -13,7 +13,7 @@ from benchmarks.quality.coco import CocoFolder, DataError
 from benchmarks.quality.mask_branch import evaluate
 from benchmarks.quality.objects import load_objects
 from benchmarks.quality.strategies import REFERENCES, STRATEGIES
-from benchmarks.quality.sweep import Run, load_branch, read_report
+from benchmarks.quality.sweep import Run, load_branch, read_report, trained_runs
 from benchmarks.report.environment import environment
 from benchmarks.report.files import write_json
 
@@ -28,7 +28,7 @@ def evaluate_sweep(folder: Path, data: Path, rows: list[str] | None) -> tuple[di
     """
     content = read_report(folder)
     settings = content["settings"]
-    runs = trained_runs(folder, content, rows)
+    runs = runs_with_weights(folder, content, rows)
     split = find_split(data)
     objects = load_objects(CocoFolder(data, split), folder / "features", min_area=settings["min_area"])
     objects = objects.to(torch.device(settings["device"]))
@@ -62,17 +62,9 @@ def find_split(data: Path) -> str:
     raise DataError(f"test: expected one of {expected} in {data / 'annotations'}")
 
 
-def trained_runs(folder: Path, content: dict[str, Any], rows: list[str] | None) -> list[Run]:
+def runs_with_weights(folder: Path, content: dict[str, Any], rows: list[str] | None) -> list[Run]:
     """A sweep's trainings of which the weights are there. Raises DataError where there are none."""
-    absent = sorted(set(rows or ()) - set(content["rows"]))
-    if absent:
-        raise DataError(f"sweep: {folder} has no row {absent[0]!r}, only {', '.join(content['rows'])}")
-    runs = [
-        Run(row, report["lr"], report["seed"])
-        for row in rows or content["rows"]
-        for report in content["rows"][row]
-        if "failed" not in report
-    ]
+    runs = [run for row in rows or content["rows"] for run in trained_runs(folder, content, row)]
     kept = [run for run in runs if run.path(folder).with_suffix(".pt").exists()]
     if not kept:
         raise DataError(f"sweep: {folder}/trainings has no weights (.pt) of {len(runs)} trainings, only their reports")

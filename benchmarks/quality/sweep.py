@@ -141,10 +141,14 @@ def trained_branches(folder: Path, row: str) -> list[MaskBranch]:
     Raises DataError where the folder has none, or lacks the weights of one.
     """
     content = read_report(folder)
+    return [load_branch(run, folder, content["settings"]["channels"]) for run in trained_runs(folder, content, row)]
+
+
+def trained_runs(folder: Path, content: dict[str, Any], row: str) -> list[Run]:
+    """A row's trainings in a sweep's report, seed by seed. Raises DataError where it has none."""
     if row not in content["rows"]:
         raise DataError(f"sweep: {folder} has no row {row!r}, only {', '.join(content['rows'])}")
-    runs = [Run(row, report["lr"], report["seed"]) for report in content["rows"][row] if "failed" not in report]
-    return [load_branch(run, folder, content["settings"]["channels"]) for run in runs]
+    return [Run(row, report["lr"], report["seed"]) for report in content["rows"][row] if "failed" not in report]
 
 
 def trained_branch(folder: Path, row: str, seed: int) -> MaskBranch:

@@ -20,7 +20,6 @@ from benchmarks.report.formats import cell, interval, median_power, spread, tabl
 
 RESULTS = Path(__file__).parents[1] / "results"
 FEW = 10  # rows of an ablation that need no titles
-MIN_AREA = 32**2  # ablation.py's default
 
 Content = dict[str, Any]
 
@@ -41,8 +40,7 @@ def trainings(content: Content) -> str:
     rates = ", ".join(f"{row} {rate:g}" for row, rate in content["learning_rates"].items())
     command = f"python benchmarks/quality/ablation.py {settings['data'].upper()} --channels {settings['channels']}"
     command += f" --epochs {settings['epochs']} --batch-size {settings['batch_size']} --device {settings['device']}"
-    if settings["min_area"] != MIN_AREA:
-        command += f" --min-area {settings['min_area']}"
+    command += f" --min-area {settings['min_area']}"
     note = f" {content['note']}" if "note" in content else ""
     return (
         f"{len(reports)} trainings of the mask branch alone on {settings['data']}, C = {settings['channels']}, "
