@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -97,14 +98,30 @@ def packed_conv2d(weight: Tensor, x: Tensor) -> Callable[[Tensor], Tensor] | Non
 
 
 def conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """torch.conv2d with padding 1, differentiable. For float32 on a CPU torch chooses its algorithm by the number of
-    samples, which changes the last bits of each; oneDNN's convolution does not. Without the name: torch's choice."""
-    direct = getattr(torch, "mkldnn_convolution", None)
-    served = x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
-    traced = torch.compiler.is_compiling() or tracing()
-    if direct is None or not served or traced or not getattr(torch.backends.mkldnn, "enabled", True):
+    """torch.conv2d with padding 1, differentiable; on a CPU a sample's bits do not depend on its batch mates.
+
+    In float32 torch chooses its algorithm by the number of samples; oneDNN's convolution does not. Without the name:
+    torch's choice. In float64 MKL sums in an order that depends on where in memory a sample begins.
+    """
+    if x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        direct = getattr(torch, "mkldnn_convolution", None)
+        if x.dtype == torch.float64 and weight.dtype == x.dtype:
+            return _aligned_conv2d(x, weight)
+        if x.dtype == torch.float32 and direct and getattr(torch.backends.mkldnn, "enabled", True) and not tracing():
+            return direct(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
+    return torch.conv2d(x, weight, padding=1)
+
+
+def _aligned_conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """With zeros for channels up to multiples of eight: of 64 bytes, so that every sample begins at one of 64."""
+    outputs, inputs = weight.shape[:2]
+    more_outputs, more_inputs = -outputs % 8, -inputs % 8
+    if not more_outputs and not more_inputs:
         return torch.conv2d(x, weight, padding=1)
-    return direct(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
+    weight = F.pad(weight, (0, 0, 0, 0, 0, more_inputs, 0, more_outputs))
+    y = torch.conv2d(F.pad(x, (0, 0, 0, 0, 0, more_inputs)), weight, padding=1)
+    dense = torch.contiguous_format if y.is_contiguous() else torch.channels_last
+    return y[:, :outputs].contiguous(memory_format=dense)
 
 
 def weight_norm(gain: Tensor, direction: Tensor) -> Tensor:

@@ -32,15 +32,24 @@ def exported(module, x, path, dims=(0,), **options):
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
-def assert_the_same(run, module, *inputs, tolerance=1e-4):
-    """Of every sample, relative to its largest entry."""
+def assert_the_same(run, head, *inputs, tolerance=1e-4):
+    """Of every sample, relative to its largest entry, but for samples at the edge of stopping."""
     for x in inputs:
         with torch.no_grad():
-            expected = module(x)
+            expected = head(x)
         actual = run(x)
         assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
         largest = expected.flatten(1).abs().amax(1)[:, None, None, None]
-        assert ((actual - expected).abs() <= tolerance * largest).all()
+        close = ((actual - expected).abs() <= tolerance * largest).flatten(1).all(1)
+        assert (close | at_the_edge(head, x.dtype)).all()
+
+
+def at_the_edge(head, dtype):
+    """Whose residual was within rounding of rtol, so that rounding says whether the sample takes one more step."""
+    if isinstance(head.solver, Unroll):
+        return torch.tensor(False)
+    rtol, _ = head.solver.resolve(dtype).resolved()
+    return ((head.last_solution.trace / rtol - 1).abs() < 1e-3).any(0)
 
 
 def batches(*size, dtype=torch.float32):
