@@ -9,12 +9,15 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
@@ -26,6 +29,8 @@ Content = dict[str, Any]
 HEAD = ["", "mask IoU, %", f"− {BASELINE}", "parameters", "convolutions", "steps", "residual forth / back"]
 HEAD += ["bfloat16, ms", "×", "float32, ms", "×", "seeds"]
 LEAST = -1.5  # points; what loses more is drawn there, with its figure
+NOTHING = {"mean": 0.0, "low": 0.0, "high": 0.0}  # what the baseline gains
+BESIDE = 1.08  # from one row to the next of its size, along an axis in logarithms
 COLOURS = {"ifr": "C1", "separable": "C2"}  # by kind; all others are C0
 
 
@@ -70,41 +75,48 @@ def times(found: Content | None) -> list[str]:
 
 
 def draw(ablation: Content, latency: Content) -> Figure:
-    """IoU gained over the baseline, with 95 % intervals, against milliseconds and against parameters."""
-    figure = Figure(figsize=(13, 6), layout="constrained", dpi=110)
+    """IoU gained over the baseline, with 95 % intervals, against milliseconds and against parameters. The legend says
+    which number is which row."""
+    figure = Figure(figsize=(13, 7), layout="constrained", dpi=110)
     against_time, against_size = figure.subplots(1, 2, sharey=True)
+    names, sizes = [], Counter()
     for row, reports in ablation["rows"].items():
         gain = ablation["gains"][BASELINE].get(row)
         if gain is None and row != BASELINE:
             continue
-        bounds = gain["test"] if gain else {"mean": 0.0, "low": 0.0, "high": 0.0}
-        mark = partial(point, row=row, bounds=bounds)
+        names.append(f"{len(names) + 1}  {row}")
+        mark = partial(point, number=len(names), row=row, bounds=gain["test"] if gain else NOTHING)
         if row in latency["rows"]:
             mark(against_time, min(1e3 * found["median"] for found in latency["rows"][row].values()))
-        mark(against_size, reports[0]["parameters"] / 1e6)
+        size = reports[0]["parameters"] / 1e6
+        rounded = f"{size:.1f}"
+        mark(against_size, size * BESIDE ** sizes[rounded])
+        sizes[rounded] += 1
     against_time.set_xlabel(f"ms for {latency['n']} objects, in bfloat16 or float32, whichever is faster")
-    against_size.set_xlabel("parameters of the refinement, millions")
+    against_size.set_xlabel("parameters of the refinement, millions; rows of one size side by side")
     against_time.set_ylabel(f"mask IoU gained over {BASELINE}, points")
     for axes in (against_time, against_size):
         axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
-        for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            which("{x:g}")
-        axes.tick_params(axis="x", which="minor", labelsize=7)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-        axes.margins(x=0.3, y=0.1)
+        axes.margins(x=0.1, y=0.1)
+    handles = [Line2D([], [], linestyle="") for _ in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=3, handlelength=0, fontsize=9)
     return figure
 
 
-def point(axes: Axes, x: float, *, row: str, bounds: dict[str, float]) -> None:
+def point(axes: Axes, x: float, *, number: int, row: str, bounds: dict[str, float]) -> None:
     low, middle, high = (100 * bounds[key] for key in ("low", "mean", "high"))
-    colour = COLOURS.get(STRATEGIES[row].kind, "C0")
+    colour, label = COLOURS.get(STRATEGIES[row].kind, "C0"), str(number)
     if middle < LEAST:
         axes.plot(x, LEAST, "v", color=colour)
-        row, middle = f"{row}: {middle:+.1f}", LEAST
+        label, middle = f"{number}: {middle:+.1f}", LEAST
     else:
         axes.errorbar(x, middle, [[middle - low], [high - middle]], fmt="o", color=colour, capsize=3)
-    axes.annotate(row, (x, middle), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.annotate(label, (x, middle), xytext=(5, 5), textcoords="offset points", fontsize=9)
 
 
 def main(arguments: list[str] | None = None) -> None:

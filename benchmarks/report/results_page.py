@@ -40,12 +40,22 @@ def trainings(content: Content) -> str:
     rates = ", ".join(f"{row} {rate:g}" for row, rate in content["learning_rates"].items())
     command = f"python benchmarks/quality/ablation.py {settings['data'].upper()} --channels {settings['channels']}"
     command += f" --epochs {settings['epochs']} --batch-size {settings['batch_size']} --device {settings['device']}"
-    command += f" --min-area {settings['min_area']}"
+    command += f" --min-area {settings['min_area']} {searched(content)}"
+    if len(content["rows"]) <= FEW:
+        command += " --rows " + " ".join(f'"{row}"' for row in content["rows"])
     note = f" {content['note']}" if "note" in content else ""
     return (
         f"{len(reports)} trainings of the mask branch alone on {settings['data']}, C = {settings['channels']}, "
         f"{settings['epochs']} epochs; {where}. Learning rates: {rates}. `{command}`{note}"
     )
+
+
+def searched(content: Content) -> str:
+    """ablation.py's options for the seeds, and for the learning rates that were tried."""
+    tried = Counter((entry["row"], entry["lr"]) for entry in content["search"])
+    rates = " ".join(f"{lr:g}" for lr in sorted({lr for _, lr in tried}))
+    seeds = max(len(reports) for reports in content["rows"].values())
+    return f"--seeds {seeds} --search-seeds {min(tried.values())} --lrs {rates}"
 
 
 def choice(content: Content, latency: Content) -> str:

@@ -89,9 +89,11 @@ def test_the_table_says_what_each_row_gains_weighs_and_costs(sweep, measured):
 
 def test_the_picture_has_every_row(sweep, measured, tmp_path):
     content = two_seeds(json.loads((sweep / "ablation.json").read_text()))
-    by_time, by_size = choice.draw(content, measured[0]).axes
-    assert {text.get_text() for text in by_time.texts} == {"4 convolutions", *ROWS}
-    assert {text.get_text() for text in by_size.texts} == set(content["rows"])
+    figure = choice.draw(content, measured[0])
+    rows = dict(text.get_text().split("  ") for legend in figure.legends for text in legend.texts)
+    by_time, by_size = ({rows[text.get_text().split(":")[0]] for text in axes.texts} for axes in figure.axes)
+    assert by_time == {"4 convolutions", *ROWS}
+    assert by_size == set(content["rows"])
     (tmp_path / "ablation.json").write_text(json.dumps(content))
     choice.main([str(tmp_path / "ablation.json"), str(measured[1]), "--output", str(tmp_path / "choice.png")])
     with Image.open(tmp_path / "choice.png") as picture:

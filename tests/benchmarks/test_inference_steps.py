@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.analysis import inference_steps
@@ -43,14 +44,27 @@ def test_with_its_own_solver_a_row_has_the_ious_of_its_training(shapes, sweep, t
     assert found["to 0.1"]["gain"]["mean"] == pytest.approx(own - other, abs=1e-4)
 
 
+def test_objects_are_evenly_spaced(shapes, sweep, tmp_path):
+    options = ["--rows", NARROW, "--rtols", "0.1", "--steps", "2", "--objects", "3", "--output", str(tmp_path)]
+    report = inference_steps.main([str(shapes), "--sweep", str(sweep), *options])
+    assert report["objects"] == 3
+    objects = load_test_objects(shapes, sweep)
+    last = len(objects) - 1
+    (branch,) = trained_branches(sweep, "4 convolutions")
+    assert report["baseline"] == [evaluate(branch, objects[torch.tensor([0, last // 2, last])], bf16=True)["iou"]]
+
+
 @pytest.mark.parametrize("row", ["no convolution", "unroll"])
 def test_a_row_that_solves_nothing_is_refused(shapes, sweep, tmp_path, row):
     with pytest.raises(DataError, match=f"solve for an equilibrium, got '{row}'"):
         inference_steps.main([str(shapes), "--sweep", str(sweep), "--rows", row, "--output", str(tmp_path)])
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--steps", "0"), ("--rtols", "-0.01")])
-def test_bad_options_are_refused(shapes, capsys, flag, value):
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [("--steps", "0", "positive numbers"), ("--rtols", "-0.01", "positive numbers"), ("--objects", "0", "at least 1")],
+)
+def test_bad_options_are_refused(shapes, capsys, flag, value, expected):
     with pytest.raises(SystemExit):
         inference_steps.main([str(shapes), flag, value])
-    assert f"{flag}: expected positive numbers, got {value}" in capsys.readouterr().err
+    assert f"{flag}: expected {expected}, got {value}" in capsys.readouterr().err
