@@ -62,7 +62,7 @@ def choice(content: Content, latency: Content) -> str:
     seconds = sum(r["seconds_per_epoch"] * len(r["epochs"]) for rs in content["rows"].values() for r in rs)
     return "\n\n".join(
         [
-            f"{trainings(content)} These took {seconds / 3600:.0f} hours of one core, and the search of learning rates "
+            f"{trainings(content)} These took {seconds / 3600:.1f} hours of one core, and the search of learning rates "
             f"more. − {BASELINE}: points of mask IoU on the test's objects, with 95 % intervals by the bootstrap over "
             f"seeds and images. ms: of the trained refinement on {latency['n']} unseen objects; {machine(latency)}, "
             f"{latency['environment']['cpu'].rpartition(', ')[2]}. ×: over {BASELINE} of the same precision in the "
