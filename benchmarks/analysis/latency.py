@@ -2,11 +2,11 @@
 
     python benchmarks/analysis/latency.py DATA --sweep runs/ablation --output runs/latency
 
-Takes the first seed's branches that ablation.py trained. All rows are timed in turns within one run, on objects drawn
-anew for every round, in bfloat16 (autocast, as they were trained) and in float32, where a solve stops at the same
-residual. "ms": the median of the wall time; "CPU ms": of the processor time of all threads. "× stack": the time over
-that of the four convolutions of the same precision in the same round, median and quartiles of the rounds. Writes
-latency.json.
+Takes a branch of each row that ablation.py trained: the first seed's of which the weights are there. All rows are timed
+in turns within one run, on objects drawn anew for every round, in bfloat16 (autocast, as they were trained) and in
+float32, where a solve stops at the same residual. "ms": the median of the wall time; "CPU ms": of the processor time of
+all threads. "× stack": the time over that of the four convolutions of the same precision in the same round, median and
+quartiles of the rounds. Writes latency.json.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed
 from benchmarks.quality.mask_branch import MaskBranch
 from benchmarks.quality.objects import Objects
 from benchmarks.quality.strategies import BASELINE
-from benchmarks.quality.sweep import load_test_objects, read_report, trained_branch
+from benchmarks.quality.sweep import first_branch, load_test_objects, read_report
 from benchmarks.quality.training import autocast
 from benchmarks.report import results_page
 from benchmarks.report.environment import environment
@@ -55,9 +55,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class Contender:
-    """A row's trained refinement in one precision. x: what it is given, replaced before every round."""
+    """A row's trained refinement in one precision, of one seed. x: what it is given, replaced before every round."""
 
     row: str
+    seed: int
     precision: str
     branch: MaskBranch
     x: Tensor | None = None
@@ -76,7 +77,8 @@ class Contender:
 
     def report(self, objects: Objects, baseline: Timed) -> dict[str, Any]:
         """Times in seconds; the ratio is [first quartile, median, third quartile]. residual, steps: of all objects."""
-        found = {"median": self.timed.median, "ratio": list(quartiles(ratios(self.timed.walls, baseline.walls)))}
+        found = {"seed": self.seed, "median": self.timed.median}
+        found["ratio"] = list(quartiles(ratios(self.timed.walls, baseline.walls)))
         found["processor_median"] = quartiles(sample.processor for sample in self.timed.samples.values())[1]
         self.renew(objects)
         self.call()()
@@ -87,14 +89,14 @@ class Contender:
 
 
 def contenders(sweep: Path, rows: list[str]) -> list[Contender]:
-    """The first seed's branches of all rows, in each precision."""
+    """A branch of each row, in each precision."""
     found = []
     for row in rows:
         for precision in PRECISIONS:
-            branch = trained_branch(sweep, row, 0)
+            seed, branch = first_branch(sweep, row)
             if isinstance(branch.refine, IFRHead) and not isinstance(branch.refine.solver, Unroll):
                 branch.refine.solver = branch.refine.solver.resolve(torch.bfloat16)  # its residual, in float32 too
-            found.append(Contender(row, precision, branch))
+            found.append(Contender(row, seed, precision, branch))
     return found
 
 

@@ -103,7 +103,7 @@ def _train(run: Run, folder: Path, settings: Settings) -> tuple[Run, dict[str, A
     except FloatingPointError as error:
         report = {"failed": str(error)}
     else:
-        write_whole(run.path(folder).with_suffix(".pt"), partial(torch.save, branch.state_dict()))
+        write_whole(weights(run, folder), partial(torch.save, branch.state_dict()))
     report = {**asdict(run), **asdict(strategy), "machine": cpu_name(), **report}
     write_json(run.path(folder), report, indent=None)
     return run, report
@@ -160,6 +160,14 @@ def trained_branch(folder: Path, row: str, seed: int) -> MaskBranch:
     raise DataError(f"sweep: {folder} has no training of {row!r} with seed {seed}")
 
 
+def first_branch(folder: Path, row: str) -> tuple[int, MaskBranch]:
+    """A row's first seed of which the weights are there, and its branch. Raises DataError where none are."""
+    content = read_report(folder)
+    runs = trained_runs(folder, content, row)
+    run = next((run for run in runs if weights(run, folder).exists()), runs[0])
+    return run.seed, load_branch(run, folder, content["settings"]["channels"])
+
+
 def load_test_objects(data: Path, folder: Path) -> Objects:
     """The unseen objects of a sweep on the folder `data`."""
     settings = read_report(folder)["settings"]
@@ -176,12 +184,16 @@ def read_report(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def weights(run: Run, folder: Path) -> Path:
+    return run.path(folder).with_suffix(".pt")
+
+
 def load_branch(run: Run, folder: Path, channels: int) -> MaskBranch:
     """A training's branch, from its weights. Raises DataError where they are missing."""
-    weights = run.path(folder).with_suffix(".pt")
-    if not weights.exists():
-        raise DataError(f"sweep: {weights} is missing: the report beside it came without the weights")
-    state = torch.load(weights, map_location="cpu", weights_only=True)
+    path = weights(run, folder)
+    if not path.exists():
+        raise DataError(f"sweep: {path} is missing: the report beside it came without the weights")
+    state = torch.load(path, map_location="cpu", weights_only=True)
     refinement = STRATEGIES[run.row].build(channels)
     branch = MaskBranch(*(state[name].flatten() for name in ("mean", "std")), channels, refinement)
     branch.load_state_dict(state)

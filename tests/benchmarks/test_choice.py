@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.analysis import latency
+from benchmarks.quality.ablation import write_report
 from benchmarks.quality.coco import DataError
+from benchmarks.quality.sweep import Run, Settings, read_report, weights
 from benchmarks.report import choice, results_page
 
 ROWS = ["4 separable 5×5 blocks", "IFR, stopping at 1e-1", "unroll"]
@@ -44,6 +46,19 @@ def test_a_solve_stops_at_its_trainings_residual_in_float32_too(sweep):
     ]
 
 
+def test_a_seed_without_weights_is_passed_over(sweep, tmp_path):
+    folder = shutil.copytree(sweep, tmp_path / "sweep")
+    (report,) = read_report(folder)["rows"]["IFR"]
+    first, second = (Run("IFR", report["lr"], seed) for seed in (0, 1))
+    second.path(folder).write_text(json.dumps(json.loads(first.path(folder).read_text()) | {"seed": 1}))
+    weights(first, folder).rename(weights(second, folder))
+    write_report(folder, Settings(**read_report(folder)["settings"]))
+    assert [contender.seed for contender in latency.contenders(folder, ["IFR"])] == [1, 1]
+    weights(second, folder).unlink()
+    with pytest.raises(DataError, match=f"{weights(first, folder).name} is missing"):
+        latency.contenders(folder, ["IFR"])
+
+
 def test_a_slower_head_takes_more_time(shapes, sweep, monkeypatch):
     """The clock is of the refinement itself."""
     found = latency.contenders(sweep, ["4 convolutions"])[0]
@@ -58,7 +73,7 @@ def test_a_slower_head_takes_more_time(shapes, sweep, monkeypatch):
 
 
 def test_rows_and_options_that_are_not_there_are_named(shapes, sweep, capsys, tmp_path):
-    with pytest.raises(DataError, match="no training of 'IFR, 4 steps'"):
+    with pytest.raises(DataError, match="no row 'IFR, 4 steps'"):
         latency.main([str(shapes), "--sweep", str(sweep), "--rows", "IFR, 4 steps", "--output", str(tmp_path)])
     with pytest.raises(SystemExit):
         latency.parse([str(shapes), "--n", "0"])
