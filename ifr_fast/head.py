@@ -29,15 +29,20 @@ from .solvers import Broyden, Solver, Unroll
 
 
 class _Latest:
-    """Whose equilibrium a solution is; keeps neither alive."""
+    """Whose equilibrium a head's last_solution is; keeps none of the tensors alive."""
 
-    def __init__(self, x: Tensor, solution: Solution) -> None:
-        self.x, self.solution = weakref.ref(x), weakref.ref(solution)
-        self.versions = version(x), version(solution.value)
+    def __init__(self, head: IFRHead, x: Tensor, solution: Solution) -> None:
+        self.x, self.solution, self.state = weakref.ref(x), weakref.ref(solution), self._state(head, x, solution)
 
-    def is_of(self, x: Tensor, solution: Solution) -> bool:
-        """Whether it is these very two, neither changed in place since."""
-        return self.x() is x and self.solution() is solution and self.versions == (version(x), version(solution.value))
+    def is_of(self, head: IFRHead, x: Tensor, solution: Solution) -> bool:
+        """Whether it is these very two, and neither they nor the head's parameters were changed since."""
+        same = self.x() is x and self.solution() is solution
+        return same and self.state == self._state(head, x, solution)
+
+    @staticmethod
+    def _state(head: IFRHead, x: Tensor, solution: Solution) -> tuple[Any, ...]:
+        tensors = (x, solution.value, *head.parameters())
+        return head.solver, compute_dtype(x), *((id(t), version(t)) for t in tensors)
 
 
 class IFRHead(nn.Module):
@@ -172,13 +177,16 @@ class IFRHead(nn.Module):
         return self._solve(x)
 
     def equilibrium(self, x: Tensor) -> Tensor:
-        """The equilibrium for x, detached: last_solution's if that is of this very tensor, else solved for. Raises
-        ValueError if the solver is an Unroll."""
-        solution = self.last_solution
-        if solution is not None and self._latest is not None and self._latest.is_of(x, solution):
+        """The equilibrium for x, detached: last_solution's if that is of this very tensor, in a pass with gradients and
+        with the parameters as they are; else solved for, which leaves last_solution as it is. Raises ValueError if the
+        solver is an Unroll."""
+        solution, latest = self.last_solution, self._latest
+        if solution is not None and latest is not None and latest.is_of(self, x, solution):
             return solution.value
         with torch.no_grad():
-            return self.solve(x)
+            value = self.solve(x)
+        self.last_solution, self._latest = solution, latest
+        return value
 
     def _iterative(self) -> Solver:
         if isinstance(self._solver, Unroll):
@@ -232,7 +240,9 @@ class IFRHead(nn.Module):
             return
         # The tensors of a transform are not valid after it ends.
         self.last_solution = None if solution is None or transforms_active() else solution.detach()
-        self._latest = None if compiled or self.last_solution is None else _Latest(x, self.last_solution)
+        self._latest = None
+        if self.last_solution is not None and torch.is_grad_enabled() and not compiled:  # else changes may go uncounted
+            self._latest = _Latest(self, x, self.last_solution)
 
     def _differentiable(self, x: Tensor, steps: int) -> Tensor:
         """Applies the block `steps` times, or takes the solver's steps if `steps` is 0, recorded by autograd."""

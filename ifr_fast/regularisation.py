@@ -17,12 +17,13 @@ def jacobian_penalty(head: IFRHead, x: Tensor) -> Tensor:
     """Hutchinson's estimate of ‖∂F/∂z‖² / (C·H·W) at head's equilibrium for x, the mean over samples (Bai et al.,
     "Stabilizing Equilibrium Models by Jacobian Regularization", 2021). ‖·‖ is Frobenius' norm.
 
-    Add it to the loss, times a weight: the smaller ∂F/∂z, the fewer steps a solver takes. It costs one evaluation of F
-    and one vjp, and is differentiable in head's parameters and in x, with the equilibrium held fixed, as in the paper.
+    Add it to the loss, times a weight: the smaller ∂F/∂z, the fewer steps a solver takes. It is differentiable in
+    head's parameters and in x, with the equilibrium held fixed, as in the paper. It costs one evaluation of F and one
+    vjp, and in the backward pass the derivative of both: about eight evaluations of F in all.
 
-    x: (N, C, H, W). The equilibrium is that of head's latest forward pass if x is the tensor which that pass was given.
-    For any other tensor, in a warm-up and after a compiled pass the penalty solves first, without gradients. Its random
-    probe, of entries ±1, comes from torch's global generator. N = 0 gives 0.
+    x: (N, C, H, W). The equilibrium is that of head's latest forward pass if x is the tensor which that pass was given,
+    with gradients, and the parameters have not changed. Otherwise, in a warm-up and after a compiled pass the penalty
+    solves first, without gradients. Its random probe, of entries ±1, comes from torch's global generator. N = 0 gives 0.
 
     Returns a scalar in float32, or in float64 if F computes in float64. Raises TypeError if head is no IFRHead,
     ValueError if head.solver is an Unroll or if x does not fit, NotImplementedError in forward mode.

@@ -80,18 +80,48 @@ def test_it_takes_the_equilibrium_of_the_latest_pass_if_that_had_this_very_input
     other = x.clone()
     jacobian_penalty(head, other)
     assert [seen is other for seen in solves] == [True]
-    head(x)
-    x.mul_(2)
-    jacobian_penalty(head, x)
-    assert len(solves) == 2
-    with torch.no_grad():
-        head(x).relu_()  # the solution's value is that very tensor
-    jacobian_penalty(head, x)
-    assert len(solves) == 3
-    head(x)
     for forget in (copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))):
         jacobian_penalty(forget(head), x)
-    assert len(solves) == 5
+    assert len(solves) == 3
+
+
+def step(head):
+    with torch.no_grad():
+        head.block.gn1.weight.mul_(1.1)
+
+
+CHANGES = {
+    "x": lambda head, x: x.mul_(2),
+    "solution": lambda head, x: head.last_solution.value.relu_(),
+    "parameters in place": lambda head, x: step(head),
+    "another parameter": lambda head, x: setattr(head.block.gn1, "bias", nn.Parameter(torch.randn(8).double())),
+    "solver": lambda head, x: setattr(head, "solver", Broyden(max_iter=49, rtol=1e-10)),
+}
+
+
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("changed", CHANGES)
+def test_it_does_not_take_the_equilibrium_of_what_has_changed(make_head, changed, grad):
+    head = make_head(8, groups=2, dtype=torch.float64, solver=Broyden(max_iter=50, rtol=1e-10))
+    with grad():
+        x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+        head(x)
+        CHANGES[changed](head, x)
+        found = head.equilibrium(x)
+        torch.testing.assert_close(found, head(x.clone()), rtol=1e-7, atol=1e-7)
+
+
+def test_a_solve_of_its_own_is_not_the_last_forward_pass(make_head):
+    head = make_head()
+    jacobian_penalty(head, torch.randn(2, 16, 5, 5))
+    assert head.last_solution is None
+    levels = [torch.randn(2, 16, size, size) for size in (5, 4)]
+    for x in levels:
+        head(x)
+    last = head.last_solution
+    jacobian_penalty(head, levels[0])
+    assert head.last_solution is last
+    assert head.equilibrium(levels[1]) is last.value
 
 
 def test_in_a_warmup_it_solves(make_head):
