@@ -24,9 +24,16 @@ def paired_gain(own: list[Evaluation], others: list[Evaluation]) -> dict[str, fl
     counts = np.array(own[0]["objects"])
     gains = np.subtract(*([evaluation["iou_sums"] for evaluation in of] for of in (own, others)))
     of_seeds, of_images = draws(*gains.shape)
-    means = (of_seeds @ gains * of_images).sum(1) / (len(gains) * of_images @ counts)
-    low, high = np.quantile(means, [0.025, 0.975])
+    means = (of_images @ gains.T) / (of_images @ counts)[:, None]
+    low, high = np.quantile(over_seeds(means, of_seeds), [0.025, 0.975])
     return {"mean": gains.sum() / (len(gains) * counts.sum()), "low": low, "high": high}
+
+
+def over_seeds(values: np.ndarray, of_seeds: np.ndarray) -> np.ndarray:
+    """Each resample's mean over its seeds (resamples,) of values (resamples, seeds). The mean of n that are drawn from n
+    scatters too little, by √((n − 1)/n), which is put right here."""
+    seeds, center = values.shape[1], values.mean(1)
+    return center + ((of_seeds * values).mean(1) - center) * (seeds / max(1, seeds - 1)) ** 0.5
 
 
 def gains(
@@ -55,7 +62,7 @@ def paired_precision_gain(own: list[COCOeval], others: list[COCOeval]) -> dict[s
     weights = np.vstack([np.ones(of_images.shape[1]), of_images])  # first all images, each once
     values = [[average_precision(evaluation, weights) for evaluation in of] for of in (own, others)]
     gains = np.subtract(*values)
-    low, high = np.nanquantile((of_seeds * gains.T[1:]).mean(1), [0.025, 0.975])  # NaN: only images without objects
+    low, high = np.nanquantile(over_seeds(gains.T[1:], of_seeds), [0.025, 0.975])  # NaN: only images without objects
     return {"mean": gains[:, 0].mean(), "low": low, "high": high}
 
 
