@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._torch import not_traced, outside_compile
 from .block import ResidualBlock, compute_dtype
-from .checks import check_tensor, refuse_forward_mode
+from .checks import check_tensor, refuse_transforms
 from .head import IFRHead
 from .kernels.contract import wide
 
@@ -23,10 +23,12 @@ def jacobian_penalty(head: IFRHead, x: Tensor) -> Tensor:
 
     x: (N, C, H, W). The equilibrium is that of head's latest forward pass if x is the tensor which that pass was given,
     with gradients, and the parameters have not changed. Otherwise, in a warm-up and after a compiled pass the penalty
-    solves first, without gradients. Its random probe, of entries ±1, comes from torch's global generator. N = 0 gives 0.
+    solves first, without gradients. Its random probe, of entries ±1, comes from torch's global generator. N = 0 gives
+    0.
 
     Returns a scalar in float32, or in float64 if F computes in float64. Raises TypeError if head is no IFRHead,
-    ValueError if head.solver is an Unroll or if x does not fit, NotImplementedError in forward mode.
+    ValueError if head.solver is an Unroll or if x does not fit, NotImplementedError in forward mode and under
+    torch.func's transforms.
     """
     return outside_compile(_penalty)(head, x)
 
@@ -36,7 +38,7 @@ def _penalty(head: IFRHead, x: Tensor) -> Tensor:
     if not isinstance(head, IFRHead):
         raise TypeError(f"head is {type(head).__name__}: expected IFRHead")
     check_tensor("x", x)
-    refuse_forward_mode("jacobian_penalty")
+    refuse_transforms("jacobian_penalty")
     keep = torch.is_grad_enabled()
     z = head.equilibrium(x).to(wide(compute_dtype(x)))
     with torch.inference_mode(False), torch.enable_grad():
@@ -46,5 +48,5 @@ def _penalty(head: IFRHead, x: Tensor) -> Tensor:
         by_calls = isinstance(head.block, ResidualBlock) and not head.altered()
         value = head.block.by_calls(z, x, compute_dtype(x)) if by_calls else head.block(z, x)
         probe = torch.randint_like(value, 2).mul_(2).sub_(1)
-        (product,) = torch.autograd.grad(value, z, probe, create_graph=keep)
+        (product,) = torch.autograd.grad(value, z, probe, create_graph=keep, materialize_grads=True)
     return product.square().sum() / max(1, product.numel())

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,18 @@ def is_full(item):
     return item.get_closest_marker("full") is not None
 
 
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist's own order: files of many tests first
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("full"):
         config.hook.pytest_deselected(items=[item for item in items if is_full(item)])
         items[:] = [item for item in items if not is_full(item)]
+    # Files of few tests compile or run whole programs: begun last, one would go on alone for minutes.
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: tests[item.path])
 
 
 def pytest_terminal_summary(terminalreporter):

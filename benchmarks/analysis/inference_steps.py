@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
 from benchmarks.analysis.resampling import paired_gain
-from benchmarks.quality.mask_branch import evaluate
+from benchmarks.quality.mask_branch import MaskBranch, evaluate
 from benchmarks.quality.objects import Objects
 from benchmarks.quality.strategies import BASELINE, STRATEGIES
 from benchmarks.quality.sweep import load_test_objects, trained_branches
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     objects = load_test_objects(options.data, options.sweep)
     if options.objects:
         objects = objects[torch.linspace(0, len(objects) - 1, min(options.objects, len(objects))).long()]
-    channels = branches[BASELINE][0].reduce.out_channels
+    channels = next(iter(branches[BASELINE].values())).reduce.out_channels
     solvers = {f"{steps} steps": Broyden(max_iter=steps, rtol=EXACT) for steps in options.steps}
     solvers |= {f"to {rtol:g}": Broyden(rtol=rtol) for rtol in options.rtols}
     total = sum(len(of_seed) * (len(solvers) if row != BASELINE else 1) for row, of_seed in branches.items())
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         baseline = evaluations(branches.pop(BASELINE), BASELINE, objects, bar)
         rows = {
             row: {
-                name: summary(row, evaluations(of_seed, row, objects, bar, solver), baseline[: len(of_seed)], channels)
+                name: summary(row, evaluations(of_seed, row, objects, bar, solver), baseline, channels)
                 for name, solver in solvers.items()
             }
             for row, of_seed in branches.items()
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "channels": channels,
         "objects": len(objects),
         "environment": environment(torch.device("cpu")),
-        "baseline": [test["iou"] for test in baseline],
+        "baseline": [test["iou"] for test in baseline.values()],
         "rows": rows,
     }
     write_json(options.output / "inference_steps.json", report)
@@ -86,35 +86,39 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def check(branches: dict[str, list]) -> None:
-    """Raises DataError for a row that solves nothing, or has more seeds than the baseline."""
+def check(branches: dict[str, dict[int, MaskBranch]]) -> None:
+    """Raises DataError for a row that solves nothing, or has a seed that the baseline has not."""
     for row, of_seed in branches.items():
-        refine = of_seed[0].refine
+        refine = next(iter(of_seed.values())).refine
         if row != BASELINE and (not isinstance(refine, IFRHead) or isinstance(refine.solver, Unroll)):
             raise DataError(f"rows: expected some that solve for an equilibrium, got {row!r}")
-        if len(of_seed) > len(branches[BASELINE]):
-            raise DataError(f"sweep: {row!r} has {len(of_seed)} seeds, {BASELINE!r} {len(branches[BASELINE])}")
+        if more := sorted(of_seed.keys() - branches[BASELINE].keys()):
+            raise DataError(f"sweep: {row!r} has weights of the seeds {more}, {BASELINE!r} has not")
 
 
 def evaluations(
-    of_seed: list, row: str, objects: Objects, bar: tqdm, solver: Broyden | None = None
-) -> list[dict[str, Any]]:
+    of_seed: dict[int, MaskBranch], row: str, objects: Objects, bar: tqdm, solver: Broyden | None = None
+) -> dict[int, dict[str, Any]]:
     """Each seed's branch on the objects, its refinement solved by `solver` where it is one that solves."""
-    found = []
-    for branch in of_seed:
+    found = {}
+    for seed, branch in of_seed.items():
         if solver is not None:
             branch.refine.solver = solver
-        found.append(evaluate(branch, objects, bf16=STRATEGIES[row].bf16))
+        found[seed] = evaluate(branch, objects, bf16=STRATEGIES[row].bf16)
         bar.update()
     return found
 
 
-def summary(row: str, own: list[dict[str, Any]], baseline: list[dict[str, Any]], channels: int) -> dict[str, Any]:
-    steps = [test["iterations"] for test in own]
+def summary(
+    row: str, own: dict[int, dict[str, Any]], baseline: dict[int, dict[str, Any]], channels: int
+) -> dict[str, Any]:
+    tests = list(own.values())
+    steps = [test["iterations"] for test in tests]
     return {
-        "iou": [test["iou"] for test in own],
-        "gain": paired_gain(own, baseline),
-        "residual": [test["residual"] for test in own],
+        "seeds": list(own),
+        "iou": [test["iou"] for test in tests],
+        "gain": paired_gain(tests, [baseline[seed] for seed in own]),
+        "residual": [test["residual"] for test in tests],
         "steps": steps,
         "convolutions": STRATEGIES[row].convolutions(statistics.mean(steps), channels),
     }

@@ -11,7 +11,7 @@ quartiles of the rounds. Writes latency.json.
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from benchmarks.report.environment import environment
 from benchmarks.report.files import DataError, write_json
 from benchmarks.timing import measure
 from benchmarks.timing.measure import Call, Timed, quartiles, ratios
-from ifr_fast import IFRHead, Unroll
+from ifr_fast import IFRHead, Unroll, weight_cache
 
 CPU = torch.device("cpu")
 PRECISIONS = {"bfloat16": True, "float32": False}  # whether autocast is on
@@ -95,7 +95,8 @@ def contenders(sweep: Path, rows: list[str]) -> list[Contender]:
         for precision in PRECISIONS:
             seed, branch = first_branch(sweep, row)
             if isinstance(branch.refine, IFRHead) and not isinstance(branch.refine.solver, Unroll):
-                branch.refine.solver = branch.refine.solver.resolve(torch.bfloat16)  # its residual, in float32 too
+                rtol, _ = branch.refine.solver.resolve(torch.bfloat16).resolved()
+                branch.refine.solver = replace(branch.refine.solver, rtol=rtol)  # the training's, in float32 too
             found.append(Contender(row, seed, precision, branch))
     return found
 
@@ -146,6 +147,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    weight_cache.set_limit(1 << 30)  # a model has few heads; here all rows are timed in turns
     try:
         main()
     except DataError as error:

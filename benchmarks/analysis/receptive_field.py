@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> dict:
     rows = {}
     for row, of_seed in tqdm(branches.items(), "receptive fields", dynamic_ncols=True):
         found = {"gradient": [], "statistics held": []}
-        for seed, branch in enumerate(of_seed):
+        for seed, branch in of_seed.items():
             with torch.no_grad():
                 x = branch.reduced(features)
             for name, field in fields(branch.refine, x, seed).items():

@@ -25,13 +25,15 @@ def paired_gain(own: list[Evaluation], others: list[Evaluation]) -> dict[str, fl
     gains = np.subtract(*([evaluation["iou_sums"] for evaluation in of] for of in (own, others)))
     of_seeds, of_images = draws(*gains.shape)
     means = (of_images @ gains.T) / (of_images @ counts)[:, None]
-    low, high = np.quantile(over_seeds(means, of_seeds), [0.025, 0.975])
+    low, high = np.quantile(resampled_means(means, of_seeds), [0.025, 0.975])
     return {"mean": gains.sum() / (len(gains) * counts.sum()), "low": low, "high": high}
 
 
-def over_seeds(values: np.ndarray, of_seeds: np.ndarray) -> np.ndarray:
-    """Each resample's mean over its seeds (resamples,) of values (resamples, seeds). The mean of n that are drawn from n
-    scatters too little, by √((n − 1)/n), which is put right here."""
+def resampled_means(values: np.ndarray, of_seeds: np.ndarray) -> np.ndarray:
+    """Each resample's mean over its seeds (resamples,), of values (resamples, seeds).
+
+    The mean of n seeds that are drawn from n scatters too little, by √((n − 1)/n), which is put right here.
+    """
     seeds, center = values.shape[1], values.mean(1)
     return center + ((of_seeds * values).mean(1) - center) * (seeds / max(1, seeds - 1)) ** 0.5
 
@@ -62,7 +64,9 @@ def paired_precision_gain(own: list[COCOeval], others: list[COCOeval]) -> dict[s
     weights = np.vstack([np.ones(of_images.shape[1]), of_images])  # first all images, each once
     values = [[average_precision(evaluation, weights) for evaluation in of] for of in (own, others)]
     gains = np.subtract(*values)
-    low, high = np.nanquantile(over_seeds(gains.T[1:], of_seeds), [0.025, 0.975])  # NaN: only images without objects
+    low, high = np.nanquantile(
+        resampled_means(gains.T[1:], of_seeds), [0.025, 0.975]
+    )  # NaN: only images without objects
     return {"mean": gains[:, 0].mean(), "low": low, "high": high}
 
 

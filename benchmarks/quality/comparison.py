@@ -100,7 +100,7 @@ def report_of(options: argparse.Namespace) -> dict[str, Any] | None:
 def summarize(reports: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
     """What comparison.json holds."""
     configs = [settings(report["config"]) for report in reports]
-    common = {key: value for key, value in configs[0].items() if all(config[key] == value for config in configs)}
+    common = {key: value for key, value in configs[0].items() if all(config.get(key) == value for config in configs)}
     fields = ("parameters", "seconds_per_iteration", "seconds_per_image_with_reading_and_encoding", "metrics", "solve")
     runs = [
         {

@@ -13,7 +13,7 @@ from benchmarks.quality.coco import CocoFolder, DataError
 from benchmarks.quality.mask_branch import evaluate
 from benchmarks.quality.objects import load_objects
 from benchmarks.quality.strategies import REFERENCES, STRATEGIES
-from benchmarks.quality.sweep import Run, load_branch, read_report, trained_runs, weights
+from benchmarks.quality.sweep import load_branch, read_report, runs_with_weights
 from benchmarks.report.environment import environment
 from benchmarks.report.files import write_json
 
@@ -60,12 +60,3 @@ def find_split(data: Path) -> str:
             return split
     expected = ", ".join(f"instances_{split}.json" for split in SPLITS)
     raise DataError(f"test: expected one of {expected} in {data / 'annotations'}")
-
-
-def runs_with_weights(folder: Path, content: dict[str, Any], rows: list[str] | None) -> list[Run]:
-    """A sweep's trainings of which the weights are there. Raises DataError where there are none."""
-    runs = [run for row in rows or content["rows"] for run in trained_runs(folder, content, row)]
-    kept = [run for run in runs if weights(run, folder).exists()]
-    if not kept:
-        raise DataError(f"sweep: {folder}/trainings has no weights (.pt) of {len(runs)} trainings, only their reports")
-    return kept

@@ -135,13 +135,40 @@ class Sweep:
                 after_each()
 
 
-def trained_branches(folder: Path, row: str) -> list[MaskBranch]:
-    """A row's branches in a sweep, seed by seed.
+def trained_branches(folder: Path, row: str) -> dict[int, MaskBranch]:
+    """A row's branches in a sweep by their seeds, of the trainings whose weights are there.
 
-    Raises DataError where the folder has none, or lacks the weights of one.
+    Raises DataError where there are none.
     """
     content = read_report(folder)
-    return [load_branch(run, folder, content["settings"]["channels"]) for run in trained_runs(folder, content, row)]
+    channels = content["settings"]["channels"]
+    return {run.seed: load_branch(run, folder, channels) for run in runs_with_weights(folder, content, [row])}
+
+
+def first_branch(folder: Path, row: str) -> tuple[int, MaskBranch]:
+    """The first of them, and its seed."""
+    content = read_report(folder)
+    run = runs_with_weights(folder, content, [row])[0]
+    return run.seed, load_branch(run, folder, content["settings"]["channels"])
+
+
+def trained_branch(folder: Path, row: str, seed: int) -> MaskBranch:
+    """A row's branch of one seed. Raises DataError where the folder lacks it."""
+    content = read_report(folder)
+    for run in trained_runs(folder, content, row):
+        if run.seed == seed:
+            return load_branch(run, folder, content["settings"]["channels"])
+    raise DataError(f"sweep: {folder} has no training of {row!r} with seed {seed}")
+
+
+def runs_with_weights(folder: Path, content: dict[str, Any], rows: list[str] | None) -> list[Run]:
+    """A sweep's trainings of which the weights are there. Raises DataError where there are none."""
+    runs = [run for row in rows or content["rows"] for run in trained_runs(folder, content, row)]
+    kept = [run for run in runs if weights(run, folder).exists()]
+    if not kept:
+        of = ", ".join(map(repr, rows or content["rows"]))
+        raise DataError(f"sweep: {folder}/trainings has no weights (.pt) of {of}, only {len(runs)} reports")
+    return kept
 
 
 def trained_runs(folder: Path, content: dict[str, Any], row: str) -> list[Run]:
@@ -149,23 +176,6 @@ def trained_runs(folder: Path, content: dict[str, Any], row: str) -> list[Run]:
     if row not in content["rows"]:
         raise DataError(f"sweep: {folder} has no row {row!r}, only {', '.join(content['rows'])}")
     return [Run(row, report["lr"], report["seed"]) for report in content["rows"][row] if "failed" not in report]
-
-
-def trained_branch(folder: Path, row: str, seed: int) -> MaskBranch:
-    """One of them. Raises DataError where the folder lacks it."""
-    content = read_report(folder)
-    for report in content["rows"].get(row, []):
-        if report["seed"] == seed and "failed" not in report:
-            return load_branch(Run(row, report["lr"], seed), folder, content["settings"]["channels"])
-    raise DataError(f"sweep: {folder} has no training of {row!r} with seed {seed}")
-
-
-def first_branch(folder: Path, row: str) -> tuple[int, MaskBranch]:
-    """A row's first seed of which the weights are there, and its branch. Raises DataError where none are."""
-    content = read_report(folder)
-    runs = trained_runs(folder, content, row)
-    run = next((run for run in runs if weights(run, folder).exists()), runs[0])
-    return run.seed, load_branch(run, folder, content["settings"]["channels"])
 
 
 def load_test_objects(data: Path, folder: Path) -> Objects:

@@ -40,7 +40,10 @@ def choice_table(ablation: Content, latency: Content) -> str:
     lines = []
     for row, reports in ablation["rows"].items():
         done = [report for report in reports if "failed" not in report]
+        failed = [report["failed"] for report in reports if "failed" in report]
+        seeds = f"{len(done)}, {len(failed)} failed" if failed else str(len(done))
         if not done:
+            lines.append([row, failed[0], *["–"] * (len(HEAD) - 3), seeds])
             continue
         tests = [report["test"] for report in done]
         steps = [test.get("iterations") for test in tests]
@@ -57,7 +60,7 @@ def choice_table(ablation: Content, latency: Content) -> str:
                 spread(steps),
                 f"{median_power(test.get('residual') for test in tests)} / {back}" if solved else "–",
                 *times(latency["rows"].get(row)),
-                str(len(done)),
+                seeds,
             ]
         )
     return table(HEAD, lines)
@@ -70,8 +73,13 @@ def times(found: Content | None) -> list[str]:
     return [
         text
         for precision in ("bfloat16", "float32")
-        for text in (f"{1e3 * found[precision]['median']:.1f}", f"{found[precision]['ratio'][1]:.2f}")
+        for text in (milliseconds(found[precision]), f"{found[precision]['ratio'][1]:.2f}")
     ]
+
+
+def milliseconds(timed: Content) -> str:
+    """With the steps of the seed that was timed."""
+    return f"{1e3 * timed['median']:.1f}" + (f" ({timed['steps']:.1f} steps)" if "steps" in timed else "")
 
 
 def draw(ablation: Content, latency: Content) -> Figure:
@@ -88,7 +96,7 @@ def draw(ablation: Content, latency: Content) -> Figure:
         mark = partial(point, number=len(names), row=row, bounds=gain["test"] if gain else NOTHING)
         if row in latency["rows"]:
             mark(against_time, min(1e3 * found["median"] for found in latency["rows"][row].values()))
-        size = reports[0]["parameters"] / 1e6
+        size = next(report["parameters"] for report in reports if "failed" not in report) / 1e6
         rounded = f"{size:.1f}"
         mark(against_size, size * BESIDE ** sizes[rounded])
         sizes[rounded] += 1

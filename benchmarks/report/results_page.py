@@ -7,7 +7,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,13 @@ def trainings(content: Content) -> str:
     reports = [report for reports in content["rows"].values() for report in reports]
     machines = Counter(report["machine"] for report in reports if "machine" in report)
     where = "; ".join(f"{count} on {name}" for name, count in machines.items()) or machine(content)
-    rates = ", ".join(f"{row} {rate:g}" for row, rate in content["learning_rates"].items())
+    tried = defaultdict(set)
+    for entry in content["search"]:
+        tried[entry["row"]].add(entry["lr"])
+    rates = ", ".join(
+        f"{row} {rate:g} (of {min(tried[row]):g} to {max(tried[row]):g})"
+        for row, rate in content["learning_rates"].items()
+    )
     command = f"python benchmarks/quality/ablation.py {settings['data'].upper()} --channels {settings['channels']}"
     command += f" --epochs {settings['epochs']} --batch-size {settings['batch_size']} --device {settings['device']}"
     command += f" --min-area {settings['min_area']} {searched(content)}"
@@ -59,7 +65,8 @@ def searched(content: Content) -> str:
 
 
 def choice(content: Content, latency: Content) -> str:
-    seconds = sum(r["seconds_per_epoch"] * len(r["epochs"]) for rs in content["rows"].values() for r in rs)
+    done = [report for reports in content["rows"].values() for report in reports if "failed" not in report]
+    seconds = sum(report["seconds_per_epoch"] * len(report["epochs"]) for report in done)
     return "\n\n".join(
         [
             f"{trainings(content)} These took {seconds / 3600:.1f} hours of one core, and the search of learning rates "
@@ -204,7 +211,17 @@ def latency(content: Content) -> str:
 
 def comparison(content: Content) -> str:
     settings = content["settings"]
-    given = ("iterations", "batch_size", "image_size", "channels", "rois_per_image", "lr", "amp", "backbone")
+    given = (
+        "labelled",
+        "iterations",
+        "batch_size",
+        "image_size",
+        "channels",
+        "rois_per_image",
+        "lr",
+        "amp",
+        "backbone",
+    )
     options = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in given if settings.get(name))
     reference = next(iter(content["refinements"]))
     rows = []

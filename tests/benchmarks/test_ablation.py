@@ -126,7 +126,7 @@ def test_weights_that_did_not_come_with_the_reports_are_missed(sweep, tmp_path):
     (tmp_path / "trainings").mkdir()
     for name in ("ablation.json", "trainings/ifr-lr0.001-seed0.json"):
         shutil.copy(sweep / name, tmp_path / name)
-    with pytest.raises(DataError, match=r"ifr-lr0.001-seed0.pt is missing"):
+    with pytest.raises(DataError, match=r"has no weights \(\.pt\) of 'IFR', only 1 reports"):
         sweeps.trained_branches(tmp_path, "IFR")
     with pytest.raises(DataError, match=r"has no weights"):
         ablation.main(["--output", str(tmp_path), "--test", str(tmp_path), "--rows", "IFR"])

@@ -38,9 +38,9 @@ def test_with_its_own_solver_a_row_has_the_ious_of_its_training(shapes, sweep, t
     found = inference_steps.main([str(shapes), "--sweep", str(sweep), *options])["rows"][NARROW]
     (training,) = json.loads((sweep / "ablation.json").read_text())["rows"][NARROW]
     assert found["to 0.1"]["iou"] == [training["test"]["iou"]]
-    (branch,), (baseline,) = trained_branches(sweep, NARROW), trained_branches(sweep, "4 convolutions")
     objects = load_test_objects(shapes, sweep)
-    own, other = (evaluate(model, objects, bf16=True)["iou"] for model in (branch, baseline))
+    branches = [trained_branches(sweep, row)[0] for row in (NARROW, "4 convolutions")]
+    own, other = (evaluate(branch, objects, bf16=True)["iou"] for branch in branches)
     assert found["to 0.1"]["gain"]["mean"] == pytest.approx(own - other, abs=1e-4)
 
 
@@ -50,8 +50,18 @@ def test_objects_are_evenly_spaced(shapes, sweep, tmp_path):
     assert report["objects"] == 3
     objects = load_test_objects(shapes, sweep)
     last = len(objects) - 1
-    (branch,) = trained_branches(sweep, "4 convolutions")
+    branch = trained_branches(sweep, "4 convolutions")[0]
     assert report["baseline"] == [evaluate(branch, objects[torch.tensor([0, last // 2, last])], bf16=True)["iou"]]
+
+
+def test_rows_are_paired_by_their_seeds():
+    """Also where a seed is missing: its training failed, or its weights are elsewhere."""
+    tests = {seed: {"iou": iou, "iterations": 4.0, "residual": 0.1} for seed, iou in enumerate((0.1, 0.2, 0.4, 0.8))}
+    tests = {seed: {**test, "images": [0], "objects": [1], "iou_sums": [test["iou"]]} for seed, test in tests.items()}
+    own = {seed: tests[seed] for seed in (1, 3)}
+    found = inference_steps.summary(NARROW, own, tests, 32)
+    assert found["gain"]["mean"] == 0
+    assert found["seeds"] == [1, 3]
 
 
 @pytest.mark.parametrize("row", ["no convolution", "unroll"])

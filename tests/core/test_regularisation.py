@@ -219,3 +219,19 @@ def test_what_has_no_equilibrium_is_refused(make_head):
         jacobian_penalty(make_head(), None)
     with pytest.raises(TypeError, match="head is Conv2d: expected IFRHead"):
         jacobian_penalty(nn.Conv2d(16, 16, 3), torch.randn(1, 16, 4, 4))
+    head = make_head()
+    with pytest.raises(NotImplementedError, match=r"jacobian_penalty does not work under torch\.func's transforms"):
+        torch.func.grad(lambda x: jacobian_penalty(head, x))(torch.randn(1, 16, 4, 4))
+
+
+def test_a_block_that_ignores_z_has_none(make_head):
+    class Constant(nn.Module):
+        def forward(self, z, x):
+            return x * self.weight
+
+        weight = nn.Parameter(torch.ones(()))
+
+    head = make_head()
+    head.block = Constant()
+    penalty = jacobian_penalty(head, torch.randn(2, 16, 4, 4))
+    assert penalty.item() == 0
