@@ -113,15 +113,21 @@ def conv2d(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _aligned_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """With zeros for channels up to multiples of eight: of 64 bytes, so that every sample begins at one of 64."""
+    """With zeros for channels up to multiples of eight: of 64 bytes, so that every sample begins at one of 64. A sample
+    by itself is computed twice, for MKL would divide its sums among threads: two samples have a thread each."""
     outputs, inputs = weight.shape[:2]
     more_outputs, more_inputs = -outputs % 8, -inputs % 8
-    if not more_outputs and not more_inputs:
-        return torch.conv2d(x, weight, padding=1)
-    weight = F.pad(weight, (0, 0, 0, 0, 0, more_inputs, 0, more_outputs))
-    y = torch.conv2d(F.pad(x, (0, 0, 0, 0, 0, more_inputs)), weight, padding=1)
+    single = x.shape[0] == 1 and torch.get_num_threads() > 1 and not tracing()
+    if single:
+        x = torch.cat([x, x])
+    if more_outputs or more_inputs:
+        x = F.pad(x, (0, 0, 0, 0, 0, more_inputs))
+        weight = F.pad(weight, (0, 0, 0, 0, 0, more_inputs, 0, more_outputs))
+    y = torch.conv2d(x, weight, padding=1)
+    if not more_outputs:
+        return y[:1] if single else y
     dense = torch.contiguous_format if y.is_contiguous() else torch.channels_last
-    return y[:, :outputs].contiguous(memory_format=dense)
+    return y[: 1 if single else None, :outputs].contiguous(memory_format=dense)
 
 
 def weight_norm(gain: Tensor, direction: Tensor) -> Tensor:
