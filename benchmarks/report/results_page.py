@@ -1,4 +1,5 @@
-"""Make results/README.md of the JSON files and pictures in results/DEVICE/, and of results/findings.md.
+"""Make results/README.md of the JSON files and pictures in results/DEVICE/, and of results/choice.md and
+findings.md.
 
 python benchmarks/report/results_page.py
 """
@@ -286,16 +287,19 @@ def read(path: Path) -> Content:
 
 
 def page(results: Path) -> str:
-    """The page in Markdown. A file's name begins with its section's key; a picture of the same name is shown below. An
-    ablation of which the latency was measured comes first."""
-    parts = ["# Results", (results / "findings.md").read_text().strip()]
+    """The page in Markdown. A file's name begins with its section's key; a picture of the same name is shown below.
+
+    First comes choice.md, with the ablations of which the latency was measured; then findings.md, with all others.
+    """
+    parts = ["# Results", (results / "choice.md").read_text().strip()]
     chosen = set()
     for latency in sorted(results.glob("*/latency*.json")):
         path = latency.with_name(latency.name.replace("latency", "ablation"))
         picture = latency.with_name(latency.name.replace("latency", "choice")).with_suffix(".png")
-        parts += [f"## Which head: {path.parent.name}/{path.name}", choice(read(path), read(latency))]
+        parts += [f"### {path.parent.name}/{path.name}", choice(read(path), read(latency))]
         parts += [f"![{picture.stem}]({picture.parent.name}/{picture.name})"]
         chosen.add(path)
+    parts.append((results / "findings.md").read_text().strip())
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         for kind, (title, section) in SECTIONS.items():
             for path in sorted(set(folder.glob(f"{kind}*.json")) - chosen):

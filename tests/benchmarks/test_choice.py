@@ -137,9 +137,12 @@ def test_it_opens_the_page_and_its_sweep_has_no_other_table(sweep, measured, tmp
     (folder / "ablation-x.json").write_text(json.dumps(two_seeds(json.loads((sweep / "ablation.json").read_text()))))
     shutil.copy(sweep / "ablation.json", folder / "ablation-y.json")
     shutil.copy(measured[1], folder / "latency-x.json")
-    (tmp_path / "findings.md").write_text("What we found.")
-    titles = [line for line in results_page.page(tmp_path).splitlines() if line.startswith("## ")]
+    (tmp_path / "choice.md").write_text("## Which head?")
+    (tmp_path / "findings.md").write_text("## Older")
+    titles = [line for line in results_page.page(tmp_path).splitlines() if line.startswith("##")]
     assert titles == [
-        "## Which head: some-device/ablation-x.json",
+        "## Which head?",
+        "### some-device/ablation-x.json",
+        "## Older",
         "## The paper's ablations: some-device/ablation-y.json",
     ]
