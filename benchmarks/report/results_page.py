@@ -42,7 +42,7 @@ def trainings(content: Content) -> str:
     for entry in content["search"]:
         tried[entry["row"]].add(entry["lr"])
     rates = ", ".join(
-        f"{row} {rate:g} (of {min(tried[row]):g} to {max(tried[row]):g})"
+        f"{row} {rate:g}" + (f" (of {min(tried[row]):g} to {max(tried[row]):g})" if len(tried[row]) > 1 else "")
         for row, rate in content["learning_rates"].items()
     )
     command = f"python benchmarks/quality/ablation.py {settings['data'].upper()} --channels {settings['channels']}"
