@@ -40,21 +40,22 @@ def check_rtol(owner: str, value: Any) -> None:
         raise ValueError(f"{owner}(rtol={value!r}): expected None or a number ≥ 0")
 
 
-def refuse_forward_mode(who: str) -> None:
+UNROLL = ": use an unroll there (solver=Unroll(…))"  # what works where a solve does not
+
+
+def refuse_forward_mode(who: str, instead: str = UNROLL) -> None:
     """Raises NotImplementedError in forward mode, which would treat an equilibrium as a constant."""
     if forward_mode_active():
-        raise NotImplementedError(
-            f"{who} has no forward-mode derivatives (jvp, jacfwd, dual numbers): an unroll has (solver=Unroll(…))"
-        )
+        raise NotImplementedError(f"{who} has no forward-mode derivatives (jvp, jacfwd, dual numbers){instead}")
 
 
-def refuse_transforms(who: str) -> None:
+def refuse_transforms(who: str, instead: str = UNROLL) -> None:
     """Raises NotImplementedError inside any of torch.func's transforms and in forward mode."""
-    refuse_forward_mode(who)
+    refuse_forward_mode(who, instead)
     if transforms_active():
         raise NotImplementedError(
-            f"{who} does not work under torch.func's transforms (grad, vjp, vmap, …): use backward() or "
-            "torch.autograd.grad; an unroll does (solver=Unroll(…))"
+            f"{who} does not work under torch.func's transforms (grad, vjp, vmap, …), only with backward() or "
+            f"torch.autograd.grad{instead}"
         )
 
 

@@ -38,7 +38,7 @@ def _penalty(head: IFRHead, x: Tensor) -> Tensor:
     if not isinstance(head, IFRHead):
         raise TypeError(f"head is {type(head).__name__}: expected IFRHead")
     check_tensor("x", x)
-    refuse_transforms("jacobian_penalty")
+    refuse_transforms("jacobian_penalty", instead="")
     keep = torch.is_grad_enabled()
     z = head.equilibrium(x).to(wide(compute_dtype(x)))
     with torch.inference_mode(False), torch.enable_grad():

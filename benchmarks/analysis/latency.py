@@ -92,12 +92,11 @@ def contenders(sweep: Path, rows: list[str]) -> list[Contender]:
     """A branch of each row, in each precision."""
     found = []
     for row in rows:
-        for precision in PRECISIONS:
-            seed, branch = first_branch(sweep, row)
-            if isinstance(branch.refine, IFRHead) and not isinstance(branch.refine.solver, Unroll):
-                rtol, _ = branch.refine.solver.resolve(torch.bfloat16).resolved()
-                branch.refine.solver = replace(branch.refine.solver, rtol=rtol)  # the training's, in float32 too
-            found.append(Contender(row, seed, precision, branch))
+        seed, branch = first_branch(sweep, row)
+        if isinstance(branch.refine, IFRHead) and not isinstance(branch.refine.solver, Unroll):
+            rtol, _ = branch.refine.solver.resolve(torch.bfloat16).resolved()
+            branch.refine.solver = replace(branch.refine.solver, rtol=rtol)  # the training's, in float32 too
+        found += [Contender(row, seed, precision, branch) for precision in PRECISIONS]
     return found
 
 

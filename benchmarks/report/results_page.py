@@ -166,30 +166,27 @@ def receptive_field(content: Content) -> str:
 
 
 def inference_steps(content: Content) -> str:
-    baseline = spread(content["baseline"], 100)
-    lines = [
-        [
-            row,
-            name,
-            spread(entry["iou"], 100),
-            interval(entry["gain"]),
-            f"{statistics.median(entry['residual']):.0e}",
-            spread(entry["steps"]),
-            f"{entry['convolutions']:.1f}",
-            str(len(entry["iou"])),
-        ]
-        for row, found in content["rows"].items()
-        for name, entry in found.items()
-    ]
-    head = ["trained as", "tested with", "mask IoU, %", f"− {BASELINE}", "residual", "steps", "convolutions", "seeds"]
+    """A line for each way to solve at the test, a column for each way to train."""
+    rows = content["rows"]
+    ways = next(iter(rows.values()))
+    lines = [[way, *(tested(way, found[way]) for found in rows.values())] for way in ways]
+    seeds = {len(entry["iou"]) for found in rows.values() for entry in found.values()}
     return "\n\n".join(
         [
             f"Mask branches, C = {content['channels']}, tested on {content['objects']} objects of {content['data']}, "
-            f"their solves cut after some steps or stopped at a residual; {BASELINE}: {baseline} %. "
-            f"`python benchmarks/analysis/inference_steps.py {content['data'].upper()} --sweep runs/ablation`.",
-            table(head, lines),
+            f"their solves cut after some steps or stopped at a residual. A column for each way to train "
+            f"({' to '.join(map(str, sorted(seeds)))} seeds): points of mask IoU gained over {BASELINE}, which have "
+            f"{spread(content['baseline'], 100)} %; then the median residual of a solve that was cut, the mean steps "
+            f"of one that stopped. `python benchmarks/analysis/inference_steps.py {content['data'].upper()} "
+            "--sweep runs/ablation`.",
+            table(["tested with", *rows], lines),
         ]
     )
+
+
+def tested(way: str, entry: Content) -> str:
+    spent = f"{spread(entry['steps'])} steps" if way.startswith("to ") else median_power(entry["residual"])
+    return f"{interval(entry['gain'])}; {spent}"
 
 
 def latency(content: Content) -> str:

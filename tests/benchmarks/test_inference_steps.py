@@ -28,9 +28,21 @@ def test_more_steps_leave_a_smaller_residual_and_cost_more(shapes, sweep, tmp_pa
         assert found["to 0.5"]["steps"] < found["to 0.01"]["steps"]
     assert [report["rows"]["IFR"][cut]["convolutions"] for cut in ("1 steps", "4 steps")] == [4, 10]
     assert report["rows"][NARROW]["1 steps"]["convolutions"] == 1
-    assert f"| {NARROW} | to 0.5 |" in results_page.inference_steps(report)
+    assert_on_the_page(report)
     with Image.open(tmp_path / "inference_steps.png") as picture:
         assert picture.size[0] > 800
+
+
+def assert_on_the_page(report):
+    """A line for each way to test, a column for each way to train."""
+    lines = [line.strip("| ").split(" | ") for line in results_page.inference_steps(report).splitlines()]
+    assert lines[2] == ["tested with", *report["rows"]]
+    cells = {(line[0], row): cell for line in lines[4:] for row, cell in zip(lines[2][1:], line[1:], strict=True)}
+    narrow = report["rows"][NARROW]
+    assert cells["to 0.5", NARROW].endswith(f"; {narrow['to 0.5']['steps'][0]:.1f} steps")
+    assert cells["4 steps", NARROW].endswith(f"; {narrow['4 steps']['residual'][0]:.0e}")
+    gain = 100 * narrow["4 steps"]["gain"]["mean"]
+    assert cells["4 steps", NARROW].startswith(f"{gain:+.1f} [")
 
 
 def test_with_its_own_solver_a_row_has_the_ious_of_its_training(shapes, sweep, tmp_path):

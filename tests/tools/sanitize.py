@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
     "kernels/test_fields",
     "kernels/test_kernels",
-    "kernels/test_fused",
+    "kernels/test_fused_norms",
+    "kernels/test_fused_step",
     "kernels/test_winograd",
     "kernels/test_winograd_head",
     "kernels/test_weight_cache",
