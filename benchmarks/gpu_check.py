@@ -104,7 +104,7 @@ class Plan:
             self.speed("forward", 45, 75, "--short"),
             self.kernels("triton", 40, 80),
             self.kernels("cuda", 20, 45),
-            self.tests("gpu_tests", 50, 90, "test_gpu.py"),
+            self.tests("gpu_tests", 50, 90, "test_gpu_head*.py"),
             self.tests("triton_tests", 20, 60, "test_triton*.py"),
             self.tests("cuda_tests", 10, 40, "test_cuda*.py", "cuda"),
             self.speed("speed", 120, 220),

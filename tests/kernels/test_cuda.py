@@ -342,7 +342,7 @@ def default_archs() -> list[str]:
     return [arch for arch in re.findall(r'"(\w+)"', archs) if f"compute_{arch.rstrip('af')}" in known]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: test_gpu.py records graphs")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: test_gpu_head_calls.py records graphs")
 def test_conditional_parts_of_a_graph_are_asked_for_with_a_status(cuda):
     """The emulation has no graphs, and says so."""
     conditional = importlib.import_module(f"{cuda.__name__}.conditional")
