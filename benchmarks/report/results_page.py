@@ -270,7 +270,7 @@ def convergence(content: Content) -> str:
 
 
 SECTIONS = {
-    "ablation": ("The paper's ablations", ablation),
+    "ablation": ("Ablations of the mask branch", ablation),
     "held_out": ("Other objects", held_out),
     "inference_steps": ("Fewer or more steps at inference", inference_steps),
     "comparison": ("Mask R-CNN end to end", comparison),

@@ -144,5 +144,5 @@ def test_it_opens_the_page_and_its_sweep_has_no_other_table(sweep, measured, tmp
         "## Which head?",
         "### some-device/ablation-x.json",
         "## Older",
-        "## The paper's ablations: some-device/ablation-y.json",
+        "## Ablations of the mask branch: some-device/ablation-y.json",
     ]

@@ -52,4 +52,4 @@ def test_a_row_whose_trainings_failed_says_so(sweep):
 def test_the_page_in_the_repository_is_what_its_files_say():
     page = (COMMITTED / "README.md").read_text()
     assert page == results_page.page(COMMITTED)
-    assert len(page.splitlines()) <= 280
+    assert len(page.splitlines()) <= 290
