@@ -12,6 +12,7 @@ it. --test trains nothing: it evaluates the saved weights on the objects of anot
 import argparse
 import json
 import os
+import statistics
 import sys
 from collections import defaultdict
 from dataclasses import asdict
@@ -75,8 +76,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def best_rates(reports: list[dict[str, Any]]) -> dict[str, float]:
     """For each strategy that others take their learning rate from, the one that validates best, failures as zero.
 
-    Learning rates are compared by the seeds that all of them have. Of those within LEVEL of the best it is the highest:
-    with it solves take the fewest steps.
+    Learning rates are compared by the seeds that all of them have, or each by its own where they share none. Of those
+    within LEVEL of the best it is the highest: with it solves take the fewest steps.
     """
     scores = defaultdict(lambda: defaultdict(dict))
     for report in reports:
@@ -86,7 +87,7 @@ def best_rates(reports: list[dict[str, Any]]) -> dict[str, float]:
     found = {}
     for row, rates in scores.items():
         common = set.intersection(*(set(seeds) for seeds in rates.values()))
-        means = {lr: sum(seeds[seed] for seed in common) / max(1, len(common)) for lr, seeds in rates.items()}
+        means = {lr: statistics.mean(seeds[seed] for seed in common or seeds) for lr, seeds in rates.items()}
         found[row] = max(lr for lr, mean in means.items() if mean >= max(means.values()) - LEVEL)
     return found
 

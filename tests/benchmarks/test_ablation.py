@@ -95,6 +95,13 @@ def test_of_learning_rates_that_are_level_the_highest_is_taken(score, chosen):
     assert ablation.best_rates(reports) == {"IFR": chosen}
 
 
+def test_learning_rates_without_a_common_seed_are_compared_by_their_own():
+    """Else all of them would be level, and the highest taken."""
+    tried = {(1e-3, 0): 0.59, (3e-3, 1): 0.6, (3e-3, 2): 0.6, (1e-2, 3): 0.5}
+    reports = [{"row": "IFR", "lr": lr, "seed": s, "validation": {"iou": iou}} for (lr, s), iou in tried.items()]
+    assert ablation.best_rates(reports) == {"IFR": 3e-3}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
