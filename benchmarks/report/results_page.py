@@ -168,17 +168,20 @@ def receptive_field(content: Content) -> str:
 def inference_steps(content: Content) -> str:
     """A line for each way to solve at the test, a column for each way to train."""
     rows = content["rows"]
-    ways = next(iter(rows.values()))
+    ways = list(next(iter(rows.values())))
     lines = [[way, *(tested(way, found[way]) for found in rows.values())] for way in ways]
-    seeds = {len(entry["iou"]) for found in rows.values() for entry in found.values()}
+    lines.append(["seeds", *(str(len(found[ways[0]]["iou"])) for found in rows.values())])
+    command = f"inference_steps.py {content['data'].upper()} --sweep runs/ablation --objects {content['objects']}"
+    command += " --steps " + " ".join(way.removesuffix(" steps") for way in ways if way.endswith(" steps"))
+    command += " --rtols " + " ".join(way.removeprefix("to ") for way in ways if way.startswith("to "))
+    command += " --rows " + " ".join(f'"{row}"' for row in rows)
     return "\n\n".join(
         [
             f"Mask branches, C = {content['channels']}, tested on {content['objects']} objects of {content['data']}, "
-            f"their solves cut after some steps or stopped at a residual. A column for each way to train "
-            f"({' to '.join(map(str, sorted(seeds)))} seeds): points of mask IoU gained over {BASELINE}, which have "
-            f"{spread(content['baseline'], 100)} %; then the median residual of a solve that was cut, the mean steps "
-            f"of one that stopped. `python benchmarks/analysis/inference_steps.py {content['data'].upper()} "
-            "--sweep runs/ablation`.",
+            f"their solves cut after some steps or stopped at a residual; {machine(content)}. A column for each way to "
+            f"train: points of mask IoU gained over {BASELINE}, which have {spread(content['baseline'], 100)} %; then "
+            "the median residual of a solve that was cut, the mean steps of one that stopped. "
+            f"`python benchmarks/analysis/{command}`",
             table(["tested with", *rows], lines),
         ]
     )
