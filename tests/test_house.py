@@ -6,7 +6,9 @@ import sys
 import traceback
 from pathlib import Path
 
+import machines
 import pytest
+import sanitize
 import torch
 
 import ifr_fast
@@ -78,6 +80,11 @@ def test_types():
     pytest.importorskip("mypy", reason="mypy is not installed: the [test] extra has it")
     run = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("name", sorted({*machines.FILES, *sanitize.TESTS}))
+def test_the_tools_name_tests_that_exist(name):
+    assert (ROOT / "tests" / name).is_file()
 
 
 def test_integrations_use_the_public_api_only():

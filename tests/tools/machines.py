@@ -23,7 +23,7 @@ from typing import NamedTuple
 TESTS = Path(__file__).resolve().parents[1]
 # Those of the arithmetic.
 FILES = [
-    *(f"kernels/test_{name}.py" for name in ("kernels", "fused", "winograd", "winograd_head")),
+    *(f"kernels/test_{name}.py" for name in ("kernels", "fused_norms", "fused_step", "winograd", "winograd_head")),
     *(
         f"core/test_{name}.py"
         for name in (

@@ -18,18 +18,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
-    "kernels/test_fields",
-    "kernels/test_kernels",
-    "kernels/test_fused_norms",
-    "kernels/test_fused_step",
-    "kernels/test_winograd",
-    "kernels/test_winograd_head",
-    "kernels/test_weight_cache",
-    "kernels/test_borders",
-    "core/test_loop",
-    "core/test_head",
-    "core/test_adjoints",
-    "core/test_fixed_point",
+    "kernels/test_fields.py",
+    "kernels/test_kernels.py",
+    "kernels/test_fused_norms.py",
+    "kernels/test_fused_step.py",
+    "kernels/test_winograd.py",
+    "kernels/test_winograd_head.py",
+    "kernels/test_weight_cache.py",
+    "kernels/test_borders.py",
+    "core/test_loop.py",
+    "core/test_head.py",
+    "core/test_adjoints.py",
+    "core/test_fixed_point.py",
 )
 SWITCHES = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1"
 # Reads one float past the end of a parameter, which the checks in ifr_fast/kernels would refuse.
@@ -82,7 +82,7 @@ def main() -> int:
             raise SystemExit(
                 f"a deliberate overrun went unnoticed (exit status {overrun.returncode})\n{overrun.stderr}"
             )
-        tests = [f"tests/{name}.py" for name in TESTS]
+        tests = [f"tests/{name}" for name in TESTS]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *sys.argv[1:]]
         return subprocess.run(command, cwd=folder, env=env).returncode
 
