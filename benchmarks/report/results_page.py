@@ -224,6 +224,8 @@ def comparison(content: Content) -> str:
         "backbone",
     )
     options = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in given if settings.get(name))
+    options += f" --refine {' '.join(content['refinements'])}"
+    options += f" --seeds {max(found['seeds'] for found in content['refinements'].values())}"
     reference = next(iter(content["refinements"]))
     rows = []
     for refine, found in content["refinements"].items():

@@ -1,9 +1,13 @@
 """benchmarks/report/results_page.py: the figures of the page, and that the page in the repository is the files' own."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
+import pytest
+
+from benchmarks.quality import comparison
 from benchmarks.quality.strategies import TABLES
 from benchmarks.report import results_page
 
@@ -47,6 +51,17 @@ def test_a_row_whose_trainings_failed_says_so(sweep):
     content = json.loads((sweep / "ablation.json").read_text())
     content["rows"]["IFR, paper's form"] = [{"seed": 0, "failed": "the loss is not finite in epoch 1"}]
     assert "| IFR, paper's form | the loss is not finite in epoch 1 |" in results_page.ablation(content)
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*/comparison*.json")), ids=lambda path: path.stem)
+def test_the_command_of_a_comparison_repeats_its_trainings(path):
+    content = json.loads(path.read_text())
+    python, script, *arguments = shlex.split(results_page.comparison(content).split("`")[1])
+    assert (python, script) == ("python", "benchmarks/quality/comparison.py")
+    runs = [vars(run) for run in comparison.parse(arguments)]
+    assert {(run["refine"], run["seed"]) for run in runs} == {(run["refine"], run["seed"]) for run in content["runs"]}
+    told = {name: value for name, value in content["settings"].items() if name not in ("data", "epochs")}
+    assert told == {name: runs[0][name] for name in told}
 
 
 def test_the_page_in_the_repository_is_what_its_files_say():
