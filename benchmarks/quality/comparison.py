@@ -6,10 +6,11 @@
 Takes the options of accuracy.py; those of the solver go to the refinements they apply to. Every training has a folder
 of its own, OUTPUT/REFINEMENT-seedN, with its checkpoint: started again, a sweep that was stopped goes on where it was.
 Several processes may each train other refinements into one folder; a last one with all of them compares what is there.
-Writes comparison.json (each training's figures; mean and standard deviation over the seeds; how much AP is gained over
-the refinement named first, with the 95 % interval of the bootstrap over seeds and images), predictions.png (of the
-first seed's trainings side by side) and features.png (RoI features of objects before and after the refinement, as in
-the paper's Figures 3 and 4).
+Writes comparison.json (each training's figures; mean and standard deviation over the seeds; how much AP, and IoU of
+masks in given boxes, is gained over the refinement named first, with the 95 % interval of the bootstrap over seeds and
+images), predictions.png (of the first seed's trainings side by side) and features.png (RoI features of objects before
+and after the refinement, as in the paper's Figures 3 and 4). With given boxes all annotated images of the validation
+split are taken, whatever --labelled says.
 """
 
 import argparse
@@ -29,10 +30,11 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed ifr_fast
 
-from benchmarks.analysis.resampling import paired_precision_gain
+from benchmarks.analysis.resampling import Evaluation, paired_gain, paired_precision_gain
 from benchmarks.quality import accuracy
 from benchmarks.quality.coco import METRICS, CocoFolder, DataError, matched
 from benchmarks.quality.detector import REFINEMENTS
+from benchmarks.quality.given_boxes import mask_branch, mask_ious
 from benchmarks.quality.training import joined_processes
 from benchmarks.report import results_page
 from benchmarks.report.environment import environment
@@ -97,8 +99,8 @@ def report_of(options: argparse.Namespace) -> dict[str, Any] | None:
     return None
 
 
-def summarize(reports: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """What comparison.json holds."""
+def summarize(reports: list[dict[str, Any]], evaluations: list[Evaluation], device: torch.device) -> dict[str, Any]:
+    """What comparison.json holds but for the gains. evaluations: of each training's masks in given boxes."""
     configs = [settings(report["config"]) for report in reports]
     common = {key: value for key, value in configs[0].items() if all(config.get(key) == value for config in configs)}
     fields = ("parameters", "seconds_per_iteration", "seconds_per_image_with_reading_and_encoding", "metrics", "solve")
@@ -106,14 +108,16 @@ def summarize(reports: list[dict[str, Any]], device: torch.device) -> dict[str, 
         {
             **{key: value for key, value in config.items() if key not in common or key in ("refine", "seed")},
             "final_loss": report["history"][-1]["loss"],
+            "mask_iou": sum(evaluation["iou_sums"]) / sum(evaluation["objects"]),
             **{field: report[field] for field in (*fields, "versions") if field in report},
         }
-        for config, report in zip(configs, reports, strict=True)
+        for config, report, evaluation in zip(configs, reports, evaluations, strict=True)
     ]
     refines = dict.fromkeys(run["refine"] for run in runs)
     return {
         "settings": common,
         "environment": environment(device),
+        "given_boxes": {"images": len(evaluations[0]["images"]), "objects": sum(evaluations[0]["objects"])},
         "refinements": {refine: over_seeds([run for run in runs if run["refine"] == refine]) for refine in refines},
         "runs": runs,
     }
@@ -124,24 +128,30 @@ def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     summary = {"seeds": len(runs), "parameters": runs[0]["parameters"]["refinement"]}
     for kind in KINDS:
         summary[kind] = {name: mean_and_std(run["metrics"][kind][name] for run in runs) for name in METRICS}
+    summary["mask_iou"] = mean_and_std(run["mask_iou"] for run in runs)
     summary["seconds_per_iteration"] = mean_and_std(run["seconds_per_iteration"] for run in runs)
     if all("solve" in run for run in runs):
         summary["residual_median"] = mean_and_std(run["solve"]["residual_median"] for run in runs)
     return summary
 
 
-def gains(runs: list[argparse.Namespace], dataset: CocoFolder) -> dict[str, dict[str, dict[str, float]]]:
-    """AP of each refinement but the first, less the first one's: of boxes and masks, with bounds."""
-    found = {}
+def gains(
+    runs: list[argparse.Namespace], evaluations: list[Evaluation], dataset: CocoFolder
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Of each refinement but the first, less the first one's: AP of boxes and masks, IoU in given boxes."""
+    found, in_boxes = {}, {}
+    for run, evaluation in zip(runs, evaluations, strict=True):
+        in_boxes.setdefault(run.refine, []).append(evaluation)
+    reference, *others = in_boxes
+    for refine in others:
+        found[refine] = {"mask_iou": paired_gain(in_boxes[refine], in_boxes[reference])}
     for kind in KINDS:
-        evaluations = {}
+        of_kind = {}
         for run in tqdm(runs, f"AP of {kind}", dynamic_ncols=True):
             entries = json.loads((run.output / "detections.json").read_text())
-            evaluations.setdefault(run.refine, []).append(matched(dataset.coco, entries, kind))
-        reference, *others = evaluations
+            of_kind.setdefault(run.refine, []).append(matched(dataset.coco, entries, kind))
         for refine in others:
-            gain = paired_precision_gain(evaluations[refine], evaluations[reference])
-            found.setdefault(refine, {})[kind] = gain
+            found[refine][kind] = paired_precision_gain(of_kind[refine], of_kind[reference])
     return found
 
 
@@ -152,6 +162,21 @@ def mean_and_std(values: Iterable[float | None]) -> dict[str, float] | None:
         return None
     spread = {"std": statistics.stdev(values)} if len(values) > 1 else {}
     return {"mean": statistics.mean(values), **spread}
+
+
+def trained(run: argparse.Namespace, dataset: CocoFolder, device: torch.device) -> MaskRCNN:
+    """The detector of a finished training."""
+    model = accuracy.build_model(run, len(dataset.categories) + 1)
+    accuracy.checkpoints_of(run).load(model)
+    return model.to(device).eval()
+
+
+def evaluate_given_boxes(run: argparse.Namespace, dataset: CocoFolder, device: torch.device) -> Evaluation:
+    """Of a finished training's masks; kept in its folder, as the rest of its report is."""
+    path = run.output / "given_boxes.json"
+    if not path.exists():
+        write_json(path, mask_ious(trained(run, dataset, device), dataset, bf16=run.amp == "bf16"), indent=None)
+    return json.loads(path.read_text())
 
 
 def choose_examples(dataset: CocoFolder) -> list[dict[str, Any]]:
@@ -175,9 +200,7 @@ def save_pictures(
     write_whole(folder / "predictions.png", draw_predictions(dataset, predictions, pictures=EXAMPLES).savefig)
     heads = {}
     for run in tqdm(runs, "features", dynamic_ncols=True):
-        model = accuracy.build_model(run, len(dataset.categories) + 1)
-        accuracy.checkpoints_of(run).load(model)
-        model.to(device).eval()
+        model = trained(run, dataset, device)
         heads[run.refine] = [refine(model, dataset, annotation) for annotation in examples]
     objects = [cut_out(dataset, annotation) for annotation in examples]
     write_whole(folder / "features.png", draw_features(objects, heads).savefig)
@@ -199,15 +222,10 @@ def refine(model: MaskRCNN, dataset: CocoFolder, annotation: dict[str, Any]) -> 
     """What the detector's mask head makes of an object in its annotated box; a feature's size is its L2 norm."""
     device = next(model.parameters()).device
     x, y, width, height = annotation["bbox"]
-    label = dataset.labels[annotation["category_id"]]
-    target = {
-        "boxes": torch.tensor([[x, y, x + width, y + height]], device=device),
-        "labels": torch.tensor([label], device=device),
-    }
-    images, (target,) = model.transform([dataset.image(annotation["image_id"]).to(device) / 255], [target])
-    coarse = model.roi_heads.mask_roi_pool(model.backbone(images.tensors), [target["boxes"]], images.image_sizes)
-    refined = model.roi_heads.mask_head(coarse)
-    mask = model.roi_heads.mask_predictor(refined)[:, label].sigmoid()
+    image = dataset.image(annotation["image_id"]).to(device) / 255
+    boxes = torch.tensor([[x, y, x + width, y + height]], device=device)
+    labels = torch.tensor([dataset.labels[annotation["category_id"]]], device=device)
+    coarse, refined, mask = mask_branch(model, image, boxes, labels)
 
     def picture(values: Tensor) -> np.ndarray:
         return values[0].float().cpu().numpy()
@@ -231,7 +249,10 @@ def main(arguments: list[str] | None = None) -> None:
             if reports[number] is None:
                 _, reports[number] = accuracy.run(run, process)
         if process.is_first:
-            content = {**summarize(reports, process.device), "gains": gains(runs, val_set)}
+            annotated = CocoFolder(options.data, "val", options.val_annotations)
+            evaluations = [evaluate_given_boxes(run, annotated, process.device) for run in runs]
+            content = summarize(reports, evaluations, process.device)
+            content["gains"] = gains(runs, evaluations, val_set)
             write_json(folder / "comparison.json", content)
             save_pictures([run for run in runs if run.seed == 0], val_set, examples, process.device)
             print(f"\n{results_page.comparison(content)}\n")

@@ -234,13 +234,21 @@ def comparison(content: Content) -> str:
         pace, residual = cell(found["seconds_per_iteration"], 1, ".2f"), cell(found.get("residual_median"), 1, ".4f")
         rows.append([refine, *masks, cell(found["bbox"]["AP"]), f"{found['parameters'] / 1e6:.2f} M", residual, pace])
         rows[-1].append(str(found["seeds"]))
-    head = ["mask head", "mask AP", f"− {reference}", "AP50", "AP75", "box AP", "refinement's parameters", "residual"]
+        if "given_boxes" in content:
+            gain = content["gains"].get(refine)
+            rows[-1][1:1] = [cell(found["mask_iou"]), interval(gain["mask_iou"]) if gain else "–"]
+    head = ["mask AP", f"− {reference}", "AP50", "AP75", "box AP", "refinement's parameters", "residual"]
+    given = content.get("given_boxes")
+    boxes = ""
+    if given:
+        head[:0] = ["mask IoU, boxes given", f"− {reference}"]
+        boxes = f" Boxes given: {given['objects']:,} objects of {given['images']} images."
     return "\n\n".join(
         [
-            f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. − {reference}: mask AP gained "
-            "in points, with its 95 % interval by the bootstrap over seeds and images. "
+            f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. − {reference}: points "
+            f"gained, with their 95 % interval by the bootstrap over seeds and images.{boxes} "
             f"`python benchmarks/quality/comparison.py {settings['data'].upper()} {options}`",
-            table([*head, "s / iteration", "seeds"], rows),
+            table(["mask head", *head, "s / iteration", "seeds"], rows),
         ]
     )
 

@@ -66,10 +66,23 @@ def test_figures_of_a_refinement_are_those_of_its_seeds(compared):
 def test_gains_are_those_of_the_means(compared):
     _, content = compared
     assert list(content["gains"]) == ["ifr"]
+    assert list(content["gains"]["ifr"]) == ["mask_iou", "segm", "bbox"]
     for kind, gain in content["gains"]["ifr"].items():
-        means = [content["refinements"][refine][kind]["AP"]["mean"] for refine in ("ifr", "stack")]
+        found = [content["refinements"][refine][kind] for refine in ("ifr", "stack")]
+        means = [(figures if kind == "mask_iou" else figures["AP"])["mean"] for figures in found]
         assert gain["mean"] == pytest.approx(means[0] - means[1], abs=1e-12)
         assert gain["low"] <= gain["high"]
+
+
+def test_masks_in_given_boxes_are_those_of_all_annotated_images(compared, shapes):
+    folder, content = compared
+    dataset = CocoFolder(shapes, "val")
+    counts = [len(dataset[index][1]["labels"]) for index in range(len(dataset))]
+    assert content["given_boxes"] == {"images": np.count_nonzero(counts), "objects": sum(counts)}
+    for run in content["runs"]:
+        found = json.loads((folder / f"{run['refine']}-seed{run['seed']}" / "given_boxes.json").read_text())
+        assert found["objects"] == [count for count in counts if count]
+        assert run["mask_iou"] == pytest.approx(sum(found["iou_sums"]) / sum(counts))
 
 
 def test_a_figure_that_coco_does_not_give_is_none():
@@ -172,6 +185,17 @@ def test_the_table_shows_what_there_is():
     stack, ifr = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     assert stack == ["stack", "25.0 ± 1.1", "–", "50.0", "-", "25.0 ± 1.1", "2.36 M", "-", "1.50", "3"]
     assert ifr == ["ifr", "25.0 ± 1.1", "+2.1 [-0.5, +4.0]", *stack[3:7], "0.0020", "1.50", "3"]
+    content["given_boxes"] = {"images": 1234, "objects": 5678}
+    for row, iou in (("stack", 0.5), ("ifr", 0.51)):
+        content["refinements"][row]["mask_iou"] = {"mean": iou, "std": 0.001}
+    content["gains"]["ifr"]["mask_iou"] = {"mean": 0.01, "low": 0.004, "high": 0.016}
+    page = results_page.comparison(content)
+    assert "5,678 objects of 1234 images" in page
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()[-2:]]
+    assert rows == [
+        ["stack", "50.0 ± 0.1", "–", *stack[1:]],
+        ["ifr", "51.0 ± 0.1", "+1.0 [+0.4, +1.6]", *ifr[1:]],
+    ]
 
 
 def test_options_go_to_the_refinements_that_have_them(tmp_path):
