@@ -7,10 +7,10 @@ Takes the options of accuracy.py; those of the solver go to the refinements they
 of its own, OUTPUT/REFINEMENT-seedN, with its checkpoint: started again, a sweep that was stopped goes on where it was.
 Several processes may each train other refinements into one folder; a last one with all of them compares what is there.
 Writes comparison.json (each training's figures; mean and standard deviation over the seeds; how much AP, and IoU of
-masks in given boxes, is gained over the refinement named first, with the 95 % interval of the bootstrap over seeds and
-images), predictions.png (of the first seed's trainings side by side) and features.png (RoI features of objects before
-and after the refinement, as in the paper's Figures 3 and 4). With given boxes all annotated images of the validation
-split are taken, whatever --labelled says.
+masks in given boxes, is gained over each refinement named before, with the 95 % interval of the bootstrap over seeds
+and images), predictions.png (of the first seed's trainings side by side) and features.png (RoI features of objects
+before and after the refinement, as in the paper's Figures 3 and 4). With given boxes all annotated images of the
+validation split are taken, whatever --labelled says.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -137,21 +138,22 @@ def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def gains(
     runs: list[argparse.Namespace], evaluations: list[Evaluation], dataset: CocoFolder
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Of each refinement but the first, less the first one's: AP of boxes and masks, IoU in given boxes."""
-    found, in_boxes = {}, {}
-    for run, evaluation in zip(runs, evaluations, strict=True):
-        in_boxes.setdefault(run.refine, []).append(evaluation)
-    reference, *others = in_boxes
-    for refine in others:
-        found[refine] = {"mask_iou": paired_gain(in_boxes[refine], in_boxes[reference])}
-    for kind in KINDS:
-        of_kind = {}
-        for run in tqdm(runs, f"AP of {kind}", dynamic_ncols=True):
-            entries = json.loads((run.output / "detections.json").read_text())
-            of_kind.setdefault(run.refine, []).append(matched(dataset.coco, entries, kind))
-        for refine in others:
-            found[refine][kind] = paired_precision_gain(of_kind[refine], of_kind[reference])
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """reference → each refinement after it → what that gains: AP of boxes and masks, IoU in given boxes."""
+    matches = {kind: [] for kind in KINDS}
+    for run in tqdm(runs, "matching detections", dynamic_ncols=True):
+        entries = json.loads((run.output / "detections.json").read_text())
+        for kind, of_kind in matches.items():
+            of_kind.append(matched(dataset.coco, entries, kind))
+
+    def of(refine: str, values: list[Any]) -> list[Any]:
+        return [value for run, value in zip(runs, values, strict=True) if run.refine == refine]
+
+    found = {}
+    for reference, refine in combinations(dict.fromkeys(run.refine for run in runs), 2):
+        gained = {"mask_iou": paired_gain(of(refine, evaluations), of(reference, evaluations))}
+        gained |= {kind: paired_precision_gain(*(of(r, matches[kind]) for r in (refine, reference))) for kind in KINDS}
+        found.setdefault(reference, {})[refine] = gained
     return found
 
 

@@ -45,24 +45,36 @@ def trainings(content: Content) -> str:
         f"{row} {rate:g}" + (f" (of {min(tried[row]):g} to {max(tried[row]):g})" if len(tried[row]) > 1 else "")
         for row, rate in content["learning_rates"].items()
     )
+    for row, (report, *_) in content["rows"].items():
+        if report["tuned"] != STRATEGIES[row].tuned:  # before it had a search of its own
+            rates += f"; {row} that of {report['tuned']}"
     command = f"python benchmarks/quality/ablation.py {settings['data'].upper()} --channels {settings['channels']}"
     command += f" --epochs {settings['epochs']} --batch-size {settings['batch_size']} --device {settings['device']}"
-    command += f" --min-area {settings['min_area']} {searched(content)}"
-    if len(content["rows"]) <= FEW:
-        command += " --rows " + " ".join(f'"{row}"' for row in content["rows"])
+    command += f" --min-area {settings['min_area']} --seeds {max(len(reports) for reports in content['rows'].values())}"
+    first, *others = searches(content)
+    commands = f"`{command} {first}`" + "".join(f", then the same with `{options}`" for options in others)
+    commands += " (for the rows below)" if len(content["rows"]) > FEW else ""
     note = f" {content['note']}" if "note" in content else ""
     return (
         f"{len(reports)} trainings of the mask branch alone on {settings['data']}, C = {settings['channels']}, "
-        f"{settings['epochs']} epochs; {where}. Learning rates: {rates}. `{command}`{note}"
+        f"{settings['epochs']} epochs; {where}. Learning rates: {rates}. {commands}.{note}"
     )
 
 
-def searched(content: Content) -> str:
-    """ablation.py's options for the seeds, and for the learning rates that were tried."""
+def searches(content: Content) -> list[str]:
+    """ablation.py's options, a call each for the rows whose learning rate was searched among the same."""
     tried = Counter((entry["row"], entry["lr"]) for entry in content["search"])
-    rates = " ".join(f"{lr:g}" for lr in sorted({lr for _, lr in tried}))
-    seeds = max(len(reports) for reports in content["rows"].values())
-    return f"--seeds {seeds} --search-seeds {min(tried.values())} --lrs {rates}"
+    groups = defaultdict(list)
+    for row, reports in content["rows"].items():
+        groups[tuple(sorted(lr for tuned, lr in tried if tuned == reports[0]["tuned"]))].append(row)
+    found = []
+    for rates, rows in groups.items():
+        tuned = {content["rows"][row][0]["tuned"] for row in rows}
+        seeds = min(count for (row, _), count in tried.items() if row in tuned)
+        options = f"--search-seeds {seeds} --lrs {' '.join(f'{lr:g}' for lr in rates)}"
+        names = " ".join(f'"{row}"' for row in rows)
+        found.append(f"{options} --rows {names}" if len(content["rows"]) <= FEW else options)
+    return found
 
 
 def choice(content: Content, latency: Content) -> str:
@@ -226,26 +238,29 @@ def comparison(content: Content) -> str:
     options = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in given if settings.get(name))
     options += f" --refine {' '.join(content['refinements'])}"
     options += f" --seeds {max(found['seeds'] for found in content['refinements'].values())}"
-    reference = next(iter(content["refinements"]))
+
+    def gained(refine: str, kind: str) -> list[str]:
+        return [interval(of[refine][kind]) if refine in of else "–" for of in content["gains"].values()]
+
     rows = []
     for refine, found in content["refinements"].items():
         masks = [cell(found["segm"][name]) for name in ("AP", "AP50", "AP75")]
-        masks.insert(1, interval(content["gains"][refine]["segm"]) if refine in content["gains"] else "–")
+        masks[1:1] = gained(refine, "segm")
         pace, residual = cell(found["seconds_per_iteration"], 1, ".2f"), cell(found.get("residual_median"), 1, ".4f")
         rows.append([refine, *masks, cell(found["bbox"]["AP"]), f"{found['parameters'] / 1e6:.2f} M", residual, pace])
         rows[-1].append(str(found["seeds"]))
         if "given_boxes" in content:
-            gain = content["gains"].get(refine)
-            rows[-1][1:1] = [cell(found["mask_iou"]), interval(gain["mask_iou"]) if gain else "–"]
-    head = ["mask AP", f"− {reference}", "AP50", "AP75", "box AP", "refinement's parameters", "residual"]
+            rows[-1][1:1] = [cell(found["mask_iou"]), *gained(refine, "mask_iou")]
+    differences = [f"− {reference}" for reference in content["gains"]]
+    head = ["mask AP", *differences, "AP50", "AP75", "box AP", "refinement's parameters", "residual"]
     given = content.get("given_boxes")
     boxes = ""
     if given:
-        head[:0] = ["mask IoU, boxes given", f"− {reference}"]
+        head[:0] = ["mask IoU, boxes given", *differences]
         boxes = f" Boxes given: {given['objects']:,} objects of {given['images']} images."
     return "\n\n".join(
         [
-            f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. − {reference}: points "
+            f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. − …: points "
             f"gained, with their 95 % interval by the bootstrap over seeds and images.{boxes} "
             f"`python benchmarks/quality/comparison.py {settings['data'].upper()} {options}`",
             table(["mask head", *head, "s / iteration", "seeds"], rows),

@@ -1,8 +1,9 @@
 """The CPU kernels for a block whose convolutions are computed by Winograd's algorithm (csrc/cpu/winograd.cpp).
 
-Its convolutions cost less than half of oneDNN's, so what lies between them counts. Within a solve each operation is
-therefore left to what reads its result: z + X and GN1 with ReLU to the convolution's input transform, the sums of a
-GroupNorm to the output transform before it, F's tail to the step. Outside of a solve (state=None) results are tensors.
+For a few samples and more its convolutions cost less than half of oneDNN's, so what lies between them counts. Within a
+solve each operation is therefore left to what reads its result: z + X and GN1 with ReLU to the convolution's input
+transform, the sums of a GroupNorm to the output transform before it, F's tail to the step. Outside of a solve
+(state=None) results are tensors.
 """
 
 from __future__ import annotations

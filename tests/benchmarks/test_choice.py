@@ -118,7 +118,7 @@ def test_the_picture_has_every_row(sweep, measured, tmp_path):
 
 def test_trainings_that_failed_are_counted(sweep, measured):
     content = two_seeds(json.loads((sweep / "ablation.json").read_text()))
-    failed = {"seed": 0, "failed": "the loss is not finite in epoch 1"}
+    failed = {"seed": 0, "tuned": "IFR", "failed": "the loss is not finite in epoch 1"}
     content["rows"]["IFR"][0] = failed
     content["rows"]["unroll"] = [failed]
     del content["gains"]["4 convolutions"]["unroll"]

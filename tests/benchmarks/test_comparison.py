@@ -1,5 +1,6 @@
 """comparison.py: every training once, from several seeds, whatever stops it; its figures and pictures."""
 
+import argparse
 import json
 import re
 import shutil
@@ -65,13 +66,24 @@ def test_figures_of_a_refinement_are_those_of_its_seeds(compared):
 
 def test_gains_are_those_of_the_means(compared):
     _, content = compared
-    assert list(content["gains"]) == ["ifr"]
-    assert list(content["gains"]["ifr"]) == ["mask_iou", "segm", "bbox"]
-    for kind, gain in content["gains"]["ifr"].items():
+    assert {reference: list(of) for reference, of in content["gains"].items()} == {"stack": ["ifr"]}
+    assert list(content["gains"]["stack"]["ifr"]) == ["mask_iou", "segm", "bbox"]
+    for kind, gain in content["gains"]["stack"]["ifr"].items():
         found = [content["refinements"][refine][kind] for refine in ("ifr", "stack")]
         means = [(figures if kind == "mask_iou" else figures["AP"])["mean"] for figures in found]
         assert gain["mean"] == pytest.approx(means[0] - means[1], abs=1e-12)
         assert gain["low"] <= gain["high"]
+
+
+def test_each_refinement_is_compared_with_those_before_it(compared, shapes):
+    folder, _ = compared
+    runs = comparison.parse([str(shapes), *TINY, *BRIEF, "--seeds", "2", "--output", str(folder)])
+    third = [argparse.Namespace(**{**vars(run), "refine": "third"}) for run in runs if run.refine == "stack"]
+    evaluations = [{"images": [1, 2], "objects": [1, 1], "iou_sums": [0.5, iou]} for iou in (0.5, 0.6) * 2 + (0.7,) * 2]
+    found = comparison.gains([*runs, *third], evaluations, CocoFolder(shapes, "val"))
+    means = {(a, b): gain["mask_iou"]["mean"] for a, of in found.items() for b, gain in of.items()}
+    assert means == pytest.approx({("stack", "ifr"): 0.05, ("stack", "third"): 0.1, ("ifr", "third"): 0.05})
+    assert found["stack"]["third"]["segm"]["mean"] == 0
 
 
 def test_masks_in_given_boxes_are_those_of_all_annotated_images(compared, shapes):
@@ -180,7 +192,7 @@ def test_the_table_shows_what_there_is():
     row = {"parameters": 2360000, "segm": metrics, "bbox": metrics, "seconds_per_iteration": {"mean": 1.5}, "seeds": 3}
     gain = {"mean": 0.021, "low": -0.005, "high": 0.04}
     content = {"refinements": {"stack": row, "ifr": {**row, "residual_median": {"mean": 0.002}}}}
-    content |= {"gains": {"ifr": {"segm": gain}}, "settings": {"data": "x"}, "environment": {"cpu": "y"}}
+    content |= {"gains": {"stack": {"ifr": {"segm": gain}}}, "settings": {"data": "x"}, "environment": {"cpu": "y"}}
     lines = results_page.comparison(content).splitlines()[-2:]
     stack, ifr = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     assert stack == ["stack", "25.0 ± 1.1", "–", "50.0", "-", "25.0 ± 1.1", "2.36 M", "-", "1.50", "3"]
@@ -188,7 +200,7 @@ def test_the_table_shows_what_there_is():
     content["given_boxes"] = {"images": 1234, "objects": 5678}
     for row, iou in (("stack", 0.5), ("ifr", 0.51)):
         content["refinements"][row]["mask_iou"] = {"mean": iou, "std": 0.001}
-    content["gains"]["ifr"]["mask_iou"] = {"mean": 0.01, "low": 0.004, "high": 0.016}
+    content["gains"]["stack"]["ifr"]["mask_iou"] = {"mean": 0.01, "low": 0.004, "high": 0.016}
     page = results_page.comparison(content)
     assert "5,678 objects of 1234 images" in page
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()[-2:]]

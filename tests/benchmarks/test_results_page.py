@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import comparison
+from benchmarks.quality import ablation, comparison
 from benchmarks.quality.strategies import TABLES
 from benchmarks.report import results_page
 
@@ -49,8 +49,29 @@ def test_a_small_sweep_has_no_titles(sweep):
 
 def test_a_row_whose_trainings_failed_says_so(sweep):
     content = json.loads((sweep / "ablation.json").read_text())
-    content["rows"]["IFR, paper's form"] = [{"seed": 0, "failed": "the loss is not finite in epoch 1"}]
+    content["rows"]["IFR, paper's form"] = [{"seed": 0, "tuned": "IFR", "failed": "the loss is not finite in epoch 1"}]
     assert "| IFR, paper's form | the loss is not finite in epoch 1 |" in results_page.ablation(content)
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*/ablation*.json")), ids=lambda path: path.stem)
+def test_the_commands_of_an_ablation_repeat_its_trainings(path):
+    content = json.loads(path.read_text())
+    text = results_page.trainings(content)
+    first, *others = [part for part in text.split("`") if "--lrs" in part]
+    python, script, *arguments = shlex.split(first)
+    assert (python, script) == ("python", "benchmarks/quality/ablation.py")
+    calls = [ablation.parse([*arguments, *shlex.split(options)]) for options in ("", *others)]
+    called = {(tuned_by(content, row), lr) for call in calls for row in call.rows or content["rows"] for lr in call.lrs}
+    assert called == {(entry["row"], entry["lr"]) for entry in content["search"]}
+    if len(content["rows"]) <= results_page.FEW:
+        assert sorted(row for call in calls for row in call.rows) == sorted(content["rows"])
+    told = {name: value for name, value in content["settings"].items() if name != "data"}
+    assert all(told == {name: getattr(call, name) for name in told} for call in calls)
+    assert {call.seeds for call in calls} == {max(map(len, content["rows"].values()))}
+
+
+def tuned_by(content, row):
+    return content["rows"][row][0]["tuned"]
 
 
 @pytest.mark.parametrize("path", sorted(COMMITTED.glob("*/comparison*.json")), ids=lambda path: path.stem)
