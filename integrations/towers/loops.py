@@ -137,6 +137,8 @@ class Loop:
                     for target in getattr(statement, "targets", None) or [statement.target]:
                         self._assign(target, value, env)
                 case ast.AugAssign(target=target, op=op, value=value):
+                    if isinstance(target, ast.Name):  # other names of the tensor see the change too
+                        self.effects.append(self._inline(target, env))
                     self._assign(target, self._inline(ast.BinOp(target, op, value), env), env)
                 case ast.If(test=test):
                     test = self._inline(test, env)

@@ -262,9 +262,32 @@ class Renumbered(Owner):
         return x
 
 
+class ChangedByAnotherName(Owner):
+    """What doubles an element's input in place would double an IFRHead's output."""
+
+    def forward(self, x):
+        y = x
+        for conv in self.convs:
+            x = y
+            y = conv(x)
+            x *= 2
+        return y
+
+
+class TurnsCounted(Owner):
+    def forward(self, x):
+        turns = 0
+        for conv in self.convs:
+            x = conv(x)
+            turns += 1
+        return x, turns
+
+
 IN_ORDER = [Plain, OutsideReLU, FunctionalReLU, InPlaceReLU, Enumerated, Length, Number, Zipped, Setup, Asked]
+IN_ORDER += [TurnsCounted]
 OTHERWISE = [OneForEachLevel, PickedByIndex, Branches, ZippedWithLevels, Collected, LastByItself, Counted, LeavesEarly]
 OTHERWISE += [ReLUAndMore, LeftOver, OtherNorms, OutsideGELU, Residual, ChangedAfter, TappedByBase]
+OTHERWISE += [ChangedByAnotherName]
 UNKNOWN = [PassedOn, Unused, AllButOne, HandedOn, ByGetattr]
 
 
