@@ -224,7 +224,7 @@ def latency(content: Content) -> str:
 
 def comparison(content: Content) -> str:
     settings = content["settings"]
-    given = (
+    names = (
         "labelled",
         "iterations",
         "batch_size",
@@ -235,13 +235,14 @@ def comparison(content: Content) -> str:
         "amp",
         "backbone",
     )
-    options = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in given if settings.get(name))
+    options = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in names if settings.get(name))
     options += f" --refine {' '.join(content['refinements'])}"
     options += f" --seeds {max(found['seeds'] for found in content['refinements'].values())}"
 
     def gained(refine: str, kind: str) -> list[str]:
         return [interval(of[refine][kind]) if refine in of else "–" for of in content["gains"].values()]
 
+    boxes = content.get("given_boxes")  # which older reports lack
     rows = []
     for refine, found in content["refinements"].items():
         masks = [cell(found["segm"][name]) for name in ("AP", "AP50", "AP75")]
@@ -249,19 +250,17 @@ def comparison(content: Content) -> str:
         pace, residual = cell(found["seconds_per_iteration"], 1, ".2f"), cell(found.get("residual_median"), 1, ".4f")
         rows.append([refine, *masks, cell(found["bbox"]["AP"]), f"{found['parameters'] / 1e6:.2f} M", residual, pace])
         rows[-1].append(str(found["seeds"]))
-        if "given_boxes" in content:
+        if boxes:
             rows[-1][1:1] = [cell(found["mask_iou"]), *gained(refine, "mask_iou")]
     differences = [f"− {reference}" for reference in content["gains"]]
     head = ["mask AP", *differences, "AP50", "AP75", "box AP", "refinement's parameters", "residual"]
-    given = content.get("given_boxes")
-    boxes = ""
-    if given:
+    if boxes:
         head[:0] = ["mask IoU, boxes given", *differences]
-        boxes = f" Boxes given: {given['objects']:,} objects of {given['images']} images."
+    given = f" Boxes given: {boxes['objects']:,} objects of {boxes['images']} images." if boxes else ""
     return "\n\n".join(
         [
             f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. − …: points "
-            f"gained, with their 95 % interval by the bootstrap over seeds and images.{boxes} "
+            f"gained, with their 95 % interval by the bootstrap over seeds and images.{given} "
             f"`python benchmarks/quality/comparison.py {settings['data'].upper()} {options}`",
             table(["mask head", *head, "s / iteration", "seeds"], rows),
         ]
