@@ -1,6 +1,8 @@
 """How far a difference between trained models can be trusted: the bootstrap over seeds and over images.
 
-Seeds alone would tell how training scatters on one set of images, and nothing of another set.
+Seeds alone would tell how training scatters on one set of images, and nothing of another set. The seeds are few, so how
+far they scatter is itself uncertain, and the resamples' quantiles lie too near. Therefore the resamples give only the
+standard error, and Student's t the interval.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from pycocotools.cocoeval import COCOeval
+from scipy import stats
 
 RESAMPLES = 2000
 Evaluation = dict[str, Any]  # of one training: "images", ids, with each one's "objects" and "iou_sums" over them
@@ -25,8 +28,24 @@ def paired_gain(own: list[Evaluation], others: list[Evaluation]) -> dict[str, fl
     gains = np.subtract(*([evaluation["iou_sums"] for evaluation in of] for of in (own, others)))
     of_seeds, of_images = draws(*gains.shape)
     means = (of_images @ gains.T) / (of_images @ counts)[:, None]
-    low, high = np.quantile(resampled_means(means, of_seeds), [0.025, 0.975])
-    return {"mean": gains.sum() / (len(gains) * counts.sum()), "low": low, "high": high}
+    return student_interval(gains.sum(1) / counts.sum(), resampled_means(means, of_seeds), len(counts))
+
+
+def student_interval(of_seeds: np.ndarray, resamples: np.ndarray, images: int) -> dict[str, float]:
+    """The mean of what was found with each seed (seeds,), and the bounds "low" and "high" of its 95 % interval.
+
+    resamples: the mean with seeds and images drawn anew. Its variance has two parts, by the seeds and by the images,
+    estimated with seeds − 1 and images − 1 degrees of freedom. The sum's are those of Welch and Satterthwaite.
+    """
+    mean, seeds = of_seeds.mean(), len(of_seeds)
+    variance = np.nanvar(resamples)  # NaN: of images without objects
+    if not variance:
+        return {"mean": mean, "low": mean, "high": mean}
+    by_seeds = min(variance, of_seeds.var(ddof=1) / seeds) if seeds > 1 else 0.0
+    shares = np.array([by_seeds, variance - by_seeds]) / variance
+    freedom = 1 / (shares**2 / np.maximum([seeds - 1, images - 1], 1)).sum()
+    margin = stats.t.ppf(0.975, freedom) * variance**0.5
+    return {"mean": mean, "low": mean - margin, "high": mean + margin}
 
 
 def resampled_means(values: np.ndarray, of_seeds: np.ndarray) -> np.ndarray:
@@ -64,10 +83,7 @@ def paired_precision_gain(own: list[COCOeval], others: list[COCOeval]) -> dict[s
     weights = np.vstack([np.ones(of_images.shape[1]), of_images])  # first all images, each once
     values = [[average_precision(evaluation, weights) for evaluation in of] for of in (own, others)]
     gains = np.subtract(*values)
-    low, high = np.nanquantile(
-        resampled_means(gains.T[1:], of_seeds), [0.025, 0.975]
-    )  # NaN: only images without objects
-    return {"mean": gains[:, 0].mean(), "low": low, "high": high}
+    return student_interval(gains[:, 0], resampled_means(gains.T[1:], of_seeds), of_images.shape[1])
 
 
 def average_precision(evaluation: COCOeval, weights: np.ndarray) -> np.ndarray:
