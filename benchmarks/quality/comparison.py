@@ -7,10 +7,10 @@ Takes the options of accuracy.py; those of the solver go to the refinements they
 of its own, OUTPUT/REFINEMENT-seedN, with its checkpoint: started again, a sweep that was stopped goes on where it was.
 Several processes may each train other refinements into one folder; a last one with all of them compares what is there.
 Writes comparison.json (each training's figures; mean and standard deviation over the seeds; how much AP, and IoU of
-masks in given boxes, is gained over each refinement named before, with the 95 % interval of the bootstrap over seeds
-and images), predictions.png (of the first seed's trainings side by side) and features.png (RoI features of objects
-before and after the refinement, as in the paper's Figures 3 and 4). With given boxes all annotated images of the
-validation split are taken, whatever --labelled says.
+masks in given boxes, is gained over each refinement named before, with the 95 % interval over seeds and images),
+predictions.png (of the first seed's trainings side by side) and features.png (RoI features of objects before and after
+the refinement, as in the paper's Figures 3 and 4). With given boxes all annotated images of the validation split are
+taken, whatever --labelled says.
 """
 
 import argparse

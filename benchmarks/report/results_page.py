@@ -83,7 +83,7 @@ def choice(content: Content, latency: Content) -> str:
     return "\n\n".join(
         [
             f"{trainings(content)} These took {seconds / 3600:.1f} hours of one core, and the search of learning rates "
-            f"more. − {BASELINE}: points of mask IoU on the test's objects, with 95 % intervals by the bootstrap over "
+            f"more. − {BASELINE}: points of mask IoU on the test's objects, with 95 % intervals over "
             f"seeds and images. ms: of the trained refinement on {latency['n']} unseen objects; {machine(latency)}, "
             f"{latency['environment']['cpu'].rpartition(', ')[2]}. ×: over {BASELINE} of the same precision in the "
             "same round. `python benchmarks/analysis/latency.py "
@@ -260,7 +260,7 @@ def comparison(content: Content) -> str:
     return "\n\n".join(
         [
             f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. − …: points "
-            f"gained, with their 95 % interval by the bootstrap over seeds and images.{given} "
+            f"gained, with their 95 % interval over seeds and images.{given} "
             f"`python benchmarks/quality/comparison.py {settings['data'].upper()} {options}`",
             table(["mask head", *head, "s / iteration", "seeds"], rows),
         ]
