@@ -2,11 +2,11 @@
 
     python benchmarks/analysis/latency.py DATA --sweep runs/ablation --output runs/latency
 
-Takes a branch of each row that ablation.py trained: the first seed's of which the weights are there. All rows are timed
-in turns within one run, on objects drawn anew for every round, in bfloat16 (autocast, as they were trained) and in
-float32, where a solve stops at the same residual. "ms": the median of the wall time; "CPU ms": of the processor time of
-all threads. "× stack": the time over that of the four convolutions of the same precision in the same round, median and
-quartiles of the rounds. Writes latency.json.
+Takes a branch of each row that ablation.py trained: of the seeds whose weights are there, the one whose solves take
+nearest to the row's mean steps. All rows are timed in turns within one run, on objects drawn anew for every round, in
+bfloat16 (autocast, as they were trained) and in float32, where a solve stops at the same residual. "ms": the median of
+the wall time; "CPU ms": of the processor time of all threads. "× stack": the time over that of the four convolutions of
+the same precision in the same round, median and quartiles of the rounds. Writes latency.json.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind an installed
 from benchmarks.quality.mask_branch import MaskBranch
 from benchmarks.quality.objects import Objects
 from benchmarks.quality.strategies import BASELINE
-from benchmarks.quality.sweep import first_branch, load_test_objects, read_report
+from benchmarks.quality.sweep import load_test_objects, read_report, typical_branch
 from benchmarks.quality.training import autocast
 from benchmarks.report import results_page
 from benchmarks.report.environment import environment
@@ -92,7 +92,7 @@ def contenders(sweep: Path, rows: list[str]) -> list[Contender]:
     """A branch of each row, in each precision."""
     found = []
     for row in rows:
-        seed, branch = first_branch(sweep, row)
+        seed, branch = typical_branch(sweep, row)
         if isinstance(branch.refine, IFRHead) and not isinstance(branch.refine.solver, Unroll):
             rtol, _ = branch.refine.solver.resolve(torch.bfloat16).resolved()
             branch.refine.solver = replace(branch.refine.solver, rtol=rtol)  # the training's, in float32 too

@@ -103,13 +103,24 @@ PARTS = {
 
 
 def without_images(report: dict[str, Any]) -> dict[str, Any]:
-    """A report without what it says of every image."""
-    return report | {key: summary(report[key]) for key in ("test", "validation") if key in report}
+    """A report without what it says of the images."""
+    kept = {key: value for key, value in report.items() if key != "train"}
+    return kept | {key: summary(report[key]) for key in ("test", "validation") if key in report}
+
+
+def sizes(reports: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """How many images and objects each part of the data has, by the first training that did not fail."""
+    for report in reports:
+        if "failed" not in report:
+            parts = {part: report[part] for part in ("validation", "test")}
+            counted = {part: {"images": len(of["images"]), "objects": sum(of["objects"])} for part, of in parts.items()}
+            return {"train": report["train"], **counted}
+    return {}
 
 
 def write_report(folder: Path, settings: Settings) -> dict[str, Any]:
-    """ablation.json: settings, environment, the learning rates' search, each row's trainings at the chosen one, and
-    what they gain on the rows that others are compared with."""
+    """ablation.json: settings, the data's size, environment, the learning rates' search, each row's trainings at the
+    chosen one, and what they gain on the rows that others are compared with."""
     reports = [json.loads(path.read_text()) for path in folder.glob("trainings/*.json")]
     reports.sort(key=lambda report: (list(STRATEGIES).index(report["row"]), report["lr"], report["seed"]))
     rates = best_rates(reports)
@@ -119,6 +130,7 @@ def write_report(folder: Path, settings: Settings) -> dict[str, Any]:
             rows[report["row"]].append(report)
     content = {
         "settings": asdict(settings),
+        "data": sizes(reports),
         "environment": environment(torch.device(settings.device)),
         "learning_rates": rates,
         "search": [

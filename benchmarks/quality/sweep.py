@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import statistics
 import threading
 import warnings
 from collections.abc import Callable
@@ -145,10 +146,13 @@ def trained_branches(folder: Path, row: str) -> dict[int, MaskBranch]:
     return {run.seed: load_branch(run, folder, channels) for run in runs_with_weights(folder, content, [row])}
 
 
-def first_branch(folder: Path, row: str) -> tuple[int, MaskBranch]:
-    """The first of them, and its seed."""
+def typical_branch(folder: Path, row: str) -> tuple[int, MaskBranch]:
+    """Of them the one whose solves took nearest to as many steps as the row's do in the mean, and its seed."""
     content = read_report(folder)
-    run = runs_with_weights(folder, content, [row])[0]
+    kept = runs_with_weights(folder, content, [row])
+    tests = {report["seed"]: report["test"] for report in content["rows"][row] if "failed" not in report}
+    steps = {seed: test.get("iterations") or 0.0 for seed, test in tests.items()}  # 0: rows that solve nothing
+    run = min(kept, key=lambda run: abs(steps[run.seed] - statistics.mean(steps.values())))
     return run.seed, load_branch(run, folder, content["settings"]["channels"])
 
 

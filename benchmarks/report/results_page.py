@@ -55,9 +55,12 @@ def trainings(content: Content) -> str:
     commands = f"`{command} {first}`" + "".join(f", then the same with `{options}`" for options in others)
     commands += " (for the rows below)" if len(content["rows"]) > FEW else ""
     note = f" {content['note']}" if "note" in content else ""
+    data = ", ".join(
+        f"{part} {of['objects']:,} objects of {of['images']:,} images" for part, of in content["data"].items()
+    )
     return (
-        f"{len(reports)} trainings of the mask branch alone on {settings['data']}, C = {settings['channels']}, "
-        f"{settings['epochs']} epochs; {where}. Learning rates: {rates}. {commands}.{note}"
+        f"{len(reports)} trainings of the mask branch alone on {settings['data']} ({data}), "
+        f"C = {settings['channels']}, {settings['epochs']} epochs; {where}. Learning rates: {rates}. {commands}.{note}"
     )
 
 
@@ -256,11 +259,12 @@ def comparison(content: Content) -> str:
     head = ["mask AP", *differences, "AP50", "AP75", "box AP", "refinement's parameters", "residual"]
     if boxes:
         head[:0] = ["mask IoU, boxes given", *differences]
+    hours = settings["iterations"] * sum(run["seconds_per_iteration"] for run in content["runs"]) / 3600
     given = f" Boxes given: {boxes['objects']:,} objects of {boxes['images']} images." if boxes else ""
     return "\n\n".join(
         [
-            f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. − …: points "
-            f"gained, with their 95 % interval over seeds and images.{given} "
+            f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. The trainings took {hours:.1f} "
+            f"hours of one process. − …: points gained, with their 95 % interval over seeds and images.{given} "
             f"`python benchmarks/quality/comparison.py {settings['data'].upper()} {options}`",
             table(["mask head", *head, "s / iteration", "seeds"], rows),
         ]

@@ -36,6 +36,16 @@ def test_every_row_trains_and_is_reported(sweep):
     assert solved == {row for row, s in STRATEGIES.items() if s.kind == "ifr"} - {"unroll", "unroll, paper's form"}
 
 
+def test_the_size_of_the_data_is_reported(shapes, sweep):
+    report = json.loads((sweep / "ablation.json").read_text())
+    given, test = sweeps.load_given(shapes, sweep, sweeps.Settings(**report["settings"]))
+    train, validation = given.split(1 / 7)
+    parts = {"train": train, "validation": validation, "test": test}
+    sizes = {part: {"images": len(set(of.images.tolist())), "objects": len(of)} for part, of in parts.items()}
+    assert report["data"] == sizes
+    assert 0 < sizes["validation"]["images"] < sizes["train"]["images"]
+
+
 def test_every_row_stands_in_a_table():
     assert {row for rows in TABLES.values() for row in rows} == set(STRATEGIES)
 

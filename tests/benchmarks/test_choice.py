@@ -59,6 +59,23 @@ def test_a_seed_without_weights_is_passed_over(sweep, tmp_path):
         latency.contenders(folder, ["IFR"])
 
 
+def test_the_seed_with_the_rows_mean_steps_is_timed(sweep, tmp_path):
+    folder = shutil.copytree(sweep, tmp_path / "sweep")
+    (report,) = read_report(folder)["rows"]["IFR"]
+    first = Run("IFR", report["lr"], 0)
+    for seed, steps in enumerate([9.0, 14.0, 11.0, 10.0]):  # the mean is 11
+        run = Run("IFR", report["lr"], seed)
+        whole = json.loads(first.path(folder).read_text())
+        test = whole["test"] | {"iterations": steps}
+        run.path(folder).write_text(json.dumps(whole | {"seed": seed, "test": test}))
+        if seed:
+            shutil.copy(weights(first, folder), weights(run, folder))
+    write_report(folder, Settings(**read_report(folder)["settings"]))
+    assert latency.contenders(folder, ["IFR"])[0].seed == 2
+    weights(Run("IFR", report["lr"], 2), folder).unlink()
+    assert latency.contenders(folder, ["IFR"])[0].seed == 3
+
+
 def test_a_slower_head_takes_more_time(shapes, sweep, monkeypatch):
     """The clock is of the refinement itself."""
     found = latency.contenders(sweep, ["4 convolutions"])[0]
