@@ -1,8 +1,7 @@
-"""How far a difference between trained models can be trusted: the bootstrap over seeds and over images.
+"""How far a difference between trained models can be trusted, over seeds and over images.
 
-Seeds alone would tell how training scatters on one set of images, and nothing of another set. The seeds are few, so how
-far they scatter is itself uncertain, and the resamples' quantiles lie too near. Therefore the resamples give only the
-standard error, and Student's t the interval.
+Seeds alone would tell how training scatters on one set of images, and nothing of another set. The images' share of the
+variance is a bootstrap's; the seeds, which are few, give theirs themselves, and Student's t makes the interval of both.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,35 +25,30 @@ def paired_gain(own: list[Evaluation], others: list[Evaluation]) -> dict[str, fl
     """
     counts = np.array(own[0]["objects"])
     gains = np.subtract(*([evaluation["iou_sums"] for evaluation in of] for of in (own, others)))
-    of_seeds, of_images = draws(*gains.shape)
-    means = (of_images @ gains.T) / (of_images @ counts)[:, None]
-    return student_interval(gains.sum(1) / counts.sum(), resampled_means(means, of_seeds), len(counts))
+    drawn = draws(len(counts))
+    return student_interval(gains.sum(1) / counts.sum(), (drawn @ gains.T) / (drawn @ counts)[:, None], len(counts))
 
 
 def student_interval(of_seeds: np.ndarray, resamples: np.ndarray, images: int) -> dict[str, float]:
-    """The mean of what was found with each seed (seeds,), and the bounds "low" and "high" of its 95 % interval.
+    """The mean over seeds of what was found with each (seeds,), and the bounds "low" and "high" of its 95 % interval.
 
-    resamples: the mean with seeds and images drawn anew. Its variance has two parts, by the seeds and by the images,
-    estimated with seeds − 1 and images − 1 degrees of freedom. The sum's are those of Welch and Satterthwaite.
+    resamples: the same on images drawn anew (resamples, seeds). The variance by the seeds has seeds − 1 degrees of
+    freedom, that by the images has images − 1, and their sum has those of Welch and Satterthwaite.
     """
     mean, seeds = of_seeds.mean(), len(of_seeds)
-    variance = np.nanvar(resamples)  # NaN: of images without objects
+    by_seeds, by_images = 0.0, np.nanvar(resamples.mean(1))  # NaN: a resample of images without objects alone
+    if seeds > 1:
+        by_seeds = of_seeds.var(ddof=1) / seeds
+        # What an image gives with one seed and not with another is in both.
+        apart = np.nanvar(resamples - resamples.mean(1, keepdims=True), 0).sum() / (seeds - 1)
+        by_images = max(0.0, by_images - apart / seeds)
+    variance = by_seeds + by_images
     if not variance:
         return {"mean": mean, "low": mean, "high": mean}
-    by_seeds = min(variance, of_seeds.var(ddof=1) / seeds) if seeds > 1 else 0.0
-    shares = np.array([by_seeds, variance - by_seeds]) / variance
+    shares = np.array([by_seeds, by_images]) / variance
     freedom = 1 / (shares**2 / np.maximum([seeds - 1, images - 1], 1)).sum()
     margin = stats.t.ppf(0.975, freedom) * variance**0.5
     return {"mean": mean, "low": mean - margin, "high": mean + margin}
-
-
-def resampled_means(values: np.ndarray, of_seeds: np.ndarray) -> np.ndarray:
-    """Each resample's mean over its seeds (resamples,), of values (resamples, seeds).
-
-    The mean of n seeds that are drawn from n scatters too little, by √((n − 1)/n), which is put right here.
-    """
-    seeds, center = values.shape[1], values.mean(1)
-    return center + ((of_seeds * values).mean(1) - center) * (seeds / max(1, seeds - 1)) ** 0.5
 
 
 def gains(
@@ -79,11 +73,11 @@ def gains(
 
 def paired_precision_gain(own: list[COCOeval], others: list[COCOeval]) -> dict[str, float]:
     """As paired_gain, of COCO's AP in place of the mean IoU; own[i] and others[i] evaluate detectors of equal seeds."""
-    of_seeds, of_images = draws(len(own), len(own[0].params.imgIds))
-    weights = np.vstack([np.ones(of_images.shape[1]), of_images])  # first all images, each once
+    images = len(own[0].params.imgIds)
+    weights = np.vstack([np.ones(images), draws(images)])  # first all images, each once
     values = [[average_precision(evaluation, weights) for evaluation in of] for of in (own, others)]
     gains = np.subtract(*values)
-    return student_interval(gains[:, 0], resampled_means(gains.T[1:], of_seeds), of_images.shape[1])
+    return student_interval(gains[:, 0], gains.T[1:], images)
 
 
 def average_precision(evaluation: COCOeval, weights: np.ndarray) -> np.ndarray:
@@ -148,14 +142,11 @@ def interpolated(hits: np.ndarray, misses: np.ndarray, objects: np.ndarray, leve
 
 
 @cache
-def draws(seeds: int, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each resample has each seed (RESAMPLES, seeds) and each image (RESAMPLES, images)."""
+def draws(images: int) -> np.ndarray:
+    """How often each resample has each image (RESAMPLES, images)."""
     generator = np.random.default_rng(0)
-    drawn = [[generator.integers(n, size=n) for n in (seeds, images)] for _ in range(RESAMPLES)]
-    return tuple(
-        np.stack([np.bincount(draw, minlength=n) for draw in of]).astype(float)
-        for of, n in zip(zip(*drawn, strict=True), (seeds, images), strict=True)
-    )
+    drawn = [np.bincount(generator.integers(images, size=images), minlength=images) for _ in range(RESAMPLES)]
+    return np.stack(drawn).astype(float)
 
 
 def together(first: Evaluation, second: Evaluation) -> Evaluation:

@@ -103,7 +103,7 @@ PARTS = {
 
 
 def without_images(report: dict[str, Any]) -> dict[str, Any]:
-    """A report without what it says of the images."""
+    """A report without what it says of each image, and without the data's size."""
     kept = {key: value for key, value in report.items() if key != "train"}
     return kept | {key: summary(report[key]) for key in ("test", "validation") if key in report}
 

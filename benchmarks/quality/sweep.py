@@ -147,7 +147,7 @@ def trained_branches(folder: Path, row: str) -> dict[int, MaskBranch]:
 
 
 def typical_branch(folder: Path, row: str) -> tuple[int, MaskBranch]:
-    """Of them the one whose solves took nearest to as many steps as the row's do in the mean, and its seed."""
+    """Of them the one whose mean steps are nearest to the mean of all seeds, and its seed."""
     content = read_report(folder)
     kept = runs_with_weights(folder, content, [row])
     tests = {report["seed"]: report["test"] for report in content["rows"][row] if "failed" not in report}

@@ -19,7 +19,7 @@ from ifr_fast import backends
 def environment(device: torch.device) -> dict[str, str]:
     found = {"device": device.type, "cpu": f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
     found["cpu instructions"] = torch.backends.cpu.get_cpu_capability()
-    if torch.cpu.get_capabilities().get("amx_bf16"):  # oneDNN's convolutions in bfloat16 use it
+    if torch.cpu.get_capabilities().get("amx_bf16"):  # the processor has it; oneDNN uses it in bfloat16
         found["cpu instructions"] += ", AMX"
     found["load before"] = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     found["torch"] = torch.__version__

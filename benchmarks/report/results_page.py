@@ -263,8 +263,9 @@ def comparison(content: Content) -> str:
     given = f" Boxes given: {boxes['objects']:,} objects of {boxes['images']} images." if boxes else ""
     return "\n\n".join(
         [
-            f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. The trainings took {hours:.1f} "
-            f"hours of one process. − …: points gained, with their 95 % interval over seeds and images.{given} "
+            f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. The iterations took {hours:.1f} "
+            "hours of one process. − …: points gained, with their 95 % interval over seeds and images."
+            f"{given} "
             f"`python benchmarks/quality/comparison.py {settings['data'].upper()} {options}`",
             table(["mask head", *head, "s / iteration", "seeds"], rows),
         ]

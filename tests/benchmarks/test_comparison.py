@@ -194,7 +194,7 @@ def test_the_table_shows_what_there_is():
     content = {"refinements": {"stack": row, "ifr": {**row, "residual_median": {"mean": 0.002}}}}
     content |= {"gains": {"stack": {"ifr": {"segm": gain}}}, "settings": {"data": "x", "iterations": 1200}}
     content |= {"environment": {"cpu": "y"}, "runs": [{"seconds_per_iteration": 1.5}] * 6}
-    assert "The trainings took 3.0 hours" in results_page.comparison(content)
+    assert "The iterations took 3.0 hours" in results_page.comparison(content)
     lines = results_page.comparison(content).splitlines()[-2:]
     stack, ifr = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     assert stack == ["stack", "25.0 ± 1.1", "–", "50.0", "-", "25.0 ± 1.1", "2.36 M", "-", "1.50", "3"]

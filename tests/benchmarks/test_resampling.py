@@ -1,4 +1,4 @@
-"""benchmarks/analysis/resampling.py: the bootstrap's interval against what is known of it."""
+"""benchmarks/analysis/resampling.py: the 95 % intervals against what is known of them."""
 
 import math
 
@@ -52,16 +52,20 @@ def test_seeds_that_differ_widen_the_interval(generator):
     assert found["high"] - found["low"] == pytest.approx(2 * student * np.std(shifts, ddof=1) / 3**0.5, rel=0.1)
 
 
+SCATTERS = [(0.2, 0.0, 0.0), (0.1, 0.1, 0.0), (0.0, 0.1, 0.0), (0.0, 0.0, 1.0), (0.05, 0.1, 0.5)]
+
+
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize(("between_seeds", "between_images"), [(0.2, 0.0), (0.1, 0.1), (0.0, 0.1)])
-def test_95_in_100_intervals_hold_the_truth(generator, seeds, between_seeds, between_images):
-    """Where seeds scatter most, images do, and both."""
+@pytest.mark.parametrize(("of_seeds", "of_images", "of_both"), SCATTERS)
+def test_95_in_100_intervals_hold_the_truth(generator, seeds, of_seeds, of_images, of_both):
+    """Of standard errors by a seed, by all images, and of each image with each seed."""
     images, held = np.arange(40), 0
     for _ in range(1000):
-        gains = generator.normal(0, between_seeds, (seeds, 1)) + generator.normal(0, between_images * 40**0.5, 40)
+        gains = generator.normal(0, of_seeds, (seeds, 1)) + generator.normal(0, of_images * 40**0.5, 40)
+        gains = gains + generator.normal(0, of_both, (seeds, 40))
         found = paired_gain([evaluation(images, row) for row in gains], [evaluation(images, 0.0 * images)] * seeds)
         held += found["low"] <= 0 <= found["high"]
-    assert 0.91 < held / 1000 < 0.985  # four standard errors and more from each case's own 0.94 to 0.955
+    assert 0.895 < held / 1000 < 0.985  # each scatter has 0.93 to 0.96
 
 
 def test_evaluations_of_different_images_are_joined():

@@ -1,6 +1,7 @@
 """benchmarks/report/results_page.py: the figures of the page, and that the page in the repository is the files' own."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -11,7 +12,10 @@ from benchmarks.quality import ablation, comparison
 from benchmarks.quality.strategies import TABLES
 from benchmarks.report import results_page
 
-COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "benchmarks" / "results"
+TEXTS = ["README.md", "ifr_fast/README.md", "integrations/README.md"]
+TEXTS += ["benchmarks/results/choice.md", "benchmarks/results/findings.md"]
 
 
 def test_spread_is_mean_and_standard_deviation():
@@ -83,6 +87,27 @@ def test_the_command_of_a_comparison_repeats_its_trainings(path):
     assert {(run["refine"], run["seed"]) for run in runs} == {(run["refine"], run["seed"]) for run in content["runs"]}
     told = {name: value for name, value in content["settings"].items() if name not in ("data", "epochs")}
     assert told == {name: runs[0][name] for name in told}
+
+
+def intervals(content):
+    """Every mean with its bounds in a file, of either sign, in points and rounded as texts have it."""
+    if isinstance(content, dict) and {"mean", "low", "high"} <= content.keys():
+        bounds = [content[key] for key in ("mean", "low", "high")]
+        yield tuple(float(f"{100 * bound:.1f}") for bound in bounds)
+        yield tuple(float(f"{-100 * bound:.1f}") for bound in (bounds[0], bounds[2], bounds[1]))
+    elif isinstance(content, dict | list):
+        for entry in content.values() if isinstance(content, dict) else content:
+            yield from intervals(entry)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_interval_in_a_text_is_in_a_file(name):
+    known = {triple for path in COMMITTED.glob("*/*.json") for triple in intervals(json.loads(path.read_text()))}
+    text = " ".join((ROOT / name).read_text().replace("−", "-").split())
+    number = r"([+-]?\d+\.\d)"
+    told = re.findall(rf"{number}[^\d[\]]{{0,20}}\[{number}, {number}\]", text)
+    assert told
+    assert [triple for triple in told if tuple(map(float, triple)) not in known] == []
 
 
 def test_the_page_in_the_repository_is_what_its_files_say():
