@@ -318,20 +318,20 @@ def read(path: Path) -> Content:
 def page(results: Path) -> str:
     """The page in Markdown. A file's name begins with its section's key; a picture of the same name is shown below.
 
-    First comes choice.md, with the ablations of which the latency was measured; then findings.md, with all others.
+    First comes choice.md, with the ablations of which the latency was measured, the longest trainings' first; then
+    findings.md, with all others.
     """
     parts = ["# Results", (results / "choice.md").read_text().strip()]
-    chosen = set()
-    for latency in sorted(results.glob("*/latency*.json")):
-        path = latency.with_name(latency.name.replace("latency", "ablation"))
-        picture = latency.with_name(latency.name.replace("latency", "choice")).with_suffix(".png")
-        parts += [f"### {path.parent.name}/{path.name}", choice(read(path), read(latency))]
+    timed = {path.with_name(path.name.replace("latency", "ablation")): path for path in results.glob("*/latency*.json")}
+    chosen = {path: read(path) for path in sorted(timed)}
+    for path, content in sorted(chosen.items(), key=lambda item: -item[1]["settings"]["epochs"]):
+        picture = path.with_name(path.name.replace("ablation", "choice")).with_suffix(".png")
+        parts += [f"### {path.parent.name}/{path.name}", choice(content, read(timed[path]))]
         parts += [f"![{picture.stem}]({picture.parent.name}/{picture.name})"]
-        chosen.add(path)
     parts.append((results / "findings.md").read_text().strip())
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         for kind, (title, section) in SECTIONS.items():
-            for path in sorted(set(folder.glob(f"{kind}*.json")) - chosen):
+            for path in sorted(set(folder.glob(f"{kind}*.json")) - chosen.keys()):
                 parts += [f"## {title}: {folder.name}/{path.name}", section(read(path))]
                 pictures = sorted(folder.glob(f"{path.stem}*.png"))
                 parts += [f"![{picture.stem}]({folder.name}/{picture.name})" for picture in pictures]

@@ -151,15 +151,19 @@ def test_trainings_that_failed_are_counted(sweep, measured):
 def test_it_opens_the_page_and_its_sweep_has_no_other_table(sweep, measured, tmp_path):
     folder = tmp_path / "some-device"
     folder.mkdir()
-    (folder / "ablation-x.json").write_text(json.dumps(two_seeds(json.loads((sweep / "ablation.json").read_text()))))
+    content = two_seeds(json.loads((sweep / "ablation.json").read_text()))
+    for name, epochs in (("short", 1), ("tall", 3)):
+        changed = {**content, "settings": {**content["settings"], "epochs": epochs}}
+        (folder / f"ablation-{name}.json").write_text(json.dumps(changed))
+        shutil.copy(measured[1], folder / f"latency-{name}.json")
     shutil.copy(sweep / "ablation.json", folder / "ablation-y.json")
-    shutil.copy(measured[1], folder / "latency-x.json")
     (tmp_path / "choice.md").write_text("## Which head?")
     (tmp_path / "findings.md").write_text("## Older")
     titles = [line for line in results_page.page(tmp_path).splitlines() if line.startswith("##")]
     assert titles == [
         "## Which head?",
-        "### some-device/ablation-x.json",
+        "### some-device/ablation-tall.json",
+        "### some-device/ablation-short.json",
         "## Older",
         "## Ablations of the mask branch: some-device/ablation-y.json",
     ]
