@@ -20,8 +20,7 @@ Evaluation = dict[str, Any]  # of one training: "images", ids, with each one's "
 def paired_gain(own: list[Evaluation], others: list[Evaluation]) -> dict[str, float]:
     """Mean difference of the objects' IoUs, and the bounds "low" and "high" of its 95 % interval.
 
-    own[i] and others[i] are of equal seeds, and of the same objects. Objects of an image are drawn together, as are the
-    two trainings of a seed.
+    own[i] and others[i] are a pair: of equal seeds, and of the same objects. Objects of an image are drawn together.
     """
     counts = np.array(own[0]["objects"])
     gains = np.subtract(*([evaluation["iou_sums"] for evaluation in of] for of in (own, others)))

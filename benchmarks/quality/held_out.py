@@ -41,8 +41,7 @@ def evaluate_sweep(folder: Path, data: Path, rows: list[str] | None) -> tuple[di
     report = {
         "data": data.resolve().name,
         "split": split,
-        "objects": len(objects),
-        "images": len(objects.images.unique()),
+        **objects.counts,
         "settings": settings,
         "environment": environment(objects.images.device),
         "rows": {row: [{**test, "test": summary(test["test"])} for test in found] for row, found in tests.items()},

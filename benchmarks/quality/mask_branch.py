@@ -101,7 +101,7 @@ def train_branch(
     report = {
         "parameters": sum(parameter.numel() for parameter in model.refine.parameters()),
         "epochs": epochs_done,
-        "train": {"images": len(splits.train.images.unique()), "objects": len(splits.train)},
+        "train": splits.train.counts,
         "validation": validation,
         "seconds_per_epoch": statistics.median(entry["seconds"] for entry in epochs_done),
         "test": evaluate(model, splits.test, bf16=plan.bf16),

@@ -39,6 +39,11 @@ class Objects:
     def __getitem__(self, index) -> "Objects":
         return Objects(self.features[index], self.masks[index], self.images[index])
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images these are from, and how many objects they are."""
+        return {"images": len(self.images.unique()), "objects": len(self)}
+
     def to(self, device: torch.device) -> "Objects":
         return Objects(*(value.to(device) for value in vars(self).values()))
 

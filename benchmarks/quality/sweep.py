@@ -147,12 +147,13 @@ def trained_branches(folder: Path, row: str) -> dict[int, MaskBranch]:
 
 
 def typical_branch(folder: Path, row: str) -> tuple[int, MaskBranch]:
-    """Of them the one whose mean steps are nearest to the mean of all seeds, and its seed."""
+    """A row's branch, and its seed: of those whose weights are there the nearest to the mean steps of all seeds."""
     content = read_report(folder)
     kept = runs_with_weights(folder, content, [row])
     tests = {report["seed"]: report["test"] for report in content["rows"][row] if "failed" not in report}
-    steps = {seed: test.get("iterations") or 0.0 for seed, test in tests.items()}  # 0: rows that solve nothing
-    run = min(kept, key=lambda run: abs(steps[run.seed] - statistics.mean(steps.values())))
+    steps = {seed: test.get("iterations", 0.0) for seed, test in tests.items()}  # 0: rows that solve nothing
+    mean = statistics.mean(steps.values())
+    run = min(kept, key=lambda run: abs(steps[run.seed] - mean))
     return run.seed, load_branch(run, folder, content["settings"]["channels"])
 
 

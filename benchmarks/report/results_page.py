@@ -265,8 +265,7 @@ def comparison(content: Content) -> str:
         [
             f"Mask R-CNN trained end to end on {settings['data']}; {machine(content)}. The iterations took {hours:.1f} "
             "hours of one process. − …: points gained, with their 95 % interval over seeds and images."
-            f"{given} "
-            f"`python benchmarks/quality/comparison.py {settings['data'].upper()} {options}`",
+            f"{given} `python benchmarks/quality/comparison.py {settings['data'].upper()} {options}`",
             table(["mask head", *head, "s / iteration", "seeds"], rows),
         ]
     )

@@ -5,10 +5,12 @@ import math
 import shutil
 
 import pytest
+import torch
 
 from benchmarks.quality import ablation
 from benchmarks.quality import sweep as sweeps
 from benchmarks.quality.coco import DataError
+from benchmarks.quality.mask_branch import Splits
 from benchmarks.quality.strategies import STRATEGIES, TABLES
 from benchmarks.quality.sweep import Run
 
@@ -38,10 +40,10 @@ def test_every_row_trains_and_is_reported(sweep):
 
 def test_the_size_of_the_data_is_reported(shapes, sweep):
     report = json.loads((sweep / "ablation.json").read_text())
-    given, test = sweeps.load_given(shapes, sweep, sweeps.Settings(**report["settings"]))
-    train, validation = given.split(1 / 7)
-    parts = {"train": train, "validation": validation, "test": test}
-    sizes = {part: {"images": len(set(of.images.tolist())), "objects": len(of)} for part, of in parts.items()}
+    given = sweeps.load_given(shapes, sweep, sweeps.Settings(**report["settings"]))
+    splits = Splits.make(*given, torch.device("cpu"))
+    parts = {part: getattr(splits, part).images.tolist() for part in ("train", "validation", "test")}
+    sizes = {part: {"images": len(set(images)), "objects": len(images)} for part, images in parts.items()}
     assert report["data"] == sizes
     assert 0 < sizes["validation"]["images"] < sizes["train"]["images"]
 
